@@ -1,0 +1,57 @@
+# make venv   the environment: pinned packages and the compiled extension, in .venv
+# make test   the whole suite (sets the environment up first)
+# make demo   the main job, on this machine as it is
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+PACKAGES := .[dev,gpu,trl]
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TEST_ARGS ?=
+
+.PHONY: help venv test test-heavy demo lint types format clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+venv: $(READY)
+
+# Without an NVIDIA GPU the CPU build of torch is asked for by name; where no index offers one, the plain build does as well.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	@test -x $(BIN)/python || { echo "Making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing pinned packages (the first time takes some minutes)"
+	@$(PIP) install --quiet --constraint constraints.txt setuptools wheel ninja numpy
+	@if [ "$(HAS_GPU)" = 0 ]; then \
+	  $(PIP) install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || \
+	  { echo "No index offers the CPU build of torch $(TORCH): installing the plain one, which is larger"; \
+	    $(PIP) install --quiet --constraint constraints.txt torch; }; \
+	else $(PIP) install --quiet --constraint constraints.txt torch; fi
+	@echo "Compiling csrc/ and installing the package"
+	@$(PIP) install --quiet --no-build-isolation --constraint constraints.txt --editable '$(PACKAGES)'
+	@$(BIN)/python -c "from synpo_fast.ops import native_library as n; print('native CPU backend:', n.why_unavailable() or 'ready')"
+	@touch $(READY)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not heavy" --durations=10 $(TEST_ARGS)
+
+test-heavy: $(READY)
+	$(BIN)/python -m pytest -m heavy --durations=10 $(TEST_ARGS)
+
+demo: $(READY)
+	$(BIN)/python -m synpo_fast.demo.fused_loss
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info synpo_fast/*.so .pytest_cache .ruff_cache .mypy_cache

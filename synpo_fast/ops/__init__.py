@@ -1,0 +1,1 @@
+"""Numerical operations on tensors. Nothing here knows of batches, pairs or models."""

@@ -1,0 +1,107 @@
+"""Token log-probs in plain torch on any device: tiles of rows by the whole vocabulary, through buffers that are reused.
+
+A tile holds the logits of `rows_per_tile` rows. Its exponentials go straight into a second product with W, which gives the
+direction d lp / d hidden = (1 - p) z' W[y] - sum over v != y of p_v z'_v W[v]: 4*N*D*V in all, 2*N*D*V without a gradient.
+The target logit is a dot product of its own in fp32, and the target stays out of the sums, so that lp <= 0 and a confident
+token keeps its gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from synpo_fast.ops.linear_logprobs.problem import Problem
+
+TILE_BYTES = 64 * 2**20
+
+
+def rows_per_tile(num_rows: int, vocabulary: int, element_size: int) -> int:
+    """Rows whose logits, in the input's dtype and in fp32 beside it, fill TILE_BYTES."""
+    return max(1, min(num_rows, TILE_BYTES // (vocabulary * (element_size + 4))))
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _tiles(problem: Problem, hidden: Tensor, labels: Tensor):
+    """For each tile: its slice, its labels [r, 1], its logits [r, V] in the accumulator's dtype, its target logits [r, 1].
+
+    The two buffers are overwritten by the next tile; both may be used as scratch by the caller.
+    """
+    weight, bias, vocabulary = problem.weight, problem.bias, problem.weight.shape[0]
+    dtype = _accumulator(hidden.dtype)
+    height = rows_per_tile(hidden.shape[0], vocabulary, hidden.element_size())
+    raw_buffer = hidden.new_empty(height, vocabulary)
+    logits_buffer = raw_buffer if dtype == hidden.dtype else raw_buffer.to(dtype)
+    for begin in range(0, hidden.shape[0], height):
+        part = slice(begin, min(begin + height, hidden.shape[0]))
+        label, rows = labels[part, None], hidden[part]
+        raw = torch.mm(rows, weight.t(), out=raw_buffer[: rows.shape[0]])
+        logits = logits_buffer[: rows.shape[0]]
+        if logits.data_ptr() != raw.data_ptr():
+            logits.copy_(raw)
+        target = (rows.to(dtype) * weight[label.squeeze(1)].to(dtype)).sum(1, keepdim=True)
+        if bias is not None:
+            logits += bias
+            target += bias[label]
+        logits *= problem.logit_scale
+        if problem.softcap is not None:
+            logits.div_(problem.softcap).tanh_().mul_(problem.softcap)
+        yield part, label, logits, problem.logits(target), raw
+
+
+def forward_rows(
+    problem: Problem, hidden: Tensor, labels: Tensor, want_direction: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [n, D], labels [n], all valid -> log-probs [n], normalisers [n, 2], direction [n, D] (or empty)."""
+    dtype = _accumulator(hidden.dtype)
+    logps = hidden.new_empty(labels.shape, dtype=dtype)
+    normalisers = logps.new_empty(labels.shape[0], 2)
+    direction = torch.empty_like(hidden) if want_direction else hidden.new_empty(0, hidden.shape[1])
+    for part, label, logits, target, scratch in _tiles(problem, hidden, labels):
+        logits.scatter_(1, label, -torch.inf)
+        top = torch.maximum(logits.amax(1, keepdim=True), target)
+        slope = problem.slope(logits) if want_direction and problem.softcap is not None else None
+        exponentials = logits.sub_(top).exp_()
+        others = exponentials.sum(1, keepdim=True)
+        at_target = (target - top).exp()
+        total = others + at_target
+        logps[part] = torch.where(target == top, -others.log1p(), (target - top) - total.log()).squeeze(1)
+        normalisers[part] = torch.cat([top, total], 1)
+        if not want_direction:
+            continue
+        if slope is not None:
+            exponentials.mul_(slope).scatter_(1, label, 0.0)
+        pulled = torch.mm(scratch.copy_(exponentials), problem.weight).to(dtype)
+        pulled *= (problem.logit_scale if slope is None else 1.0) / total
+        pushed = problem.weight[label.squeeze(1)].to(dtype) * (others / total * problem.slope(target))
+        direction[part] = pushed.sub_(pulled)
+    return logps, normalisers, direction
+
+
+def weight_grad_rows(
+    problem: Problem,
+    hidden: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    normalisers: Tensor,
+    coefficients: Tensor,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of sum_n coefficients_n * lp_n to weight and bias (or empty): recomputes the logits, sums in fp32."""
+    dtype = _accumulator(hidden.dtype)
+    # Late in SynPO a coefficient can be below fp16's smallest number: the products see coefficients of size 1.
+    peak = coefficients.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    coefficients = coefficients / peak
+    grad_weight = torch.zeros_like(problem.weight, dtype=dtype)
+    grad_bias = grad_weight.new_zeros(problem.weight.shape[0] if want_bias else 0)
+    for part, label, logits, target, scratch in _tiles(problem, hidden, labels):
+        slope = problem.slope(logits)
+        top, total = normalisers[part].split(1, 1)
+        grads = logits.sub_(top).exp_().mul_(slope).mul_(-coefficients[part, None] / total)
+        at_target = -logps[part, None].expm1() * problem.slope(target) * coefficients[part, None]
+        grads.scatter_(1, label, at_target)
+        grad_weight += torch.mm(scratch.copy_(grads).t(), hidden[part])
+        if want_bias:
+            grad_bias += grads.sum(0)
+    return grad_weight.mul_(peak).to(problem.weight.dtype), grad_bias.mul_(peak).to(problem.weight.dtype)

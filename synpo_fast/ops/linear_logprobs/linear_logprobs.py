@@ -1,0 +1,265 @@
+"""fused_linear_logprobs: hidden states x LM head -> token log-probs, differentiable, without ever holding the logits.
+
+    lp_n = log softmax( f(hidden[rows_n] @ weight.T + bias) )[labels_n],   f(x) = softcap * tanh(x * logit_scale / softcap)
+
+d lp_n / d hidden does not depend on the loss: for z = f(x) it is (1 - p_n) z'_n W[y_n] - sum over v != y_n of p_nv z'_nv W[v].
+So the forward pass computes that direction beside the log-prob (4*N*D*V in all), and the backward of any loss over token
+log-probs is one multiplication per row. Gradients to the head need the coefficients of the loss: they recompute the logits.
+
+README.md in this folder counts operations and bytes of each backend.
+"""
+
+import contextlib
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synpo_fast.ops.linear_logprobs import chunked, host, native
+from synpo_fast.ops.linear_logprobs.problem import Problem, make_problem
+from synpo_fast.ops.linear_logprobs.reference import linear_logprobs_reference
+
+BACKENDS = ("reference", "chunked", "native", "triton")
+
+
+def fused_linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> Tensor:
+    """Log-probability of each label under a linear head, as fp32 (fp64 for fp64 inputs) shaped like `labels`.
+
+    Args:
+        hidden: [..., D] hidden states in fp32, bf16 or fp16 (fp64: backends "reference" and "chunked").
+        weight: [V, D], the head; same dtype and device as hidden.
+        labels: [...] integers, already shifted: labels[i] is what hidden[i] predicts. Entries equal to ignore_index
+            give 0 and cost nothing.
+        bias: [V], optional.
+        rows: one index per label into the flattened hidden rows; an index may repeat and its gradients add up. Without
+            it labels and hidden have the same leading shape.
+        logit_scale, softcap: logits are multiplied by logit_scale, then softcap * tanh(logits / softcap).
+        backend: "reference", "chunked", "native" (CPU) or "triton" (GPU); None picks triton for CUDA tensors, native for
+            CPU tensors, and chunked where those can not be had.
+
+    Gradients go to hidden, weight and bias, each where it is required; without any, half the work is done.
+
+    Raises ValueError for shapes, dtypes, devices, numbers or indices that do not fit, and for a backend that can not do what
+    is asked. On a GPU a label or row out of range can not be seen without waiting for the device: its log-prob is NaN.
+    """
+    if hasattr(torch._C, "_are_functorch_transforms_active") and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "fused_linear_logprobs does not support torch.func transforms (grad, vmap, jvp); use torch.autograd, "
+            "or materialise the logits"
+        )
+    if isinstance(hidden, Tensor) and _autocast_is_on(hidden.device.type):
+        autocast_dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = (_cast(tensor, autocast_dtype) for tensor in (hidden, weight, bias))
+    problem = make_problem(
+        hidden, weight, labels,
+        bias=bias, rows=rows, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
+    )  # fmt: skip
+    chosen = choose_backend(problem.hidden, backend)
+    with _without_autocast(problem.hidden):
+        if chosen == "reference":
+            logps = linear_logprobs_reference(problem)
+        else:
+            want_direction = torch.is_grad_enabled() and problem.hidden.requires_grad
+            logps = _LinearLogprobs.apply(
+                problem.hidden, weight, bias, problem.labels, problem.rows,
+                problem.logit_scale, problem.softcap, ignore_index, want_direction, chosen,
+            )  # fmt: skip
+    return logps.view(labels.shape)
+
+
+def _autocast_is_on(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _without_autocast(tensor: Tensor) -> Any:
+    """The op chooses its own precisions: an autocast region around it must not touch the products inside."""
+    if _autocast_is_on(tensor.device.type):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """What autocast does to an argument of a linear layer."""
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return tensor.to(dtype)
+    return tensor
+
+
+def choose_backend(hidden: Tensor, wanted: str | None) -> str:
+    """The backend that will run, or ValueError with the reason the wanted one can not."""
+    if wanted is not None and wanted not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {wanted!r}")
+    if wanted in ("reference", "chunked"):
+        return wanted
+    device = hidden.device.type
+    if wanted is None and device not in ("cpu", "cuda"):
+        return "chunked"
+    candidate = wanted or ("triton" if device == "cuda" else "native")
+    reason = _why_impossible(candidate, device, hidden.dtype)
+    if reason is None:
+        return candidate
+    if wanted is not None:
+        raise ValueError(f"backend={wanted!r} can not be used here: {reason}")
+    if hidden.dtype != torch.float64:
+        _warn_once(f"fused_linear_logprobs uses backend='chunked', not {candidate!r}: {reason}")
+    return "chunked"
+
+
+@torch.compiler.assume_constant_result
+def _why_impossible(backend: str, device: str, dtype: torch.dtype) -> str | None:
+    if backend == "native":
+        return native.why_impossible(device, dtype)
+    from synpo_fast.ops.linear_logprobs import triton_support
+
+    return triton_support.why_impossible(device, dtype)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def _module(backend: str) -> Any:
+    if backend == "triton":
+        from synpo_fast.ops.linear_logprobs import triton_launch
+
+        return triton_launch
+    return {"chunked": chunked, "native": native}[backend]
+
+
+def _forward(problem: Problem, want_direction: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        return _module(backend).linear_logprobs_forward(problem, want_direction)
+    return host.forward(_module(backend), problem, want_direction)
+
+
+def _backward(
+    problem: Problem,
+    grad_logps: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor],
+    needs: tuple[bool, bool, bool],
+    backend: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if backend == "triton":
+        return _module(backend).linear_logprobs_backward(problem, grad_logps, *saved, needs)
+    return host.backward(_module(backend), problem, grad_logps, *saved, needs)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Saves the direction [n, D] for hidden's gradient, and for the head's the normalisers [n, 2]: softmax = exp(z - a) / b."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, rows, logit_scale, softcap, ignore_index, want_direction, backend):
+        problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
+        if _is_traced(hidden):
+            logps, normalisers, direction = _traced_forward(
+                hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index, want_direction, backend
+            )
+        else:
+            logps, normalisers, direction = _forward(problem, want_direction, backend)
+        if any(ctx.needs_input_grad[:3]):
+            ctx.save_for_backward(hidden, weight, labels, bias, rows, logps, normalisers, direction)
+        ctx.options = (logit_scale, softcap, ignore_index, backend)
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad_logps):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "fused_linear_logprobs can be differentiated once, and create_graph=True asks for more; "
+                "use backend='reference' for higher derivatives"
+            )
+        hidden, weight, labels, bias, rows, logps, normalisers, direction = ctx.saved_tensors
+        *numbers, backend = ctx.options
+        needs = tuple(ctx.needs_input_grad[:3])
+        with _without_autocast(hidden):
+            if _is_traced(hidden):
+                grads = _traced_backward(
+                    grad_logps,
+                    hidden,
+                    weight,
+                    labels,
+                    bias,
+                    rows,
+                    logps,
+                    normalisers,
+                    direction,
+                    *numbers,
+                    *needs,
+                    backend,
+                )
+                grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+            else:
+                problem = Problem(hidden, weight, labels, bias, rows, *numbers)
+                grads = _backward(problem, grad_logps, (logps, normalisers, direction), needs, backend)
+        return *grads, None, None, None, None, None, None, None
+
+
+def _is_traced(hidden: Tensor) -> bool:
+    """Under torch.compile, and for tensors without values, the work is one opaque operator with known output shapes."""
+    if torch.compiler.is_compiling() or hidden.device.type == "meta":
+        return True
+    return type(hidden).__name__ == "FakeTensor"
+
+
+def _padded(values: Tensor, num_rows: int) -> Tensor:
+    """[n, ...] -> [num_rows, ...]: a traced operator's outputs have shapes that do not depend on the labels' values."""
+    if values.shape[0] == num_rows:
+        return values
+    return torch.cat([values, values.new_zeros(num_rows - values.shape[0], *values.shape[1:])])
+
+
+@torch.library.custom_op("synpo_fast::linear_logprobs_forward", mutates_args=())
+def _traced_forward(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, rows: Tensor | None,
+    logit_scale: float, softcap: float | None, ignore_index: int, want_direction: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
+    logps, normalisers, direction = _forward(problem, want_direction, backend)
+    num_labels = labels.shape[0]
+    return logps, _padded(normalisers, num_labels), _padded(direction, num_labels if want_direction else 0)
+
+
+@_traced_forward.register_fake
+def _(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index, want_direction, backend):
+    logps = hidden.new_empty(labels.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    direction = hidden.new_empty(labels.shape[0] if want_direction else 0, hidden.shape[1])
+    return logps, logps.new_empty(labels.shape[0], 2), direction
+
+
+@torch.library.custom_op("synpo_fast::linear_logprobs_backward", mutates_args=())
+def _traced_backward(
+    grad_logps: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, rows: Tensor | None,
+    logps: Tensor, normalisers: Tensor, direction: Tensor, logit_scale: float, softcap: float | None, ignore_index: int,
+    needs_hidden: bool, needs_weight: bool, needs_bias: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
+    needs = (needs_hidden, needs_weight, needs_bias)
+    grads = _backward(problem, grad_logps, (logps, normalisers, direction), needs, backend)
+    gh, gw, gb = (hidden.new_empty(0) if grad is None else grad for grad in grads)
+    return gh, gw, gb
+
+
+@_traced_backward.register_fake
+def _(
+    grad_logps, hidden, weight, labels, bias, rows, logps, normalisers, direction, logit_scale, softcap, ignore_index,
+    needs_hidden, needs_weight, needs_bias, backend,
+):  # fmt: skip
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else hidden.new_empty(0),
+        hidden.new_empty(weight.shape[0]) if needs_bias else hidden.new_empty(0),
+    )

@@ -1,0 +1,71 @@
+"""Token log-probs on CPUs through csrc/linear_logprobs.cpp, where the algorithm is described."""
+
+import functools
+import sys
+
+import torch
+from torch import Tensor
+
+from synpo_fast.ops import native_library
+from synpo_fast.ops.linear_logprobs.problem import FLOAT_DTYPES, Problem
+
+
+def why_impossible(device: str, dtype: torch.dtype) -> str | None:
+    """None where the native backend can work on such tensors, else the reason it can not."""
+    if device not in ("cpu", "meta"):
+        return f"it works on CPU tensors, hidden is on {device}"
+    if dtype not in FLOAT_DTYPES:
+        return f"it takes float32, bfloat16 and float16, hidden is {dtype}"
+    reason = native_library.why_unavailable()
+    if reason is None and "torch.utils.flop_counter" in sys.modules:
+        _register_flops()
+    return reason
+
+
+@functools.cache
+def _register_flops() -> None:
+    """Makes the work of the operators known to torch's FLOP counter. Importing that imports triton: not our doing."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    operators = torch.ops.synpo_fast_native
+
+    @register_flop_formula(operators.linear_logprobs_forward)
+    def forward_flops(hidden, weight, labels, bias, logit_scale, softcap, want_direction, **_) -> int:
+        return (4 if want_direction else 2) * hidden[0] * weight[0] * weight[1]
+
+    @register_flop_formula(operators.linear_logprobs_weight_grad)
+    def weight_grad_flops(hidden, weight, *_, **__) -> int:
+        return 4 * hidden[0] * weight[0] * weight[1]
+
+
+def forward_rows(
+    problem: Problem, hidden: Tensor, labels: Tensor, want_direction: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [n, D], labels [n], all valid -> log-probs [n], normalisers [n, 2], direction [n, D] (or empty)."""
+    return torch.ops.synpo_fast_native.linear_logprobs_forward(
+        hidden, problem.weight, labels, problem.bias, problem.logit_scale, problem.softcap, want_direction
+    )
+
+
+def weight_grad_rows(
+    problem: Problem,
+    hidden: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    normalisers: Tensor,
+    coefficients: Tensor,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of sum_n coefficients_n * lp_n to weight and bias (or empty)."""
+    return torch.ops.synpo_fast_native.linear_logprobs_weight_grad(
+        hidden,
+        problem.weight,
+        labels,
+        problem.bias,
+        problem.logit_scale,
+        problem.softcap,
+        logps,
+        normalisers,
+        coefficients,
+        want_bias,
+    )

@@ -1,0 +1,176 @@
+"""What a backend of `fused_linear_logprobs` is given: one checked problem in two dimensions, and nothing optional left open."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Shapes: hidden [M, D], weight [V, D], labels [N], bias [V], rows [N] indices into hidden (None: row n is hidden n)."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None
+    rows: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    ignore_index: int
+
+    def logits(self, raw: Tensor) -> Tensor:
+        """f(raw): scale, then softcap."""
+        logits = raw * self.logit_scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """df/draw, which follows from the logit alone."""
+        if self.softcap is None:
+            return self.logit_scale
+        return self.logit_scale * (1 - (logits / self.softcap) ** 2)
+
+
+@dataclass(frozen=True)
+class ValidRows:
+    """The n positions whose label counts, in order: everything a host backend does is done on these."""
+
+    positions: Tensor | None  # [n] into the labels; None: all of them
+    sources: Tensor | None  # [n] into hidden's rows; None: row n is hidden n
+    labels: Tensor  # [n]
+
+    def gather_hidden(self, problem: Problem) -> Tensor:
+        """[M, D] -> [n, D], a copy only if it must be one."""
+        return problem.hidden if self.sources is None else problem.hidden.index_select(0, self.sources)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[N] -> [n]."""
+        return values if self.positions is None else values.index_select(0, self.positions)
+
+    def spread(self, values: Tensor, num_labels: int) -> Tensor:
+        """[n] -> [N], zero where a label is ignored."""
+        if self.positions is None:
+            return values
+        return values.new_zeros(num_labels).index_copy_(0, self.positions, values)
+
+
+def valid_rows(problem: Problem) -> ValidRows:
+    """Finds the positions that count and checks the indices. Reads them on the host: free on a CPU, a sync on a GPU."""
+    labels = problem.labels
+    positions: Tensor | None = None
+    kept = labels != problem.ignore_index
+    if not bool(kept.all()):
+        positions = kept.nonzero().squeeze(1)
+        labels = labels.index_select(0, positions)
+    sources = positions
+    if problem.rows is not None:
+        sources = problem.rows if positions is None else problem.rows.index_select(0, positions)
+        _check_range("rows", sources, positions, problem.hidden.shape[0], "the rows of hidden")
+    _check_range(
+        "labels",
+        labels,
+        positions,
+        problem.weight.shape[0],
+        f"the vocabulary, and not ignore_index={problem.ignore_index}",
+    )
+    return ValidRows(positions, sources, labels)
+
+
+def _check_range(name: str, values: Tensor, positions: Tensor | None, size: int, what: str) -> None:
+    if values.numel() == 0:
+        return
+    low, high = (int(bound) for bound in values.aminmax())
+    if low >= 0 and high < size:
+        return
+    index = int(((values < 0) | (values >= size)).nonzero()[0])
+    position = index if positions is None else int(positions[index])
+    raise ValueError(f"{name}[{position}] = {int(values[index])} is outside [0, {size}), {what}")
+
+
+def make_problem(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> Problem:
+    """Checks everything that can be checked without reading a tensor, and flattens."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels), ("bias", bias), ("rows", rows)):
+        if tensor is None and name in ("bias", "rows"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}")
+    _check_shapes(hidden, weight, labels, bias, rows)
+    _check_dtypes(hidden, weight, labels, bias, rows)
+    _check_numbers(logit_scale, softcap, ignore_index, weight.shape[0])
+    return Problem(
+        hidden=hidden.reshape(-1, hidden.shape[-1]),
+        weight=weight,
+        labels=labels.reshape(-1).long(),
+        bias=bias,
+        rows=None if rows is None else rows.reshape(-1).long(),
+        logit_scale=float(logit_scale),
+        softcap=None if softcap is None else float(softcap),
+        ignore_index=ignore_index,
+    )
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, rows: Tensor | None) -> None:
+    if hidden.dim() < 1 or weight.dim() != 2:
+        raise ValueError(
+            f"hidden must be [..., D] and weight [V, D], got {list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden has D={hidden.shape[-1]} features but weight [V, D] is {list(weight.shape)}")
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"weight [V, D] must not be empty, got {list(weight.shape)}")
+    if rows is None and labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels must have the leading shape of hidden, {list(hidden.shape[:-1])}, got {list(labels.shape)}; "
+            "pass rows to pick hidden rows yourself"
+        )
+    if rows is not None and rows.shape != labels.shape:
+        raise ValueError(f"rows must have one index per label, {list(labels.shape)}, got {list(rows.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
+
+
+def _check_dtypes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, rows: Tensor | None) -> None:
+    if hidden.dtype not in (*FLOAT_DTYPES, torch.float64):
+        raise ValueError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} but hidden is {hidden.dtype}; cast one, or use torch.autocast")
+    for name, tensor in (("labels", labels), ("rows", rows)):
+        if tensor is not None and tensor.dtype not in LABEL_DTYPES:
+            raise ValueError(f"{name} must hold integers, got {tensor.dtype}")
+
+
+def _check_numbers(logit_scale: float, softcap: float | None, ignore_index: int, vocabulary: int) -> None:
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
+        if value is None and name == "softcap":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+    if logit_scale == 0:
+        raise ValueError("logit_scale must not be 0: every logit would be the same")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")

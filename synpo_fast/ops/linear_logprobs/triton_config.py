@@ -1,0 +1,99 @@
+"""Tile sizes of the Triton kernels by GPU generation and dtype, and how a problem is cut to a memory bound.
+
+Compiled ahead of time by tests/ops/linear_logprobs, which read the code: matrix instructions of the generation, no spills,
+shared memory within the chip's. Tuning on hardware starts from these.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A matrix product's tile: rows x columns of the result, `depth` of the sum, `group` row tiles kept together in L2."""
+
+    rows: int
+    columns: int
+    depth: int
+    group: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    logits: Tile  # hidden x W^T: rows are tokens, columns the vocabulary, depth D
+    weighted: Tile  # exponentials x W: rows are tokens, columns D, depth the vocabulary
+    logit_grads: Tile  # as logits, with the coefficients of the backward
+    weight_grad: Tile  # logit_grads^T x hidden: rows are the vocabulary, columns D, depth tokens
+    copy_engine: bool  # operands through tensor descriptors: before Hopper those lose the software pipeline
+
+
+def kernel_config(dtype: torch.dtype, capability: int) -> KernelConfig:
+    """`capability` is 80, 90, 100, ...; 0 stands for the interpreter, whose tiles are small so that tests cross many."""
+    if capability == 0:
+        logits, weighted = Tile(16, 32, 16, 2, 1, 1), Tile(16, 16, 32, 2, 1, 1)
+        return KernelConfig(logits, weighted, logits, Tile(32, 16, 16, 2, 1, 1), copy_engine=True)
+    if dtype == torch.float32:
+        small = Tile(64, 64, 32, 8, 4, 2)
+        return KernelConfig(small, small, small, small, copy_engine=capability >= 90)
+    if capability < 90:
+        tile = Tile(128, 128, 32, 8, 8, 3)
+        return KernelConfig(tile, tile, Tile(128, 64, 32, 8, 4, 3), tile, copy_engine=False)
+    if capability < 100:
+        return KernelConfig(
+            logits=Tile(128, 256, 64, 8, 8, 3),
+            weighted=Tile(128, 256, 64, 8, 8, 4),
+            logit_grads=Tile(128, 128, 64, 8, 8, 3),
+            weight_grad=Tile(128, 256, 64, 8, 8, 4),
+            copy_engine=True,
+        )
+    return KernelConfig(
+        logits=Tile(128, 256, 64, 8, 8, 3),
+        weighted=Tile(128, 128, 64, 8, 8, 4),
+        logit_grads=Tile(128, 128, 64, 8, 8, 3),
+        weight_grad=Tile(128, 256, 64, 8, 8, 4),
+        copy_engine=True,
+    )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Rows and vocabulary columns that are in flight at a time, and the parts a sum over the vocabulary is split into."""
+
+    rows: int
+    columns: int
+    splits: int
+
+
+def cut_forward(
+    num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, num_programs: int
+) -> Cut:
+    """Keeps exponentials and partial sums within 5 % of full fp32 logits, or 64 MiB where that is more.
+
+    Wide strips read and write the partial sums less often; few rows are split over the vocabulary, because their
+    [rows, D] result alone has too few tiles to fill the chip.
+    """
+    rows = min(num_rows, 4096 if num_rows >= 8192 else 2048)
+    tiles = -(-rows // config.weighted.rows) * -(-dim // config.weighted.columns)
+    splits = max(1, min(8, num_programs // tiles))
+    compact = num_rows * dim * element_size
+    allowed = max(64 * MIB, num_rows * vocabulary * 4 // 20 - compact - splits * rows * dim * 4)
+    return Cut(
+        rows, _strip(rows, vocabulary, element_size, min(allowed, 256 * MIB), config.logits.columns, splits), splits
+    )
+
+
+def cut_weight_grad(num_rows: int, vocabulary: int, element_size: int, config: KernelConfig) -> int:
+    """Columns of the vocabulary whose logit gradients, for all rows, fit the same bound."""
+    allowed = max(64 * MIB, num_rows * vocabulary * 4 // 20)
+    return _strip(num_rows, vocabulary, element_size, min(allowed, 256 * MIB), config.logit_grads.columns, 1)
+
+
+def _strip(rows: int, vocabulary: int, element_size: int, allowed: int, multiple: int, splits: int) -> int:
+    multiple *= splits
+    whole = -(-vocabulary // multiple) * multiple
+    return max(multiple, min(whole, allowed // (rows * element_size) // multiple * multiple))

@@ -1,0 +1,355 @@
+"""Triton kernels of fused_linear_logprobs. triton_launch.py drives them; README.md here counts what they do.
+
+Work is done on compacted rows: valid rows come first in a [N, D] copy, and their number lives on the device, so dropping
+ignored rows costs no synchronisation. Row tiles beyond it are never visited.
+
+Exponentials are taken against a reference t_n that starts at the target's logit and is moved lazily: only where a tile holds
+a logit more than LIMIT above it does that tile use its own maximum, and only then does _settle_rows_kernel bring the row's
+earlier sums to the new reference. bf16 and fp32 keep their relative precision over e^+-60, so nothing is lost in between,
+and in ordinary data no partial sum is ever touched twice. The target itself stays out of every sum.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _bounded_logit(raw, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """f(raw) = softcap * tanh(raw * logit_scale / softcap)."""
+    z = raw * logit_scale
+    if HAS_SOFTCAP:
+        x = z / softcap
+        bounded = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(x)))
+        z = tl.where(x < 0, -bounded, bounded) * softcap
+    return z
+
+
+@triton.jit
+def _logit_slope(z, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """df/draw from z = f(raw)."""
+    if HAS_SOFTCAP:
+        t = z / softcap
+        return logit_scale * (1.0 - t * t)
+    else:
+        return tl.zeros_like(z) + logit_scale
+
+
+@triton.jit
+def _log1p(x):
+    small = x * (1.0 - x * (0.5 - x * (0.3333333333 - x * (0.25 - x * 0.2))))
+    return tl.where(x < 0.03125, small, tl.log(1.0 + x))
+
+
+@triton.jit
+def _tile_of(index, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Tile coordinates in an order that keeps GROUP row tiles beside each other, so that both operands stay in L2."""
+    per_group = GROUP * column_tiles
+    first = (index // per_group) * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    return first + (index % per_group) % height, (index % per_group) // height
+
+
+@triton.jit
+def _load_tile(source, row, column, stride, num_rows, num_columns, TMA: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """[R, C] at (row, column) of a row-major matrix, zero outside; `source` is a tensor descriptor or a pointer."""
+    if TMA:
+        return source.load([row, column])
+    else:
+        r = row + tl.arange(0, R)
+        c = column + tl.arange(0, C)
+        inside = (r[:, None] < num_rows) & (c[None, :] < num_columns)
+        return tl.load(source + r[:, None].to(tl.int64) * stride + c[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _prepare_rows_kernel(
+    hidden, weight, bias, labels, rows, place, num_hidden, V, D, hidden_stride, weight_stride, logit_scale, softcap,
+    ignore_index, compact, label_out, target_out, top_out, others_out,
+    HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Copies a valid row to its place among the valid ones and takes its target logit as an fp32 dot product.
+
+    A label or row out of range gives the target NaN: the log-prob shows it without a synchronisation.
+    """
+    position = tl.program_id(0)
+    label = tl.load(labels + position)
+    if label != ignore_index:
+        n = tl.load(place + position).to(tl.int64) - 1
+        source = position.to(tl.int64)
+        if HAS_ROWS:
+            source = tl.load(rows + position)
+        in_range = (label >= 0) & (label < V) & (source >= 0) & (source < num_hidden)
+        label = tl.where(in_range, label, 0)
+        source = tl.where(in_range, source, 0)
+        products = tl.zeros([BLOCK_D], tl.float32)
+        for begin in range(0, D, BLOCK_D):
+            d = begin + tl.arange(0, BLOCK_D)
+            x = tl.load(hidden + source * hidden_stride + d, mask=d < D, other=0.0)
+            w = tl.load(weight + label * weight_stride + d, mask=d < D, other=0.0)
+            tl.store(compact + n * D + d, x, mask=d < D)
+            products += x.to(tl.float32) * w.to(tl.float32)
+        raw = tl.sum(products, 0)
+        if HAS_BIAS:
+            raw += tl.load(bias + label).to(tl.float32)
+        target = _bounded_logit(raw, logit_scale, softcap, HAS_SOFTCAP)
+        target = tl.where(in_range, target, float("nan"))
+        tl.store(label_out + n, label)
+        tl.store(target_out + n, target)
+        tl.store(top_out + n, tl.where(target == target, tl.maximum(target, -1e30), 0.0))
+        tl.store(others_out + n, 0.0)
+
+
+@triton.jit
+def _logits_tile(
+    x, w, bias, row, column, D, V, num_rows, weight_stride, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """z = f(x W^T + bias) of one tile, in fp32."""
+    raw = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        a = _load_tile(x, row, d, D, num_rows, D, TMA, BLOCK_N, BLOCK_D)
+        b = _load_tile(w, column, d, weight_stride, V, D, TMA, BLOCK_V, BLOCK_D)
+        raw = tl.dot(a, b.T, raw, input_precision=PRECISION)
+    if HAS_BIAS:
+        c = column + tl.arange(0, BLOCK_V)
+        raw += tl.load(bias + c, mask=c < V, other=0.0).to(tl.float32)[None, :]
+    return _bounded_logit(raw, logit_scale, softcap, HAS_SOFTCAP)
+
+
+@triton.jit
+def _exp_logits_forward_kernel(
+    x, w, bias, labels, top, exponentials, tile_top, tile_sum, count, first_row, num_rows, first_column, strip_columns,
+    V, D, weight_stride, logit_scale, softcap, num_programs,
+    KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    LIMIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One strip of the vocabulary for one block of rows: exp(z - t) z' in the input's dtype, with each tile's t and sum.
+
+    exponentials [num_rows, strip_columns], tile_top and tile_sum [column tiles, num_rows].
+    """
+    valid = tl.minimum(tl.load(count).to(tl.int32) - first_row, num_rows)
+    row_tiles = tl.cdiv(valid, BLOCK_N)
+    column_tiles = tl.cdiv(strip_columns, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, num_programs):
+        row_tile, column_tile = _tile_of(tile, row_tiles, column_tiles, GROUP)
+        row = row_tile * BLOCK_N
+        column = first_column + column_tile * BLOCK_V
+        z = _logits_tile(
+            x, w, bias, first_row + row, column, D, V, first_row + num_rows, weight_stride, logit_scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        r = row + tl.arange(0, BLOCK_N)
+        c = column + tl.arange(0, BLOCK_V)
+        inside = r < valid
+        label = tl.load(labels + first_row + r, mask=inside, other=-1)
+        counted = (c[None, :] < V) & (c[None, :] != label[:, None])
+        z = tl.where(counted, z, float("-inf"))
+        reference = tl.load(top + first_row + r, mask=inside, other=0.0)
+        highest = tl.max(z, 1)
+        reference = tl.where(highest > reference + LIMIT, highest, reference)
+        e = tl.exp(z - reference[:, None])
+        tl.store(tile_top + column_tile * num_rows + r, reference, mask=inside)
+        tl.store(tile_sum + column_tile * num_rows + r, tl.sum(e, 1), mask=inside)
+        if KEEP:
+            if HAS_SOFTCAP:
+                e = tl.where(counted, e * _logit_slope(z, logit_scale, softcap, HAS_SOFTCAP), 0.0)
+            if TMA:
+                exponentials.store([row, column_tile * BLOCK_V], e.to(w.dtype))
+            else:
+                s = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
+                place = exponentials + r[:, None].to(tl.int64) * strip_columns + s[None, :]
+                tl.store(
+                    place, e.to(exponentials.dtype.element_ty), mask=inside[:, None] & (s < strip_columns)[None, :]
+                )
+
+
+@triton.jit
+def _settle_rows_kernel(
+    top, others, tile_top, tile_sum, exponentials, totals, count, first_row, num_rows, strip_columns, D,
+    KEEP: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Adds a strip's sums to each row's; where a tile moved the reference, brings the row's earlier work along."""
+    r = tl.program_id(0)
+    n = first_row + r
+    if n < tl.load(count).to(tl.int32):
+        t = tl.arange(0, BLOCK_T)
+        before = tl.load(top + n)
+        used = tl.load(tile_top + t * num_rows + r, mask=t < TILES, other=float("-inf"))
+        sums = tl.load(tile_sum + t * num_rows + r, mask=t < TILES, other=0.0)
+        after = tl.maximum(before, tl.max(used, 0))
+        total = tl.load(others + n) * tl.exp(before - after) + tl.sum(sums * tl.exp(used - after), 0)
+        tl.store(others + n, total)
+        tl.store(top + n, after)
+        if KEEP:
+            if after > before:
+                shrink = tl.exp(before - after)
+                for split in range(SPLITS):
+                    for begin in range(0, D, BLOCK_D):
+                        d = begin + tl.arange(0, BLOCK_D)
+                        at = totals + (split * num_rows + r).to(tl.int64) * D + d
+                        tl.store(at, tl.load(at, mask=d < D, other=0.0) * shrink, mask=d < D)
+                for tile in range(TILES):
+                    factor = tl.exp(tl.load(tile_top + tile * num_rows + r) - after)
+                    if factor != 1.0:
+                        v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+                        at = exponentials + r.to(tl.int64) * strip_columns + v
+                        e = tl.load(at, mask=v < strip_columns, other=0.0).to(tl.float32) * factor
+                        tl.store(at, e.to(exponentials.dtype.element_ty), mask=v < strip_columns)
+
+
+@triton.jit
+def _weighted_rows_kernel(
+    exponentials, w, totals, count, first_row, num_rows, first_column, strip_columns, V, D, weight_stride, num_programs,
+    FIRST: tl.constexpr, SPLITS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """totals[s] (+)= exponentials W over one strip, its columns cut into SPLITS parts with a partial sum of their own."""
+    valid = tl.minimum(tl.load(count).to(tl.int32) - first_row, num_rows)
+    row_tiles = tl.cdiv(valid, BLOCK_N)
+    column_tiles = tl.cdiv(D, BLOCK_D)
+    part = tl.cdiv(strip_columns, SPLITS * BLOCK_V) * BLOCK_V
+    for index in tl.range(tl.program_id(0), row_tiles * column_tiles * SPLITS, num_programs):
+        split = index % SPLITS
+        row_tile, column_tile = _tile_of(index // SPLITS, row_tiles, column_tiles, GROUP)
+        row = row_tile * BLOCK_N
+        d = column_tile * BLOCK_D
+        r = row + tl.arange(0, BLOCK_N)
+        c = d + tl.arange(0, BLOCK_D)
+        at = totals + (split * num_rows + r).to(tl.int64)[:, None] * D + c[None, :]
+        inside = (r < valid)[:, None] & (c < D)[None, :]
+        # Earlier strips are read before the product: read after it, they would need registers beside the result's.
+        if FIRST:
+            total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        else:
+            total = tl.load(at, mask=inside, other=0.0)
+        for v in range(split * part, tl.minimum((split + 1) * part, strip_columns), BLOCK_V):
+            a = _load_tile(exponentials, row, v, strip_columns, num_rows, strip_columns, TMA, BLOCK_N, BLOCK_V)
+            b = _load_tile(w, first_column + v, d, weight_stride, V, D, TMA, BLOCK_V, BLOCK_D)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+        tl.store(at, total, mask=inside)
+
+
+@triton.jit
+def _finish_rows_kernel(
+    weight, position_labels, labels, place, target, top, others, totals, logps, normalisers, direction, first_row, num_rows,
+    D, weight_stride, logit_scale, softcap, ignore_index,
+    KEEP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Log-prob and normaliser (t, sum) of each valid row of a block, and its direction (1 - p) z' W[y] - sum of p_v z'_v W[v]."""
+    position = tl.program_id(0)
+    if tl.load(position_labels + position) != ignore_index:
+        n = tl.load(place + position).to(tl.int64) - 1
+        r = n - first_row
+        if (r >= 0) & (r < num_rows):
+            z = tl.load(target + n)
+            t = tl.load(top + n)
+            rest = tl.load(others + n)
+            total = rest + tl.exp(z - t)
+            tl.store(logps + position, tl.where(z == t, -_log1p(rest), (z - t) - tl.log(total)))
+            tl.store(normalisers + 2 * n, t)
+            tl.store(normalisers + 2 * n + 1, total)
+            if KEEP:
+                label = tl.load(labels + n)
+                toward = rest / total * _logit_slope(z, logit_scale, softcap, HAS_SOFTCAP)
+                away = 1.0 / total
+                if not HAS_SOFTCAP:
+                    away = away * logit_scale
+                for begin in range(0, D, BLOCK_D):
+                    d = begin + tl.arange(0, BLOCK_D)
+                    w = tl.load(weight + label * weight_stride + d, mask=d < D, other=0.0).to(tl.float32)
+                    pulled = tl.zeros([BLOCK_D], tl.float32)
+                    for split in range(SPLITS):
+                        pulled += tl.load(totals + (split * num_rows + r) * D + d, mask=d < D, other=0.0)
+                    result = toward * w - away * pulled
+                    tl.store(direction + n * D + d, result.to(direction.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _scale_rows_backward_kernel(
+    grad_logps, grad_stride, direction, labels, place, out, D, ignore_index, BLOCK_D: tl.constexpr
+):
+    """out[position] = grad_logps[position] * direction of that row, 0 where ignored."""
+    position = tl.program_id(0).to(tl.int64)
+    counted = tl.load(labels + position) != ignore_index
+    n = tl.maximum(tl.load(place + position).to(tl.int64) - 1, 0)
+    c = tl.load(grad_logps + position * grad_stride).to(tl.float32)
+    for begin in range(0, D, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        x = tl.load(direction + n * D + d, mask=(d < D) & counted, other=0.0).to(tl.float32)
+        tl.store(out + position * D + d, tl.where(counted, c * x, 0.0).to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _logit_grads_backward_kernel(
+    x, w, bias, labels, normalisers, misses, coefficients, logit_grads, column_sums, count, num_rows, first_column, strip_columns,
+    V, D, weight_stride, logit_scale, softcap, num_programs,
+    HAS_BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """c (onehot - softmax) z' of one strip for all valid rows, with 1 - p_y given as `misses`.
+
+    The rows between the last valid one and the end of its tile are 0: the next product sums over whole tiles.
+    """
+    valid = tl.load(count).to(tl.int32)
+    row_tiles = tl.cdiv(valid, BLOCK_N)
+    column_tiles = tl.cdiv(strip_columns, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, num_programs):
+        row_tile, column_tile = _tile_of(tile, row_tiles, column_tiles, GROUP)
+        row = row_tile * BLOCK_N
+        column = first_column + column_tile * BLOCK_V
+        z = _logits_tile(
+            x, w, bias, row, column, D, V, num_rows, weight_stride, logit_scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        r = row + tl.arange(0, BLOCK_N)
+        c = column + tl.arange(0, BLOCK_V)
+        inside = r < valid
+        label = tl.load(labels + r, mask=inside, other=-1)
+        reference = tl.load(normalisers + 2 * r, mask=inside, other=0.0)
+        total = tl.load(normalisers + 2 * r + 1, mask=inside, other=1.0)
+        coefficient = tl.load(coefficients + r, mask=inside, other=0.0)
+        slope = _logit_slope(z, logit_scale, softcap, HAS_SOFTCAP)
+        p = tl.exp(z - reference[:, None]) / total[:, None]
+        miss = tl.load(misses + r, mask=inside, other=0.0)
+        g = tl.where(c[None, :] == label[:, None], miss[:, None], -p) * slope * coefficient[:, None]
+        g = tl.where(inside[:, None] & (c < V)[None, :], g, 0.0)
+        if BIAS_GRAD:
+            s = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
+            tl.store(column_sums + row_tile * strip_columns + s, tl.sum(g, 0), mask=s < strip_columns)
+        if TMA:
+            logit_grads.store([row, column_tile * BLOCK_V], g.to(w.dtype))
+        else:
+            s = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
+            place = logit_grads + r[:, None].to(tl.int64) * strip_columns + s[None, :]
+            tl.store(
+                place, g.to(logit_grads.dtype.element_ty), mask=(r < num_rows)[:, None] & (s < strip_columns)[None, :]
+            )
+
+
+@triton.jit
+def _weight_grad_backward_kernel(
+    logit_grads, x, grad_weight, peak, count, num_rows, first_column, strip_columns, V, D, num_programs,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A strip of dW = logit_grads^T x over all valid rows: summed in fp32, rounded once."""
+    valid = tl.load(count).to(tl.int32)
+    scale = tl.load(peak)
+    row_tiles = tl.cdiv(strip_columns, BLOCK_V)
+    column_tiles = tl.cdiv(D, BLOCK_D)
+    for index in tl.range(tl.program_id(0), row_tiles * column_tiles, num_programs):
+        row_tile, column_tile = _tile_of(index, row_tiles, column_tiles, GROUP)
+        v = row_tile * BLOCK_V
+        d = column_tile * BLOCK_D
+        total = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
+        for n in range(0, valid, BLOCK_N):
+            g = _load_tile(logit_grads, n, v, strip_columns, num_rows, strip_columns, TMA, BLOCK_N, BLOCK_V)
+            b = _load_tile(x, n, d, D, num_rows, D, TMA, BLOCK_N, BLOCK_D)
+            total = tl.dot(g.T, b, total, input_precision=PRECISION)
+        r = first_column + v + tl.arange(0, BLOCK_V)
+        c = d + tl.arange(0, BLOCK_D)
+        at = grad_weight + r.to(tl.int64)[:, None] * D + c[None, :]
+        inside = ((v + tl.arange(0, BLOCK_V)) < strip_columns)[:, None] & (r < V)[:, None] & (c < D)[None, :]
+        tl.store(at, (total * scale).to(grad_weight.dtype.element_ty), mask=inside)

@@ -1,0 +1,264 @@
+"""Runs the kernels of triton_kernels.py: allocates, cuts rows and vocabulary to a memory bound, launches, never waits.
+
+    prepare rows -> for each block of rows, for each strip of the vocabulary:
+        exponentials of the logits -> settle the rows' references and sums -> (with a gradient) add exponentials x W
+    -> finish rows
+
+Nothing here reads a tensor on the host, so a call can be captured in a CUDA graph.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from synpo_fast.ops.linear_logprobs import triton_kernels as kernels
+from synpo_fast.ops.linear_logprobs.problem import Problem
+from synpo_fast.ops.linear_logprobs.triton_config import KernelConfig, Tile, cut_forward, cut_weight_grad, kernel_config
+from synpo_fast.ops.linear_logprobs.triton_support import interpreting
+
+
+@functools.cache
+def _num_programs(device: torch.device) -> int:
+    """Programs of a persistent grid: one per multiprocessor."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _config(device: torch.device, dtype: torch.dtype) -> KernelConfig:
+    if device.type != "cuda":
+        return kernel_config(dtype, 0)
+    major, minor = torch.cuda.get_device_capability(device)
+    return kernel_config(dtype, 10 * major + minor)
+
+
+def _limit(dtype: torch.dtype) -> float:
+    """How far above the reference a logit may lie: e^limit, summed over a vocabulary, must fit the dtype and fp32."""
+    return 8.0 if dtype == torch.float16 else 60.0
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """fp32 products are exact unless torch was told that tf32 will do."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _block_dim(dim: int) -> int:
+    return min(1024, triton.next_power_of_2(dim))
+
+
+def _tma_fits(*tensors: Tensor) -> bool:
+    """The copy engine wants rows of unit stride that start at multiples of 16 bytes."""
+    return all(
+        t.stride(1) == 1 and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors
+    )
+
+
+def _operand(tensor: Tensor, rows: int, columns: int, tma: bool) -> Any:
+    if not tma:
+        return tensor
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
+
+
+def _options(tile: Tile) -> dict[str, int]:
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+class _Rows:
+    """The compacted valid rows on the device: hidden [N, D], labels [N], targets [N], and how many of them there are."""
+
+    def __init__(self, problem: Problem, weight: Tensor) -> None:
+        num_labels, dim = problem.labels.shape[0], weight.shape[1]
+        hidden = problem.hidden if problem.hidden.stride(-1) == 1 else problem.hidden.contiguous()
+        self.kept = problem.labels != problem.ignore_index
+        self.place = torch.cumsum(self.kept, 0)
+        self.count = self.place[-1:]
+        self.hidden = torch.zeros(num_labels, dim, dtype=hidden.dtype, device=hidden.device)
+        self.labels = torch.zeros_like(problem.labels)
+        self.target, self.top, self.others = torch.zeros(3, num_labels, dtype=torch.float32, device=hidden.device)
+        kernels._prepare_rows_kernel[(num_labels,)](
+            hidden, weight, problem.bias, problem.labels, problem.rows, self.place,
+            hidden.shape[0], weight.shape[0], dim, hidden.stride(0), weight.stride(0),
+            problem.logit_scale, problem.softcap or 0.0, problem.ignore_index,
+            self.hidden, self.labels, self.target, self.top, self.others,
+            HAS_BIAS=problem.bias is not None, HAS_ROWS=problem.rows is not None,
+            HAS_SOFTCAP=problem.softcap is not None, BLOCK_D=_block_dim(dim),
+        )  # fmt: skip
+
+    def compact(self, values: Tensor) -> Tensor:
+        """[N] in the order of the labels -> [N], valid ones first, zeros behind."""
+        slot = torch.where(self.kept, self.place - 1, values.shape[0])
+        return values.new_zeros(values.shape[0] + 1).scatter_(0, slot, values)[:-1]
+
+
+def _head(weight: Tensor) -> Tensor:
+    return weight if weight.stride(1) == 1 else weight.contiguous()
+
+
+def linear_logprobs_forward(problem: Problem, want_direction: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs [N] (0 where ignored), normalisers [N, 2] and direction [N, D] (or [0, D]) of the compacted rows."""
+    device, dtype = problem.hidden.device, problem.hidden.dtype
+    num_labels, (vocabulary, dim) = problem.labels.shape[0], problem.weight.shape
+    logps = torch.zeros(num_labels, dtype=torch.float32, device=device)
+    normalisers = torch.zeros(num_labels, 2, dtype=torch.float32, device=device)
+    if num_labels == 0:
+        return logps, normalisers, problem.hidden.new_empty(0, dim)
+    config, programs = _config(device, dtype), _num_programs(device)
+    cut = cut_forward(num_labels, dim, vocabulary, dtype.itemsize, config, programs)
+    if interpreting():
+        cut = _small_cut(num_labels, vocabulary, config)
+    columns = cut.columns if want_direction else -(-vocabulary // config.logits.columns) * config.logits.columns
+    tiles = columns // config.logits.columns
+
+    weight = _head(problem.weight)
+    rows = _Rows(problem, weight)
+    kept_rows = cut.rows if want_direction else 0
+    exponentials = torch.empty(kept_rows, columns, dtype=dtype, device=device)
+    totals = torch.empty(cut.splits, kept_rows, dim, dtype=torch.float32, device=device)
+    tile_top, tile_sum = torch.empty(2, tiles, cut.rows, dtype=torch.float32, device=device)
+    tma = config.copy_engine and _tma_fits(rows.hidden, weight) and (not want_direction or _tma_fits(exponentials))
+
+    x, w = (
+        _operand(t, r, config.logits.depth, tma)
+        for t, r in ((rows.hidden, config.logits.rows), (weight, config.logits.columns))
+    )
+    e_out = _operand(exponentials, config.logits.rows, config.logits.columns, tma and want_direction)
+    e_in = _operand(exponentials, config.weighted.rows, config.weighted.depth, tma and want_direction)
+    w_in = _operand(weight, config.weighted.depth, config.weighted.columns, tma)
+    shape = {"HAS_SOFTCAP": problem.softcap is not None, "KEEP": want_direction}
+    for first_row in range(0, num_labels, cut.rows):
+        block = min(cut.rows, num_labels - first_row)
+        for first_column in range(0, vocabulary, columns):
+            kernels._exp_logits_forward_kernel[(programs,)](
+                x, w, problem.bias, rows.labels, rows.top, e_out, tile_top, tile_sum, rows.count,
+                first_row, block, first_column, columns, vocabulary, dim, weight.stride(0),
+                problem.logit_scale, problem.softcap or 0.0, programs,
+                HAS_BIAS=problem.bias is not None, TMA=tma, PRECISION=_precision(dtype), LIMIT=_limit(dtype),
+                BLOCK_N=config.logits.rows, BLOCK_V=config.logits.columns, BLOCK_D=config.logits.depth,
+                GROUP=config.logits.group, **shape, **_options(config.logits),
+            )  # fmt: skip
+            kernels._settle_rows_kernel[(block,)](
+                rows.top, rows.others, tile_top, tile_sum, exponentials, totals, rows.count,
+                first_row, block, columns, dim,
+                KEEP=want_direction, TILES=tiles, BLOCK_T=triton.next_power_of_2(tiles),
+                BLOCK_V=config.logits.columns, BLOCK_D=_block_dim(dim), SPLITS=cut.splits if first_column else 0,
+            )  # fmt: skip
+            if want_direction:
+                kernels._weighted_rows_kernel[(programs,)](
+                    e_in, w_in, totals, rows.count, first_row, block, first_column, columns, vocabulary, dim,
+                    weight.stride(0), programs,
+                    FIRST=first_column == 0, SPLITS=cut.splits, TMA=tma, PRECISION=_precision(dtype),
+                    BLOCK_N=config.weighted.rows, BLOCK_D=config.weighted.columns, BLOCK_V=config.weighted.depth,
+                    GROUP=config.weighted.group, **_options(config.weighted),
+                )  # fmt: skip
+        # Every valid row of this block has been read for the last time: its direction takes its place.
+        kernels._finish_rows_kernel[(num_labels,)](
+            weight, problem.labels, rows.labels, rows.place, rows.target, rows.top, rows.others, totals,
+            logps, normalisers, rows.hidden, first_row, block, dim, weight.stride(0),
+            problem.logit_scale, problem.softcap or 0.0, problem.ignore_index,
+            SPLITS=cut.splits, BLOCK_D=_block_dim(dim), **shape,
+        )  # fmt: skip
+    return logps, normalisers, rows.hidden if want_direction else rows.hidden.new_empty(0, dim)
+
+
+def _small_cut(num_rows: int, vocabulary: int, config: KernelConfig) -> Any:
+    """In the interpreter: several blocks, strips and splits even for the few rows of a test."""
+    from synpo_fast.ops.linear_logprobs.triton_config import Cut
+
+    strip = min(-(-vocabulary // (2 * config.logits.columns)) * 2, 4) * config.logits.columns
+    return Cut(rows=min(num_rows, 2 * config.logits.rows), columns=strip, splits=2)
+
+
+def linear_logprobs_backward(
+    problem: Problem,
+    grad_logps: Tensor,
+    logps: Tensor,
+    normalisers: Tensor,
+    direction: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients to hidden [M, D], weight [V, D] and bias [V], each where `needs` says so."""
+    grad_hidden: Tensor | None = None
+    grad_weight: Tensor | None = None
+    grad_bias: Tensor | None = None
+    if problem.labels.shape[0] == 0:
+        grad_hidden, grad_weight = torch.zeros_like(problem.hidden), torch.zeros_like(problem.weight)
+        grad_bias = torch.zeros_like(problem.weight[:, 0])
+    else:
+        if needs[0]:
+            grad_hidden = _hidden_grad(problem, grad_logps, direction)
+        if needs[1] or needs[2]:
+            grad_weight, grad_bias = _weight_grads(problem, grad_logps, logps, normalisers, needs[2])
+    return (
+        grad_hidden if needs[0] else None,
+        grad_weight if needs[1] else None,
+        grad_bias if needs[2] else None,
+    )
+
+
+def _hidden_grad(problem: Problem, grad_logps: Tensor, direction: Tensor) -> Tensor:
+    num_labels, dim = direction.shape
+    place = torch.cumsum(problem.labels != problem.ignore_index, 0)
+    scaled = torch.empty_like(direction)
+    kernels._scale_rows_backward_kernel[(num_labels,)](
+        grad_logps, grad_logps.stride(0), direction, problem.labels, place, scaled, dim, problem.ignore_index,
+        BLOCK_D=_block_dim(dim),
+    )  # fmt: skip
+    if problem.rows is None:
+        return scaled
+    grad_hidden = torch.zeros(problem.hidden.shape, dtype=direction.dtype, device=direction.device)
+    return grad_hidden.index_add_(0, problem.rows, scaled)
+
+
+def _weight_grads(
+    problem: Problem, grad_logps: Tensor, logps: Tensor, normalisers: Tensor, bias_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    device, dtype = problem.hidden.device, problem.hidden.dtype
+    num_labels, (vocabulary, dim) = problem.labels.shape[0], problem.weight.shape
+    config, programs = _config(device, dtype), _num_programs(device)
+    weight = _head(problem.weight)
+    rows = _Rows(problem, weight)
+    columns = cut_weight_grad(num_labels, vocabulary, dtype.itemsize, config)
+    if interpreting():
+        columns = _small_cut(num_labels, vocabulary, config).columns
+    # Late in SynPO a coefficient can be below fp16's smallest number: the products see coefficients of size 1.
+    peak = grad_logps.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    coefficients = rows.compact((grad_logps / peak).float())
+    misses = rows.compact(-torch.expm1(logps))
+
+    row_tiles = -(-num_labels // config.logit_grads.rows)
+    logit_grads = torch.empty(row_tiles * config.logit_grads.rows, columns, dtype=dtype, device=device)
+    grad_weight = torch.empty(vocabulary, dim, dtype=dtype, device=device)
+    grad_bias = torch.empty(vocabulary, dtype=dtype, device=device) if bias_grad else None
+    column_sums = torch.zeros(row_tiles if bias_grad else 0, columns, dtype=torch.float32, device=device)
+    tma = config.copy_engine and _tma_fits(rows.hidden, weight, logit_grads)
+
+    logits, grads = config.logit_grads, config.weight_grad
+    x, w = _operand(rows.hidden, logits.rows, logits.depth, tma), _operand(weight, logits.columns, logits.depth, tma)
+    g_out = _operand(logit_grads, logits.rows, logits.columns, tma)
+    g_in, x_in = (
+        _operand(logit_grads, grads.depth, grads.rows, tma),
+        _operand(rows.hidden, grads.depth, grads.columns, tma),
+    )
+    for first_column in range(0, vocabulary, columns):
+        kernels._logit_grads_backward_kernel[(programs,)](
+            x, w, problem.bias, rows.labels, normalisers, misses, coefficients, g_out, column_sums, rows.count,
+            num_labels, first_column, columns, vocabulary, dim, weight.stride(0),
+            problem.logit_scale, problem.softcap or 0.0, programs,
+            HAS_BIAS=problem.bias is not None, BIAS_GRAD=bias_grad, HAS_SOFTCAP=problem.softcap is not None,
+            TMA=tma, PRECISION=_precision(dtype),
+            BLOCK_N=logits.rows, BLOCK_V=logits.columns, BLOCK_D=logits.depth, GROUP=logits.group, **_options(logits),
+        )  # fmt: skip
+        kernels._weight_grad_backward_kernel[(programs,)](
+            g_in, x_in, grad_weight, peak, rows.count, num_labels, first_column, columns, vocabulary, dim, programs,
+            TMA=tma, PRECISION=_precision(dtype),
+            BLOCK_V=grads.rows, BLOCK_D=grads.columns, BLOCK_N=grads.depth, GROUP=grads.group, **_options(grads),
+        )  # fmt: skip
+        if grad_bias is not None:
+            width = min(columns, vocabulary - first_column)
+            grad_bias[first_column : first_column + width] = column_sums[:, :width].sum(0) * peak
+    return grad_weight, grad_bias

@@ -1,0 +1,34 @@
+"""Whether the Triton backend can run here, answered without importing Triton at import time."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from synpo_fast.ops.linear_logprobs.problem import FLOAT_DTYPES
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Triton's interpreter runs kernels on CPU tensors; it must be chosen before triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_impossible(device: str, dtype: torch.dtype) -> str | None:
+    """None where the Triton backend can work on such tensors, else the reason it can not."""
+    if not _installed():
+        return "triton is not installed; `pip install synpo-fast[gpu]`"
+    if dtype not in FLOAT_DTYPES:
+        return f"it takes float32, bfloat16 and float16, hidden is {dtype}"
+    if interpreting():
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 products wrongly; use float32 or float16 there"
+        return None
+    if device not in ("cuda", "meta"):
+        return f"it works on CUDA tensors, hidden is on {device}"
+    return None

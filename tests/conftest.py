@@ -1,0 +1,27 @@
+"""Where there is no GPU, Triton's interpreter runs the kernels; that must be chosen before triton is first imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("synpo_fast", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("synpo_fast")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

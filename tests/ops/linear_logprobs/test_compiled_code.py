@@ -1,0 +1,65 @@
+"""The Triton kernels as a GPU would get them, compiled here for each generation and read back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+ROOT = Path(__file__).resolve().parents[3]
+INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
+PRODUCTS = {
+    "_exp_logits_forward_kernel",
+    "_weighted_rows_kernel",
+    "_logit_grads_backward_kernel",
+    "_weight_grad_backward_kernel",
+}
+
+
+@pytest.fixture(scope="module", params=sorted(INSTRUCTION))
+def reports(request, tmp_path_factory):
+    """Its own process: the one that runs the tests may have Triton in interpreter mode."""
+    out = tmp_path_factory.mktemp("compiled") / f"sm_{request.param}.json"
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/compiled_code.py"),
+        "--arch",
+        str(request.param),
+        "--json",
+        str(out),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, json.loads(out.read_text())
+
+
+def test_every_model_shape_is_there(reports):
+    _, found = reports
+    shapes = {shape for report in found for shape in report["shapes"]}
+    assert shapes == {"3584x152064", "4096x128256", "2048x151936", "4096x32000"}
+    assert {report["kernel"] for report in found} >= PRODUCTS
+
+
+def test_products_use_the_generations_matrix_instructions(reports):
+    arch, found = reports
+    for report in found:
+        if report["kernel"] in PRODUCTS:
+            assert list(report["matrix_instructions"]) == [INSTRUCTION[arch]], report
+
+
+def test_operands_come_by_the_copy_engine_from_hopper_on(reports):
+    arch, found = reports
+    for report in found:
+        if report["kernel"] in PRODUCTS:
+            assert report["copy_engine"] == (arch >= 90), report
+
+
+def test_nothing_spills_and_shared_memory_fits(reports):
+    _, found = reports
+    for report in found:
+        assert report["spilled_bytes"] == 0, report
+        assert report["registers"] > 0
+        assert report["shared_bytes"] <= report["shared_limit"], report
