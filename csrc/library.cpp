@@ -2,20 +2,29 @@
 #include <torch/library.h>
 
 #include "linear_logprobs.h"
+#include "pair_loss.h"
 
 TORCH_LIBRARY(synpo_fast_native, m) {
   // lp = log softmax(f(hidden W^T + bias))[label], f(z) = softcap * tanh(z * logit_scale / softcap). Every label is valid.
-  // Returns lp [N] and normalisers [N, 2] in fp32 (softmax = exp(z - a) / b) and, where wanted, the direction [N, D]: d lp / d hidden (else empty).
+  // Returns lp [N] and normalisers [N, 2] in fp32 (softmax = exp(z - a) / b) and, where wanted, the direction [N, D]: d lp / d hidden (else
+  // empty). With keep_exponentials also E [N, V], such that c_n / b_n E_nv (times logit_scale without a softcap) is minus the
+  // gradient of c_n lp_n to logit v, the target's included.
   m.def(
       "linear_logprobs_forward(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float logit_scale, "
-      "float? softcap, bool want_direction) -> (Tensor, Tensor, Tensor)");
+      "float? softcap, bool want_direction, bool keep_exponentials=False) -> (Tensor, Tensor, Tensor, Tensor)");
   // Gradients of sum_n coefficients_n * lp_n with respect to weight and, where wanted, bias (else an empty tensor).
   m.def(
       "linear_logprobs_weight_grad(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float logit_scale, "
       "float? softcap, Tensor logps, Tensor normalisers, Tensor coefficients, bool want_bias) -> (Tensor, Tensor)");
+  // Loss [P] of each pair, statistics [5, P] (mean lp of both, geometric means of both, arithmetic mean of the chosen),
+  // d loss / d lp [N] of each token, and how many pairs had an empty response and were left out [1].
+  m.def(
+      "synpo_pair_loss(Tensor logps, Tensor chosen_offsets, Tensor rejected_offsets, Tensor? mask, float alpha, "
+      "float beta, bool logsigmoid) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(synpo_fast_native, CPU, m) {
   m.impl("linear_logprobs_forward", &synpo_fast::linear_logprobs_forward);
   m.impl("linear_logprobs_weight_grad", &synpo_fast::linear_logprobs_weight_grad);
+  m.impl("synpo_pair_loss", &synpo_fast::synpo_pair_loss);
 }

@@ -162,12 +162,35 @@ int64_t tile_columns(int64_t rows, int64_t vocabulary) {
 
 at::Tensor unit_stride_rows(const at::Tensor& t) { return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous(); }
 
+// Brings the exponentials of every tile to the row's last reference, and gives the target the entry whose share of
+// coefficient * exponentials is its own logit gradient: (1 - p) z'.
+template <typename T>
+void settle_exponentials(
+    const at::Tensor& exponentials, const std::vector<float>& tile_top, int64_t columns, const std::vector<RowState>& state,
+    const int64_t* label, const Softmax& f) {
+  const int64_t N = exponentials.size(0), V = exponentials.size(1), stride = exponentials.stride(0);
+  T* e = exponentials.mutable_data_ptr<T>();
+  at::parallel_for(0, N, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const RowState& s = state[n];
+      for (int64_t v0 = 0; v0 < V; v0 += columns) {
+        const float top = tile_top[v0 / columns * N + n];
+        if (top == s.top) continue;
+        const Vec factor(std::exp(top - s.top));
+        T* row = e + n * stride + v0;
+        each_vector(std::min(columns, V - v0), [&](int64_t i, int64_t k) { store(row + i, load(row + i, k) * factor, k); });
+      }
+      e[n * stride + label[n]] = static_cast<T>(-s.others * f.slope(s.target) / (f.softcap == 0.f ? f.scale : 1.f));
+    }
+  });
+}
+
 // One block of rows: fills logps and, where wanted, the direction.
 template <typename T, typename W>
 void forward_block(
     const at::Tensor& hidden, const at::Tensor& hidden_gemm, const Tiles& tiles, const at::Tensor& labels,
     const at::Tensor* bias, const Softmax& f, bool keep, const at::Tensor& logps, const at::Tensor& normalisers,
-    const at::Tensor& direction) {
+    const at::Tensor& direction, const at::Tensor& exponentials) {
   const int64_t N = hidden.size(0), D = hidden.size(1), V = tiles.weight.size(0), columns = tiles.columns;
   const int64_t* label = labels.const_data_ptr<int64_t>();
   const W* x = hidden.const_data_ptr<W>();
@@ -185,7 +208,9 @@ void forward_block(
   });
 
   auto options = hidden_gemm.options();
-  at::Tensor buffer = at::empty({N * columns}, options);
+  const bool keep_all = exponentials.numel() > 0;
+  at::Tensor buffer = at::empty({keep_all ? 0 : N * columns}, options);
+  std::vector<float> tile_top(keep_all ? (V + columns - 1) / columns * N : 0);
   at::Tensor partial = keep ? at::empty({N, D}, options) : at::Tensor();
   at::Tensor total = keep ? at::zeros({N, D}, options.dtype(at::kFloat)) : at::Tensor();
   std::vector<float> shrink(N);
@@ -193,14 +218,17 @@ void forward_block(
   for (int64_t v0 = 0; v0 < V; v0 += columns) {
     const int64_t width = std::min(columns, V - v0);
     at::Tensor strip = tiles.rows(v0, width);
-    at::Tensor tile = buffer.narrow(0, 0, N * width).view({N, width});
+    at::Tensor tile = keep_all ? exponentials.narrow(1, v0, width) : buffer.narrow(0, 0, N * width).view({N, width});
     at::mm_out(tile, hidden_gemm, strip.t());
     T* z = tile.mutable_data_ptr<T>();
+    const int64_t stride = tile.stride(0);
+    float* reference = keep_all ? tile_top.data() + v0 / columns * N : nullptr;
     at::parallel_for(0, N, 4, [&](int64_t begin, int64_t end) {
       std::vector<float> row(width + Vec::size());
       for (int64_t n = begin; n < end; ++n) {
         shrink[n] =
-            softmax_row(z + n * width, b ? b + v0 : nullptr, row.data(), width, label[n] - v0, keep, f, state[n]);
+            softmax_row(z + n * stride, b ? b + v0 : nullptr, row.data(), width, label[n] - v0, keep, f, state[n]);
+        if (reference) reference[n] = state[n].top;
       }
     });
     if (!keep) continue;
@@ -216,6 +244,8 @@ void forward_block(
       }
     });
   }
+
+  if (keep_all) settle_exponentials<T>(exponentials, tile_top, columns, state, label, f);
 
   float* lp = logps.mutable_data_ptr<float>();
   float* normaliser = normalisers.mutable_data_ptr<float>();
@@ -270,9 +300,10 @@ void dispatch(at::ScalarType dtype, Body body) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logprobs_forward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logprobs_forward(
     const at::Tensor& hidden_in, const at::Tensor& weight_in, const at::Tensor& labels_in,
-    const std::optional<at::Tensor>& bias_in, double logit_scale, std::optional<double> softcap, bool want_direction) {
+    const std::optional<at::Tensor>& bias_in, double logit_scale, std::optional<double> softcap, bool want_direction,
+    bool keep_exponentials) {
   at::AutoDispatchBelowADInplaceOrView guard;
   at::Tensor labels = labels_in.contiguous();
   check_inputs(hidden_in, weight_in, labels, bias_in);
@@ -281,12 +312,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logprobs_forward(
   at::Tensor logps = at::empty({N}, hidden.options().dtype(at::kFloat));
   at::Tensor normalisers = at::empty({N, 2}, logps.options());
   at::Tensor direction = at::empty({want_direction ? N : 0, D}, hidden.options());
+  at::Tensor exponentials = at::empty({0, 0}, hidden.options());
+  TORCH_CHECK_VALUE(want_direction || !keep_exponentials, "the exponentials are kept for a gradient: want_direction must be true");
   const Softmax f{static_cast<float>(logit_scale), static_cast<float>(softcap.value_or(0.0))};
 
   dispatch(hidden.scalar_type(), [&](auto gemm, auto input) {
     using T = decltype(gemm);
     using W = decltype(input);
     const auto gemm_dtype = c10::CppTypeToScalarType<T>::value;
+    if (keep_exponentials) exponentials = at::empty({N, weight.size(0)}, hidden.options().dtype(gemm_dtype));
     std::optional<at::Tensor> bias;
     if (bias_in) bias = bias_in->to(gemm_dtype).contiguous();
     const Tiles tiles{weight, gemm_dtype, tile_columns(std::min(N, kRowBlock), weight.size(0))};
@@ -295,10 +329,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logprobs_forward(
       at::Tensor rows = hidden.narrow(0, n0, count);
       forward_block<T, W>(
           rows, rows.to(gemm_dtype), tiles, labels.narrow(0, n0, count), bias ? &*bias : nullptr, f, want_direction,
-          logps.narrow(0, n0, count), normalisers.narrow(0, n0, count), want_direction ? direction.narrow(0, n0, count) : direction);
+          logps.narrow(0, n0, count), normalisers.narrow(0, n0, count), want_direction ? direction.narrow(0, n0, count) : direction,
+          keep_exponentials ? exponentials.narrow(0, n0, count) : exponentials);
     }
   });
-  return {logps, normalisers, direction};
+  return {logps, normalisers, direction, exponentials};
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_logprobs_weight_grad(

@@ -6,6 +6,8 @@ The target logit is a dot product of its own in fp32, and the target stays out o
 token keeps its gradient.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -23,20 +25,26 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _tiles(problem: Problem, hidden: Tensor, labels: Tensor):
-    """For each tile: its slice, its labels [r, 1], its logits [r, V] in the accumulator's dtype, its target logits [r, 1].
+def _tiles(
+    problem: Problem, hidden: Tensor, labels: Tensor, kept: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+    """For each tile: its slice, labels [r, 1], logits [r, V] and target logits [r, 1] in fp32, and raw [r, V] in the dtype.
 
-    The two buffers are overwritten by the next tile; both may be used as scratch by the caller.
+    Logits and raw are buffers the caller may overwrite; the next tile does. With `kept` [n, V], raw is a part of it.
     """
     weight, bias, vocabulary = problem.weight, problem.bias, problem.weight.shape[0]
     dtype = _accumulator(hidden.dtype)
     height = rows_per_tile(hidden.shape[0], vocabulary, hidden.element_size())
-    raw_buffer = hidden.new_empty(height, vocabulary)
-    logits_buffer = raw_buffer if dtype == hidden.dtype else raw_buffer.to(dtype)
+    raw_buffer = hidden.new_empty(height, vocabulary) if kept is None else None
+    if raw_buffer is not None and dtype == hidden.dtype:
+        logits_buffer = raw_buffer
+    else:
+        logits_buffer = hidden.new_empty(height, vocabulary, dtype=dtype)
     for begin in range(0, hidden.shape[0], height):
         part = slice(begin, min(begin + height, hidden.shape[0]))
         label, rows = labels[part, None], hidden[part]
-        raw = torch.mm(rows, weight.t(), out=raw_buffer[: rows.shape[0]])
+        raw = raw_buffer[: rows.shape[0]] if raw_buffer is not None else kept[part]  # type: ignore[index]
+        torch.mm(rows, weight.t(), out=raw)
         logits = logits_buffer[: rows.shape[0]]
         if logits.data_ptr() != raw.data_ptr():
             logits.copy_(raw)
@@ -54,11 +62,23 @@ def forward_rows(
     problem: Problem, hidden: Tensor, labels: Tensor, want_direction: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [n, D], labels [n], all valid -> log-probs [n], normalisers [n, 2], direction [n, D] (or empty)."""
+    return _forward(problem, hidden, labels, want_direction, None)
+
+
+def forward_rows_kept(problem: Problem, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As forward_rows with a direction, and the exponentials [n, V] that kept.py describes."""
+    exponentials = hidden.new_empty(hidden.shape[0], problem.weight.shape[0])
+    return *_forward(problem, hidden, labels, True, exponentials), exponentials
+
+
+def _forward(
+    problem: Problem, hidden: Tensor, labels: Tensor, want_direction: bool, kept: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _accumulator(hidden.dtype)
     logps = hidden.new_empty(labels.shape, dtype=dtype)
     normalisers = logps.new_empty(labels.shape[0], 2)
     direction = torch.empty_like(hidden) if want_direction else hidden.new_empty(0, hidden.shape[1])
-    for part, label, logits, target, scratch in _tiles(problem, hidden, labels):
+    for part, label, logits, target, raw in _tiles(problem, hidden, labels, kept):
         logits.scatter_(1, label, -torch.inf)
         top = torch.maximum(logits.amax(1, keepdim=True), target)
         slope = problem.slope(logits) if want_direction and problem.softcap is not None else None
@@ -72,10 +92,13 @@ def forward_rows(
             continue
         if slope is not None:
             exponentials.mul_(slope).scatter_(1, label, 0.0)
-        pulled = torch.mm(scratch.copy_(exponentials), problem.weight).to(dtype)
-        pulled *= (problem.logit_scale if slope is None else 1.0) / total
+        scale = problem.logit_scale if slope is None else 1.0
+        pulled = torch.mm(raw.copy_(exponentials), problem.weight).to(dtype)
+        pulled *= scale / total
         pushed = problem.weight[label.squeeze(1)].to(dtype) * (others / total * problem.slope(target))
         direction[part] = pushed.sub_(pulled)
+        if kept is not None:
+            raw.scatter_(1, label, (-others * problem.slope(target) / scale).to(raw.dtype))
     return logps, normalisers, direction
 
 
@@ -95,13 +118,13 @@ def weight_grad_rows(
     coefficients = coefficients / peak
     grad_weight = torch.zeros_like(problem.weight, dtype=dtype)
     grad_bias = grad_weight.new_zeros(problem.weight.shape[0] if want_bias else 0)
-    for part, label, logits, target, scratch in _tiles(problem, hidden, labels):
+    for part, label, logits, target, raw in _tiles(problem, hidden, labels):
         slope = problem.slope(logits)
         top, total = normalisers[part].split(1, 1)
         grads = logits.sub_(top).exp_().mul_(slope).mul_(-coefficients[part, None] / total)
         at_target = -logps[part, None].expm1() * problem.slope(target) * coefficients[part, None]
         grads.scatter_(1, label, at_target)
-        grad_weight += torch.mm(scratch.copy_(grads).t(), hidden[part])
+        grad_weight += torch.mm(raw.copy_(grads).t(), hidden[part])
         if want_bias:
             grad_bias += grads.sum(0)
     return grad_weight.mul_(peak).to(problem.weight.dtype), grad_bias.mul_(peak).to(problem.weight.dtype)

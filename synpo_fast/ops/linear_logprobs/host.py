@@ -46,11 +46,7 @@ def backward(
     if needs[0]:
         scaled = torch.empty_like(direction[:count])
         torch.mul(direction[:count], coefficients[:, None], out=scaled)
-        if valid.sources is None:
-            grad_hidden = scaled
-        else:
-            grad_hidden = torch.zeros_like(problem.hidden)
-            grad_hidden.index_add_(0, valid.sources, scaled)
+        grad_hidden = valid.scatter_hidden(scaled, problem)
     if needs[1] or needs[2]:
         if count == 0:
             grad_weight = torch.zeros_like(problem.weight)

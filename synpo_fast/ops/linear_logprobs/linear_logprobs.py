@@ -60,15 +60,13 @@ def fused_linear_logprobs(
             "fused_linear_logprobs does not support torch.func transforms (grad, vmap, jvp); use torch.autograd, "
             "or materialise the logits"
         )
-    if isinstance(hidden, Tensor) and _autocast_is_on(hidden.device.type):
-        autocast_dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = (_cast(tensor, autocast_dtype) for tensor in (hidden, weight, bias))
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     problem = make_problem(
         hidden, weight, labels,
         bias=bias, rows=rows, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
     )  # fmt: skip
     chosen = choose_backend(problem.hidden, backend)
-    with _without_autocast(problem.hidden):
+    with without_autocast(problem.hidden):
         if chosen == "reference":
             logps = linear_logprobs_reference(problem)
         else:
@@ -84,15 +82,22 @@ def _autocast_is_on(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _without_autocast(tensor: Tensor) -> Any:
+def without_autocast(tensor: Tensor) -> Any:
     """The op chooses its own precisions: an autocast region around it must not touch the products inside."""
     if _autocast_is_on(tensor.device.type):
         return torch.autocast(tensor.device.type, enabled=False)
     return contextlib.nullcontext()
 
 
+def autocast_inputs(hidden: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
+    """What autocast would do to the arguments of a linear layer."""
+    if not isinstance(hidden, Tensor) or not _autocast_is_on(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return _cast(hidden, dtype), _cast(weight, dtype), _cast(bias, dtype)
+
+
 def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    """What autocast does to an argument of a linear layer."""
     if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(dtype)
     return tensor
@@ -140,13 +145,13 @@ def _module(backend: str) -> Any:
     return {"chunked": chunked, "native": native}[backend]
 
 
-def _forward(problem: Problem, want_direction: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def forward(problem: Problem, want_direction: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "triton":
         return _module(backend).linear_logprobs_forward(problem, want_direction)
     return host.forward(_module(backend), problem, want_direction)
 
 
-def _backward(
+def backward(
     problem: Problem,
     grad_logps: Tensor,
     saved: tuple[Tensor, Tensor, Tensor],
@@ -169,7 +174,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index, want_direction, backend
             )
         else:
-            logps, normalisers, direction = _forward(problem, want_direction, backend)
+            logps, normalisers, direction = forward(problem, want_direction, backend)
         if any(ctx.needs_input_grad[:3]):
             ctx.save_for_backward(hidden, weight, labels, bias, rows, logps, normalisers, direction)
         ctx.options = (logit_scale, softcap, ignore_index, backend)
@@ -185,7 +190,7 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, labels, bias, rows, logps, normalisers, direction = ctx.saved_tensors
         *numbers, backend = ctx.options
         needs = tuple(ctx.needs_input_grad[:3])
-        with _without_autocast(hidden):
+        with without_autocast(hidden):
             if _is_traced(hidden):
                 grads = _traced_backward(
                     grad_logps,
@@ -204,7 +209,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
             else:
                 problem = Problem(hidden, weight, labels, bias, rows, *numbers)
-                grads = _backward(problem, grad_logps, (logps, normalisers, direction), needs, backend)
+                grads = backward(problem, grad_logps, (logps, normalisers, direction), needs, backend)
         return *grads, None, None, None, None, None, None, None
 
 
@@ -228,7 +233,7 @@ def _traced_forward(
     logit_scale: float, softcap: float | None, ignore_index: int, want_direction: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
-    logps, normalisers, direction = _forward(problem, want_direction, backend)
+    logps, normalisers, direction = forward(problem, want_direction, backend)
     num_labels = labels.shape[0]
     return logps, _padded(normalisers, num_labels), _padded(direction, num_labels if want_direction else 0)
 
@@ -248,7 +253,7 @@ def _traced_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
     needs = (needs_hidden, needs_weight, needs_bias)
-    grads = _backward(problem, grad_logps, (logps, normalisers, direction), needs, backend)
+    grads = backward(problem, grad_logps, (logps, normalisers, direction), needs, backend)
     gh, gw, gb = (hidden.new_empty(0) if grad is None else grad for grad in grads)
     return gh, gw, gb
 

@@ -30,7 +30,7 @@ def _register_flops() -> None:
     operators = torch.ops.synpo_fast_native
 
     @register_flop_formula(operators.linear_logprobs_forward)
-    def forward_flops(hidden, weight, labels, bias, logit_scale, softcap, want_direction, **_) -> int:
+    def forward_flops(hidden, weight, labels, bias, logit_scale, softcap, want_direction, *_, **__) -> int:
         return (4 if want_direction else 2) * hidden[0] * weight[0] * weight[1]
 
     @register_flop_formula(operators.linear_logprobs_weight_grad)
@@ -44,6 +44,13 @@ def forward_rows(
     """hidden [n, D], labels [n], all valid -> log-probs [n], normalisers [n, 2], direction [n, D] (or empty)."""
     return torch.ops.synpo_fast_native.linear_logprobs_forward(
         hidden, problem.weight, labels, problem.bias, problem.logit_scale, problem.softcap, want_direction
+    )[:3]
+
+
+def forward_rows_kept(problem: Problem, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As forward_rows with a direction, and the exponentials [n, V] that kept.py describes (fp32 for fp16 inputs)."""
+    return torch.ops.synpo_fast_native.linear_logprobs_forward(
+        hidden, problem.weight, labels, problem.bias, problem.logit_scale, problem.softcap, True, True
     )
 
 

@@ -49,6 +49,12 @@ class ValidRows:
         """[M, D] -> [n, D], a copy only if it must be one."""
         return problem.hidden if self.sources is None else problem.hidden.index_select(0, self.sources)
 
+    def scatter_hidden(self, grads: Tensor, problem: Problem) -> Tensor:
+        """[n, D] -> [M, D]: gradients of a row that was picked more than once add up."""
+        if self.sources is None:
+            return grads
+        return torch.zeros_like(problem.hidden).index_add_(0, self.sources, grads)
+
     def gather(self, values: Tensor) -> Tensor:
         """[N] -> [n]."""
         return values if self.positions is None else values.index_select(0, self.positions)

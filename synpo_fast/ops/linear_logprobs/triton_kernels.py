@@ -233,11 +233,14 @@ def _weighted_rows_kernel(
 
 @triton.jit
 def _finish_rows_kernel(
-    weight, position_labels, labels, place, target, top, others, totals, logps, normalisers, direction, first_row, num_rows,
-    D, weight_stride, logit_scale, softcap, ignore_index,
-    KEEP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+    weight, position_labels, labels, place, target, top, others, totals, logps, normalisers, direction,
+    exponentials, first_row, num_rows, strip_columns, D, weight_stride, logit_scale, softcap, ignore_index,
+    KEEP: tl.constexpr, KEEP_ALL: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Log-prob and normaliser (t, sum) of each valid row of a block, and its direction (1 - p) z' W[y] - sum of p_v z'_v W[v]."""
+    """Log-prob and normaliser (t, sum) of each valid row of a block; its direction (1 - p) z' W[y] - sum of p_v z'_v W[v].
+
+    KEEP_ALL: the target gets its entry among the exponentials, see kept.py.
+    """
     position = tl.program_id(0)
     if tl.load(position_labels + position) != ignore_index:
         n = tl.load(place + position).to(tl.int64) - 1
@@ -253,9 +256,13 @@ def _finish_rows_kernel(
             if KEEP:
                 label = tl.load(labels + n)
                 toward = rest / total * _logit_slope(z, logit_scale, softcap, HAS_SOFTCAP)
-                away = 1.0 / total
+                scale = 1.0  # where the exponentials do not hold the slope
                 if not HAS_SOFTCAP:
-                    away = away * logit_scale
+                    scale = logit_scale
+                away = scale / total
+                if KEEP_ALL:
+                    at_target = -toward * total / scale
+                    tl.store(exponentials + n * strip_columns + label, at_target.to(exponentials.dtype.element_ty))
                 for begin in range(0, D, BLOCK_D):
                     d = begin + tl.arange(0, BLOCK_D)
                     w = tl.load(weight + label * weight_stride + d, mask=d < D, other=0.0).to(tl.float32)

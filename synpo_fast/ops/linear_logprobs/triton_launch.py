@@ -8,6 +8,7 @@ Nothing here reads a tensor on the host, so a call can be captured in a CUDA gra
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from synpo_fast.ops.linear_logprobs import triton_kernels as kernels
 from synpo_fast.ops.linear_logprobs.problem import Problem
-from synpo_fast.ops.linear_logprobs.triton_config import KernelConfig, Tile, cut_forward, cut_weight_grad, kernel_config
+from synpo_fast.ops.linear_logprobs.triton_config import (
+    Cut,
+    KernelConfig,
+    Tile,
+    cut_forward,
+    cut_weight_grad,
+    kernel_config,
+)
 from synpo_fast.ops.linear_logprobs.triton_support import interpreting
 
 
@@ -101,23 +109,36 @@ def _head(weight: Tensor) -> Tensor:
 
 def linear_logprobs_forward(problem: Problem, want_direction: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs [N] (0 where ignored), normalisers [N, 2] and direction [N, D] (or [0, D]) of the compacted rows."""
+    return forward(problem, want_direction, keep_all=False)[:3]
+
+
+def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As linear_logprobs_forward, and the exponentials: a strip's, or with keep_all those of every row and word."""
     device, dtype = problem.hidden.device, problem.hidden.dtype
     num_labels, (vocabulary, dim) = problem.labels.shape[0], problem.weight.shape
     logps = torch.zeros(num_labels, dtype=torch.float32, device=device)
     normalisers = torch.zeros(num_labels, 2, dtype=torch.float32, device=device)
-    if num_labels == 0:
-        return logps, normalisers, problem.hidden.new_empty(0, dim)
     config, programs = _config(device, dtype), _num_programs(device)
+    whole = -(-vocabulary // config.logits.columns) * config.logits.columns
+    if num_labels == 0:
+        nothing = problem.hidden.new_empty(0, dim)
+        return logps, normalisers, nothing, problem.hidden.new_empty(0, whole)
     cut = cut_forward(num_labels, dim, vocabulary, dtype.itemsize, config, programs)
     if interpreting():
         cut = _small_cut(num_labels, vocabulary, config)
-    columns = cut.columns if want_direction else -(-vocabulary // config.logits.columns) * config.logits.columns
+    if keep_all:
+        cut = Cut(rows=num_labels, columns=whole, splits=cut.splits)
+    columns = cut.columns if want_direction else whole
     tiles = columns // config.logits.columns
+    # fp16 kept for a second product must not exceed 1, or its factors would fall below fp16's smallest number.
+    limit = 0.0 if keep_all and dtype == torch.float16 else _limit(dtype)
 
     weight = _head(problem.weight)
     rows = _Rows(problem, weight)
     kept_rows = cut.rows if want_direction else 0
     exponentials = torch.empty(kept_rows, columns, dtype=dtype, device=device)
+    if keep_all and problem.bias is not None:
+        exponentials.zero_()  # the bias's gradient sums over all rows, whatever lies behind the valid ones
     totals = torch.empty(cut.splits, kept_rows, dim, dtype=torch.float32, device=device)
     tile_top, tile_sum = torch.empty(2, tiles, cut.rows, dtype=torch.float32, device=device)
     tma = config.copy_engine and _tma_fits(rows.hidden, weight) and (not want_direction or _tma_fits(exponentials))
@@ -137,7 +158,7 @@ def linear_logprobs_forward(problem: Problem, want_direction: bool) -> tuple[Ten
                 x, w, problem.bias, rows.labels, rows.top, e_out, tile_top, tile_sum, rows.count,
                 first_row, block, first_column, columns, vocabulary, dim, weight.stride(0),
                 problem.logit_scale, problem.softcap or 0.0, programs,
-                HAS_BIAS=problem.bias is not None, TMA=tma, PRECISION=_precision(dtype), LIMIT=_limit(dtype),
+                HAS_BIAS=problem.bias is not None, TMA=tma, PRECISION=_precision(dtype), LIMIT=limit,
                 BLOCK_N=config.logits.rows, BLOCK_V=config.logits.columns, BLOCK_D=config.logits.depth,
                 GROUP=config.logits.group, **shape, **_options(config.logits),
             )  # fmt: skip
@@ -158,17 +179,16 @@ def linear_logprobs_forward(problem: Problem, want_direction: bool) -> tuple[Ten
         # Every valid row of this block has been read for the last time: its direction takes its place.
         kernels._finish_rows_kernel[(num_labels,)](
             weight, problem.labels, rows.labels, rows.place, rows.target, rows.top, rows.others, totals,
-            logps, normalisers, rows.hidden, first_row, block, dim, weight.stride(0),
+            logps, normalisers, rows.hidden, exponentials, first_row, block, columns, dim, weight.stride(0),
             problem.logit_scale, problem.softcap or 0.0, problem.ignore_index,
-            SPLITS=cut.splits, BLOCK_D=_block_dim(dim), **shape,
+            KEEP_ALL=keep_all, SPLITS=cut.splits, BLOCK_D=_block_dim(dim), **shape,
         )  # fmt: skip
-    return logps, normalisers, rows.hidden if want_direction else rows.hidden.new_empty(0, dim)
+    direction = rows.hidden if want_direction else rows.hidden.new_empty(0, dim)
+    return logps, normalisers, direction, exponentials
 
 
-def _small_cut(num_rows: int, vocabulary: int, config: KernelConfig) -> Any:
+def _small_cut(num_rows: int, vocabulary: int, config: KernelConfig) -> Cut:
     """In the interpreter: several blocks, strips and splits even for the few rows of a test."""
-    from synpo_fast.ops.linear_logprobs.triton_config import Cut
-
     strip = min(-(-vocabulary // (2 * config.logits.columns)) * 2, 4) * config.logits.columns
     return Cut(rows=min(num_rows, 2 * config.logits.rows), columns=strip, splits=2)
 
@@ -253,12 +273,64 @@ def _weight_grads(
             TMA=tma, PRECISION=_precision(dtype),
             BLOCK_N=logits.rows, BLOCK_V=logits.columns, BLOCK_D=logits.depth, GROUP=logits.group, **_options(logits),
         )  # fmt: skip
-        kernels._weight_grad_backward_kernel[(programs,)](
-            g_in, x_in, grad_weight, peak, rows.count, num_labels, first_column, columns, vocabulary, dim, programs,
-            TMA=tma, PRECISION=_precision(dtype),
-            BLOCK_V=grads.rows, BLOCK_D=grads.columns, BLOCK_N=grads.depth, GROUP=grads.group, **_options(grads),
-        )  # fmt: skip
+        _add_weight_grad(g_in, x_in, grad_weight, peak, rows.count, first_column, columns, grads, tma, programs)
         if grad_bias is not None:
             width = min(columns, vocabulary - first_column)
             grad_bias[first_column : first_column + width] = column_sums[:, :width].sum(0) * peak
     return grad_weight, grad_bias
+
+
+def _add_weight_grad(
+    logit_grads: Any, hidden: Any, grad_weight: Tensor, peak: Tensor, count: Tensor, first_column: int, columns: int,
+    tile: Tile, tma: bool, programs: int,
+) -> None:  # fmt: skip
+    """Strip [first_column, first_column + columns) of grad_weight = peak * logit_grads^T hidden over the valid rows."""
+    base = hidden.base if tma else hidden
+    kernels._weight_grad_backward_kernel[(programs,)](
+        logit_grads, hidden, grad_weight, peak, count, base.shape[0], first_column, columns, *grad_weight.shape, programs,
+        TMA=tma, PRECISION=_precision(grad_weight.dtype),
+        BLOCK_V=tile.rows, BLOCK_D=tile.columns, BLOCK_N=tile.depth, GROUP=tile.group, **_options(tile),
+    )  # fmt: skip
+
+
+@dataclass
+class KeptOnGPU:
+    """The Triton twin of kept.KeptLogprobs: rows are compacted on the device, their number is never read."""
+
+    problem: Problem
+    logps: Tensor
+    normalisers: Tensor
+    direction: Tensor
+    exponentials: Tensor
+
+    def gradients(self, coefficients: Tensor, want_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of sum_n coefficients_n lp_n: to hidden [M, D], to weight [V, D] and, if wanted, to bias [V]."""
+        problem, dtype = self.problem, self.problem.hidden.dtype
+        grad_weight = torch.empty(problem.weight.shape, dtype=dtype, device=problem.hidden.device)
+        if problem.labels.shape[0] == 0:
+            grad_bias = grad_weight.new_zeros(grad_weight.shape[0]) if want_bias else None
+            return torch.zeros_like(problem.hidden), grad_weight.zero_(), grad_bias
+        config, programs = _config(problem.hidden.device, dtype), _num_programs(problem.hidden.device)
+        rows = _Rows(problem, _head(problem.weight))
+        totals = self.normalisers[:, 1]
+        factor = torch.where(totals > 0, -rows.compact(coefficients.float()) / totals, 0.0)
+        if problem.softcap is None:
+            factor = factor * problem.logit_scale
+        # Late in SynPO a coefficient can be below fp16's smallest number: the product sees factors of size 1.
+        peak = factor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        factor = factor / peak
+        scaled = (rows.hidden * factor[:, None]).to(dtype)
+        tile, columns = config.weight_grad, self.exponentials.shape[1]
+        tma = config.copy_engine and _tma_fits(scaled, self.exponentials)
+        e = _operand(self.exponentials, tile.depth, tile.rows, tma)
+        x = _operand(scaled, tile.depth, tile.columns, tma)
+        _add_weight_grad(e, x, grad_weight, peak, rows.count, 0, columns, tile, tma, programs)
+        grad_bias = None
+        if want_bias:
+            sums = torch.mm(factor[None].to(dtype), self.exponentials)[0, : grad_weight.shape[0]]
+            grad_bias = (sums * peak).to(dtype)
+        return _hidden_grad(problem, coefficients, self.direction), grad_weight, grad_bias
+
+
+def linear_logprobs_kept_on_gpu(problem: Problem) -> KeptOnGPU:
+    return KeptOnGPU(problem, *forward(problem, True, keep_all=True))

@@ -1,0 +1,143 @@
+"""Preference losses as pure functions of token log-probs: LOSSES names them, `preference_loss` is the one entry.
+
+Each loss takes `PairLogprobs` (dpo: and one for the reference) and returns a `LossOutput`. README.md has the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from synpo_fast.losses.cpo import cpo
+from synpo_fast.losses.dpo import dpo
+from synpo_fast.losses.nll import AuxiliaryNLL, nll
+from synpo_fast.losses.orpo import orpo
+from synpo_fast.losses.pair import LossOutput, PairLogprobs
+from synpo_fast.losses.simpo import simpo
+from synpo_fast.losses.synpo import synpo, synpo_token_coefficients
+
+__all__ = [
+    "LOSSES",
+    "AuxiliaryNLL",
+    "LossOutput",
+    "LossSpec",
+    "PairLogprobs",
+    "cpo",
+    "dpo",
+    "nll",
+    "orpo",
+    "preference_loss",
+    "simpo",
+    "synpo",
+    "synpo_token_coefficients",
+]
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """One loss: what to call, what it needs, and what it reads.
+
+    needs_reference: a second `PairLogprobs` must be given (dpo: unless reference_free).
+    reads: whether the contrast reads the sum or the mean of a response's log-probs (dpo's ipo variant: the mean).
+    has_nll: the loss includes an NLL on the chosen response.
+    options: keyword options with their defaults.
+    """
+
+    function: Callable[..., LossOutput]
+    needs_reference: bool
+    reads: Literal["sum", "mean"]
+    has_nll: bool
+    options: dict[str, float | str | bool]
+    formula: str
+
+
+LOSSES: dict[str, LossSpec] = {
+    "synpo": LossSpec(
+        function=synpo,
+        needs_reference=False,
+        reads="mean",
+        has_nll=False,
+        options={"alpha": 30.0, "beta": 0.2, "link": "sigmoid"},
+        formula="-link(alpha*(G+ - G-)) - beta*A+",
+    ),
+    "dpo": LossSpec(
+        function=dpo,
+        needs_reference=True,
+        reads="sum",
+        has_nll=False,
+        options={"beta": 0.1, "variant": "sigmoid", "label_smoothing": 0.0, "reference_free": False},
+        formula="-logsigmoid(beta*(r+ - r-))",
+    ),
+    "simpo": LossSpec(
+        function=simpo,
+        needs_reference=False,
+        reads="mean",
+        has_nll=False,
+        options={"beta": 2.0, "gamma": 0.5, "label_smoothing": 0.0},
+        formula="-logsigmoid(beta*(m+ - m-) - gamma)",
+    ),
+    "orpo": LossSpec(
+        function=orpo,
+        needs_reference=False,
+        reads="mean",
+        has_nll=True,
+        options={"beta": 0.1, "nll_reduce": "batch_token_mean"},
+        formula="NLL+ - beta*logsigmoid(log(odds+/odds-))",
+    ),
+    "cpo": LossSpec(
+        function=cpo,
+        needs_reference=False,
+        reads="sum",
+        has_nll=True,
+        options={
+            "beta": 0.1,
+            "variant": "sigmoid",
+            "label_smoothing": 0.0,
+            "nll_weight": 1.0,
+            "nll_reduce": "batch_token_mean",
+        },
+        formula="-logsigmoid(beta*(S+ - S-)) + nll_weight*NLL+",
+    ),
+}
+
+
+def preference_loss(
+    name: str,
+    policy: PairLogprobs,
+    reference: PairLogprobs | None = None,
+    *,
+    auxiliary: AuxiliaryNLL | None = None,
+    **options: float | str | bool,
+) -> LossOutput:
+    """The loss called `name` on a batch of pairs, plus the auxiliary NLL if there is one.
+
+    A pair that policy.preference marks False ("sft") has no preference term. What is left is its NLL: the loss's own
+    (orpo, cpo) and the auxiliary's, with their targets and weights; where there is neither, the token mean of
+    the NLL on its chosen response, weight 1.
+
+    Adds the metric nll_loss/ground_truth when the auxiliary target is the ground truth.
+    Raises ValueError on an unknown name or option and on a reference that is missing or not needed.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"unknown loss {name!r}, expected one of {', '.join(LOSSES)}")
+    spec = LOSSES[name]
+    unknown = sorted(set(options) - set(spec.options))
+    if unknown:
+        raise ValueError(f"loss {name!r} has no option {', '.join(unknown)}; it has {', '.join(spec.options)}")
+    if reference is not None and not spec.needs_reference:
+        raise ValueError(f"loss {name!r} takes no reference, but one was given")
+    output = spec.function(policy, reference, **options) if spec.needs_reference else spec.function(policy, **options)
+
+    losses, metrics = output.losses, dict(output.metrics)
+    if auxiliary is not None:
+        nll_P = nll(policy, target=auxiliary.target, reduce=auxiliary.reduce)
+        losses = losses + auxiliary.weight * nll_P
+        if auxiliary.target == "ground_truth":
+            truth_nll = nll(policy, target="ground_truth", reduce="batch_token_mean")
+            metrics["nll_loss/ground_truth"] = truth_nll.detach().mean()
+    elif policy.preference is not None and not spec.has_nll:
+        losses = losses + torch.where(policy.preference, 0.0, nll(policy))
+    return replace(output, losses=losses, metrics=metrics)

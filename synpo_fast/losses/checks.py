@@ -1,0 +1,31 @@
+"""Option checks shared by the losses: a wrong value is named in the ValueError."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_number(
+    name: str, value: object, *, above: float | None = None, at_least: float | None = None, below: float | None = None
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, expected a finite number")
+    if above is not None and not value > above:
+        raise ValueError(f"{name} is {value!r}, expected more than {above}")
+    if at_least is not None and not value >= at_least:
+        raise ValueError(f"{name} is {value!r}, expected at least {at_least}")
+    if below is not None and not value < below:
+        raise ValueError(f"{name} is {value!r}, expected less than {below}")
+
+
+def check_label_smoothing(label_smoothing: object, variant: str) -> None:
+    """Smoothing flips the label of a log-sigmoid; the other variants have no such form."""
+    check_number("label_smoothing", label_smoothing, at_least=0.0, below=0.5)
+    if variant != "sigmoid" and label_smoothing != 0.0:
+        raise ValueError(f"label_smoothing is {label_smoothing!r}, but variant {variant!r} has no smoothed form")

@@ -1,0 +1,66 @@
+"""Negative log-likelihood of the chosen response or of the ground truth, and the auxiliary term built from it.
+
+    token_mean         NLL_i = -sum_t lp_t / T_i                   LongVPO, and gDPO at one pair a batch
+    batch_token_mean   NLL_i = -P * sum_t lp_t / sum_j T_j         over pairs, this averages to the batch's token mean
+    sum                NLL_i = -sum_t lp_t
+
+batch_token_mean weighs a pair by its length and depends on what else is in the batch, so gradient accumulation changes
+it; it is what cross-entropy with reduction "mean" computes in TRL, Liger and the ORPO authors' code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from synpo_fast.losses.checks import check_choice, check_number
+from synpo_fast.losses.pair import PairLogprobs, host_can_read
+from synpo_fast.losses.segments import segment_lengths, segment_sum
+
+TARGETS = ("chosen", "ground_truth")
+REDUCES = ("token_mean", "batch_token_mean", "sum")
+
+
+@dataclass(frozen=True)
+class AuxiliaryNLL:
+    """weight * NLL(target), added to the loss of every pair.
+
+    LongVPO: the defaults. gDPO: target "ground_truth", weight 0.1. Raises ValueError on an unknown target or reduce and
+    on weight < 0.
+    """
+
+    target: str = "chosen"
+    weight: float = 1.0
+    reduce: str = "token_mean"
+
+    def __post_init__(self) -> None:
+        check_choice("target", self.target, TARGETS)
+        check_number("weight", self.weight, at_least=0.0)
+        check_choice("reduce", self.reduce, REDUCES)
+
+
+def nll(policy: PairLogprobs, *, target: str = "chosen", reduce: str = "token_mean") -> Tensor:
+    """NLL of each pair's target, [P], with autograd.
+
+    Raises ValueError on an unknown target or reduce, a ground truth that is missing, and, on the CPU, an empty target;
+    elsewhere an empty target has NLL 0.
+    """
+    check_choice("target", target, TARGETS)
+    check_choice("reduce", reduce, REDUCES)
+    logps, offsets = (
+        (policy.chosen, policy.chosen_offsets)
+        if target == "chosen"
+        else (policy.ground_truth, policy.ground_truth_offsets)
+    )
+    if logps is None or offsets is None:
+        raise ValueError("target is 'ground_truth', but the policy log-probs hold no ground_truth")
+    lengths = segment_lengths(offsets)
+    if host_can_read(offsets) and bool((lengths == 0).any()):
+        raise ValueError(f"{target} response of pair {int((lengths == 0).nonzero()[0])} is empty")
+    sums = segment_sum(logps, offsets)
+    if reduce == "token_mean":
+        return -sums / lengths.clamp(min=1)
+    if reduce == "batch_token_mean":
+        return -sums * policy.num_pairs / offsets[-1].clamp(min=1)
+    return -sums

@@ -1,0 +1,276 @@
+"""What goes into a preference loss, and what comes out.
+
+In: `PairLogprobs`, the token log-probs of P pairs, ragged and flat. Out: `LossOutput`, one loss per pair with autograd,
+detached rewards, and metrics under TRL's names.
+
+Which pairs take part in the preference term (`compared_pairs`):
+- a pair that `preference` marks False ("sft" rows of a manifest) does not: its preference loss and rewards are 0;
+- a pair with an empty response does not either. On the CPU, where looking is free, such a pair is a ValueError when
+  the `PairLogprobs` is made. On a GPU looking would stall the device, so it contributes 0 and the metric empty_pairs
+  counts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from synpo_fast.losses.segments import segment_lengths, segment_sum, upcast
+
+
+@dataclass(frozen=True, eq=False)
+class PairLogprobs:
+    """Token log-probs of P pairs. Response i of `chosen` is chosen[chosen_offsets[i] : chosen_offsets[i + 1]].
+
+    chosen [Nc], rejected [Nr]: floating point; 16-bit is converted to fp32 before any arithmetic, but autograd rounds
+        the gradient of a 16-bit tensor to 16 bits, so keep log-probs in fp32 up to here.
+    chosen_offsets, rejected_offsets [P+1]: int32 or int64, starting at 0.
+    ground_truth [Ng], ground_truth_offsets [P+1]: for an `AuxiliaryNLL` on the ground truth.
+    preference [P] bool: False skips the preference term of that pair; None means all True.
+
+    Raises ValueError on shapes, dtypes or devices that do not fit, and, for CPU tensors, on offsets that do not cover
+    the tokens and on an empty response in a pair that is compared.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_offsets: Tensor
+    rejected_offsets: Tensor
+    ground_truth: Tensor | None = None
+    ground_truth_offsets: Tensor | None = None
+    preference: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check_ragged("chosen", self.chosen, self.chosen_offsets)
+        _check_ragged("rejected", self.rejected, self.rejected_offsets)
+        _check_same_pairs("rejected", self.rejected_offsets, self.chosen_offsets)
+        if (self.ground_truth is None) != (self.ground_truth_offsets is None):
+            raise ValueError("ground_truth and ground_truth_offsets must be given together")
+        if self.ground_truth is not None and self.ground_truth_offsets is not None:
+            _check_ragged("ground_truth", self.ground_truth, self.ground_truth_offsets)
+            _check_same_pairs("ground_truth", self.ground_truth_offsets, self.chosen_offsets)
+        if self.preference is not None:
+            mask = self.preference
+            if mask.dtype != torch.bool or mask.shape != (self.num_pairs,) or mask.device != self.device:
+                raise ValueError(
+                    f"preference is {mask.dtype} of shape {tuple(mask.shape)} on {mask.device}, expected bool of shape "
+                    f"({self.num_pairs},) on {self.device}"
+                )
+        _check_not_empty("chosen", self.chosen_offsets, self.preference)
+        _check_not_empty("rejected", self.rejected_offsets, self.preference)
+
+    @property
+    def num_pairs(self) -> int:
+        return self.chosen_offsets.shape[0] - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.chosen_offsets.device
+
+    @classmethod
+    def from_pairs(
+        cls,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        *,
+        ground_truth: Sequence[Tensor] | None = None,
+        preference: Sequence[bool] | None = None,
+    ) -> PairLogprobs:
+        """From one (chosen, rejected) couple of 1-D tensors per pair, as score_pairs returns them."""
+        if not pairs:
+            raise ValueError("pairs is empty")
+        chosen, chosen_offsets = _flatten("chosen", [pair[0] for pair in pairs])
+        rejected, rejected_offsets = _flatten("rejected", [pair[1] for pair in pairs])
+        truth, truth_offsets = (None, None) if ground_truth is None else _flatten("ground_truth", ground_truth)
+        mask = None if preference is None else torch.tensor(preference, dtype=torch.bool)
+        return cls(
+            chosen=chosen,
+            rejected=rejected,
+            chosen_offsets=chosen_offsets,
+            rejected_offsets=rejected_offsets,
+            ground_truth=truth,
+            ground_truth_offsets=truth_offsets,
+            preference=None if mask is None else mask.to(chosen.device, non_blocking=True),
+        )
+
+    @classmethod
+    def from_sums(cls, chosen: Tensor, rejected: Tensor) -> PairLogprobs:
+        """From one number per response, [P] and [P]: a reference whose log-probs were summed beforehand."""
+        offsets = torch.arange(chosen.shape[0] + 1, device=chosen.device)
+        return cls(chosen, rejected, offsets, offsets)
+
+    @classmethod
+    def from_padded(cls, logps: Tensor, mask: Tensor, *, preference: Tensor | None = None) -> PairLogprobs:
+        """From logps [2P, T] and a bool mask of its real tokens, chosen half first (the layout of Liger and TRL).
+
+        No host sync on a GPU: the flat tensors keep P*T entries there, and the offsets say how many count.
+        """
+        if logps.dim() != 2 or logps.shape[0] % 2 or mask.shape != logps.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"logps is {tuple(logps.shape)} and mask is {mask.dtype} {tuple(mask.shape)}, expected [2P, T] and "
+                "bool [2P, T]"
+            )
+        chosen, chosen_offsets = _compact(*(half.chunk(2)[0] for half in (logps, mask)))
+        rejected, rejected_offsets = _compact(*(half.chunk(2)[1] for half in (logps, mask)))
+        return cls(chosen, rejected, chosen_offsets, rejected_offsets, preference=preference)
+
+
+@dataclass(frozen=True, eq=False)
+class LossOutput:
+    """What a loss returns. Take `losses.mean()` for the loss of a batch: the mean is over all P pairs.
+
+    losses [P]: with autograd.
+    chosen_rewards, rejected_rewards [P]: detached; 0 for a pair that is not compared.
+    chosen_logps, rejected_logps [P]: detached; the sum or the mean of log-probs, whichever the loss reads.
+    metrics: detached scalars. rewards/{chosen,rejected,accuracies,margins} and logps/{chosen,rejected} are means over
+        the compared pairs and 0 if there are none; nll_loss is the NLL per chosen token over the batch;
+        preference_pairs and empty_pairs are counts, the former being the weight of the means when batches are averaged.
+    """
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    metrics: dict[str, Tensor]
+
+
+def compared_pairs(policy: PairLogprobs) -> Tensor:
+    """Bool [P]: the pairs that take part in the preference term."""
+    not_empty = _not_empty_pairs(policy)
+    return not_empty if policy.preference is None else not_empty & policy.preference
+
+
+def preference_output(
+    policy: PairLogprobs,
+    losses: Tensor,
+    *,
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+) -> LossOutput:
+    """Mask the pairs that are not compared and put the metrics together. All tensors are [P]."""
+    with torch.no_grad():
+        chosen_nll = -segment_sum(policy.chosen, policy.chosen_offsets).sum()
+    return masked_output(
+        compared_pairs(policy),
+        losses,
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        chosen_nll=chosen_nll,
+        num_chosen_tokens=policy.chosen_offsets[-1],
+        num_empty=_num_empty_pairs(policy),
+    )
+
+
+def masked_output(
+    compared: Tensor,
+    losses: Tensor,
+    *,
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    chosen_nll: Tensor,
+    num_chosen_tokens: Tensor,
+    num_empty: Tensor,
+) -> LossOutput:
+    """The same from numbers already reduced: compared [P] bool, chosen_nll summed over the num_chosen_tokens of the batch."""
+    losses = torch.where(compared, losses, 0.0)
+    with torch.no_grad():
+        chosen_rewards = torch.where(compared, chosen_rewards, 0.0)
+        rejected_rewards = torch.where(compared, rejected_rewards, 0.0)
+        num_compared = compared.sum()
+
+        def mean(values: Tensor) -> Tensor:
+            return torch.where(compared, values, 0.0).sum() / num_compared.clamp(min=1)
+
+        metrics = {
+            "rewards/chosen": mean(chosen_rewards),
+            "rewards/rejected": mean(rejected_rewards),
+            "rewards/accuracies": mean((chosen_rewards > rejected_rewards).to(losses.dtype)),
+            "rewards/margins": mean(chosen_rewards - rejected_rewards),
+            "logps/chosen": mean(chosen_logps),
+            "logps/rejected": mean(rejected_logps),
+            "nll_loss": chosen_nll / num_chosen_tokens.clamp(min=1),
+            "preference_pairs": num_compared.to(losses.dtype),
+            "empty_pairs": num_empty.to(losses.dtype),
+        }
+    return LossOutput(
+        losses=losses,
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        chosen_logps=chosen_logps.detach(),
+        rejected_logps=rejected_logps.detach(),
+        metrics=metrics,
+    )
+
+
+def host_can_read(tensor: Tensor) -> bool:
+    """Whether looking at values costs no device sync."""
+    return tensor.device.type == "cpu"
+
+
+def _not_empty_pairs(policy: PairLogprobs) -> Tensor:
+    return (segment_lengths(policy.chosen_offsets) > 0) & (segment_lengths(policy.rejected_offsets) > 0)
+
+
+def _num_empty_pairs(policy: PairLogprobs) -> Tensor:
+    empty = ~_not_empty_pairs(policy)
+    return (empty if policy.preference is None else empty & policy.preference).sum()
+
+
+def _check_ragged(name: str, logps: Tensor, offsets: Tensor) -> None:
+    if logps.dim() != 1 or not logps.is_floating_point():
+        raise ValueError(f"{name} is {logps.dtype} of shape {tuple(logps.shape)}, expected a 1-D floating tensor")
+    if offsets.dim() != 1 or offsets.shape[0] < 2 or offsets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{name}_offsets is {offsets.dtype} of shape {tuple(offsets.shape)}, expected int32 or int64 [P+1], P >= 1"
+        )
+    if logps.device != offsets.device:
+        raise ValueError(f"{name} is on {logps.device}, {name}_offsets on {offsets.device}")
+    if host_can_read(offsets):
+        values = offsets.tolist()
+        if values[0] != 0 or values[-1] != logps.shape[0] or bool((segment_lengths(offsets) < 0).any()):
+            raise ValueError(f"{name}_offsets is {values}, expected to rise from 0 to {logps.shape[0]} tokens")
+
+
+def _check_same_pairs(name: str, offsets: Tensor, chosen_offsets: Tensor) -> None:
+    if offsets.shape != chosen_offsets.shape or offsets.device != chosen_offsets.device:
+        raise ValueError(
+            f"{name}_offsets is {tuple(offsets.shape)} on {offsets.device}, chosen_offsets "
+            f"{tuple(chosen_offsets.shape)} on {chosen_offsets.device}"
+        )
+
+
+def _check_not_empty(name: str, offsets: Tensor, preference: Tensor | None) -> None:
+    if not host_can_read(offsets):
+        return
+    empty = segment_lengths(offsets) == 0
+    if preference is not None:
+        empty = empty & preference
+    if bool(empty.any()):
+        raise ValueError(f"{name} response of pair {int(empty.nonzero()[0])} is empty")
+
+
+def _flatten(name: str, responses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    offsets = [0]
+    for i, logps in enumerate(responses):
+        if logps.dim() != 1:
+            raise ValueError(f"{name} log-probs of pair {i} have shape {tuple(logps.shape)}, expected [T]")
+        offsets.append(offsets[-1] + logps.shape[0])
+    flat = torch.cat([upcast(logps) for logps in responses])
+    return flat, torch.tensor(offsets).to(flat.device, non_blocking=True)
+
+
+def _compact(logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The real tokens of logps [P, T] first, in order, the others behind them; offsets [P+1]."""
+    order = torch.argsort((~mask).flatten().to(torch.uint8), stable=True)
+    flat = logps.flatten()[order]
+    offsets = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.sum(dim=1).cumsum(0)])
+    return (flat[: int(offsets[-1])] if host_can_read(offsets) else flat), offsets

@@ -1,0 +1,136 @@
+"""The losses in plain Python floats, one pair at a time, and small ragged inputs for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from synpo_fast.losses import PairLogprobs
+
+Response = Sequence[float]
+
+# One choice of options for every branch of every loss.
+CASES: list[tuple[str, dict[str, float | str | bool]]] = [
+    ("synpo", {}),
+    ("synpo", {"alpha": 4.0, "beta": 0.5, "link": "logsigmoid"}),
+    ("dpo", {}),
+    ("dpo", {"variant": "hinge", "beta": 0.3}),
+    ("dpo", {"variant": "ipo", "beta": 0.5}),
+    ("dpo", {"label_smoothing": 0.2}),
+    ("dpo", {"reference_free": True}),
+    ("simpo", {}),
+    ("simpo", {"gamma": -0.3, "label_smoothing": 0.1}),
+    ("orpo", {}),
+    ("orpo", {"beta": 0.7, "nll_reduce": "token_mean"}),
+    ("cpo", {}),
+    ("cpo", {"variant": "hinge", "nll_weight": 0.5, "nll_reduce": "sum"}),
+    ("cpo", {"label_smoothing": 0.3}),
+]
+CASE_IDS = [name + "".join(f"-{key}={value}" for key, value in options.items()) for name, options in CASES]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def log_sigmoid(x: float) -> float:
+    return min(x, 0.0) - math.log1p(math.exp(-abs(x)))
+
+
+def smoothed(z: float, eps: float) -> float:
+    return -(1 - eps) * log_sigmoid(z) - eps * log_sigmoid(-z)
+
+
+def mean(y: Response) -> float:
+    return math.fsum(y) / len(y)
+
+
+def synpo(chosen: Response, rejected: Response, *, alpha=30.0, beta=0.2, link="sigmoid") -> float:
+    x = alpha * (math.exp(mean(chosen)) - math.exp(mean(rejected)))
+    A = mean([math.exp(lp) for lp in chosen])
+    return -(sigmoid(x) if link == "sigmoid" else log_sigmoid(x)) - beta * A
+
+
+def dpo(pair, reference, *, beta=0.1, variant="sigmoid", label_smoothing=0.0, reference_free=False) -> float:
+    sums = [math.fsum(y) for y in pair]
+    ref_sums = [0.0, 0.0] if reference_free else [math.fsum(y) for y in reference]
+    r_chosen, r_rejected = sums[0] - ref_sums[0], sums[1] - ref_sums[1]
+    if variant == "hinge":
+        return max(0.0, 1 - beta * (r_chosen - r_rejected))
+    if variant == "ipo":
+        return (r_chosen / len(pair[0]) - r_rejected / len(pair[1]) - 1 / (2 * beta)) ** 2
+    return smoothed(beta * (r_chosen - r_rejected), label_smoothing)
+
+
+def simpo(chosen: Response, rejected: Response, *, beta=2.0, gamma=0.5, label_smoothing=0.0) -> float:
+    return smoothed(beta * (mean(chosen) - mean(rejected)) - gamma, label_smoothing)
+
+
+def odds_ratio(chosen: Response, rejected: Response, *, beta=0.1) -> float:
+    def log_odds(m: float) -> float:
+        return m - math.log(-math.expm1(m))
+
+    return -beta * log_sigmoid(log_odds(mean(chosen)) - log_odds(mean(rejected)))
+
+
+def cpo_contrast(chosen: Response, rejected: Response, *, beta=0.1, variant="sigmoid", label_smoothing=0.0) -> float:
+    h = math.fsum(chosen) - math.fsum(rejected)
+    return max(0.0, 1 - beta * h) if variant == "hinge" else smoothed(beta * h, label_smoothing)
+
+
+def nll(targets: Sequence[Response], reduce: str) -> list[float]:
+    if reduce == "token_mean":
+        return [-mean(y) for y in targets]
+    if reduce == "sum":
+        return [-math.fsum(y) for y in targets]
+    total = sum(len(y) for y in targets)
+    return [-math.fsum(y) * len(targets) / total for y in targets]
+
+
+def losses(name, pairs, reference_pairs, options) -> list[float]:
+    """Loss per pair; pairs and reference_pairs are lists of (chosen, rejected)."""
+    if name == "dpo":
+        return [dpo(pair, reference, **options) for pair, reference in zip(pairs, reference_pairs, strict=True)]
+    if name in ("synpo", "simpo"):
+        return [{"synpo": synpo, "simpo": simpo}[name](*pair, **options) for pair in pairs]
+    rest = dict(options)
+    weight, reduce = rest.pop("nll_weight", 1.0), rest.pop("nll_reduce", "batch_token_mean")
+    contrast = {"orpo": odds_ratio, "cpo": cpo_contrast}[name]
+    nlls = nll([chosen for chosen, _ in pairs], reduce)
+    return [contrast(*pair, **rest) + weight * value for pair, value in zip(pairs, nlls, strict=True)]
+
+
+def ragged_pairs(lengths: Sequence[tuple[int, int]], *, seed: int = 0, low: float = -3.0):
+    """Couples of random log-probs in (low, 0), as lists of floats."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> list[float]:
+        return (low * torch.rand(n, generator=generator, dtype=torch.float64) - 1e-3).tolist()
+
+    return [(draw(num_chosen), draw(num_rejected)) for num_chosen, num_rejected in lengths]
+
+
+def as_logprobs(pairs, dtype=torch.float64, **extra) -> PairLogprobs:
+    return PairLogprobs.from_pairs([tuple(torch.tensor(y, dtype=dtype) for y in pair) for pair in pairs], **extra)
+
+
+def with_grad(policy: PairLogprobs) -> tuple[PairLogprobs, Tensor, Tensor]:
+    """The same pairs over fresh leaves that require grad, and those leaves."""
+    chosen = policy.chosen.clone().requires_grad_()
+    rejected = policy.rejected.clone().requires_grad_()
+    return (
+        PairLogprobs(
+            chosen,
+            rejected,
+            policy.chosen_offsets,
+            policy.rejected_offsets,
+            policy.ground_truth,
+            policy.ground_truth_offsets,
+            policy.preference,
+        ),
+        chosen,
+        rejected,
+    )
