@@ -1,0 +1,409 @@
+"""Preference losses on hidden states: LM head, token log-probs, loss and gradients in one module, logits never held.
+
+The calling convention is Liger's: forward(lin_weight, _input, target, bias=None) with _input [2B, T, D], the chosen half first,
+and target [2B, T] already shifted. Swapping the import is all a user of Liger's classes does.
+
+Frozen head (LoRA): the op computes log-probs and their direction at once, autograd does the rest: 4*N*D*V for N valid tokens.
+Trainable head: the module works through groups of pairs. Once a group's log-probs are there its coefficients are known, so
+the exponentials of the group are kept for exactly that long and all three products are done on the spot: 6*N*D*V, with dW
+summed in fp32. A pair too large for `group_bytes` recomputes its logits instead (8*N*D*V), and says so once.
+"""
+
+import functools
+import warnings
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss
+from synpo_fast.losses.pair import masked_output
+from synpo_fast.ops.linear_logprobs import fused_linear_logprobs
+from synpo_fast.ops.linear_logprobs.kept import linear_logprobs_kept
+from synpo_fast.ops.linear_logprobs.linear_logprobs import autocast_inputs, without_autocast
+from synpo_fast.ops.linear_logprobs.problem import make_problem
+from synpo_fast.ops.pair_loss import synpo_pair_loss
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+GROUP_BYTES = {"cuda": 2 * 2**30, "cpu": 256 * 2**20}
+
+
+class FusedLinearPreferenceLoss(nn.Module):
+    """Any loss of synpo_fast.losses on hidden states and a head.
+
+    Args:
+        loss: a key of LOSSES; `options` are its options, checked here.
+        ignore_index: target entries that do not count (prompt, padding).
+        auxiliary: an NLL term on the chosen response, added to the loss.
+        average_log_prob: losses that read sums read means instead (each response's log-probs are divided by its length).
+        logit_scale, softcap: as in fused_linear_logprobs.
+        group_bytes: what the kept exponentials of a trainable head may take; None: 2 GiB on a GPU, 256 MiB on a CPU.
+        backend: as in fused_linear_logprobs.
+
+    forward(lin_weight, _input, target, bias=None, ref_input=None, ref_weight=None, ref_bias=None) returns
+        loss, (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss, chosen_rewards, rejected_rewards)
+    where everything in the tuple is detached; logps are what the loss reads (sums or means), [B] each, and the logit means
+    are over all positions and words, as Liger's are. `last_output` keeps the LossOutput with all metrics.
+    """
+
+    def __init__(
+        self,
+        loss: str = "synpo",
+        *,
+        ignore_index: int = -100,
+        auxiliary: AuxiliaryNLL | None = None,
+        average_log_prob: bool = False,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        group_bytes: int | None = None,
+        backend: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if loss not in LOSSES:
+            raise ValueError(f"unknown loss {loss!r}, expected one of {', '.join(LOSSES)}")
+        unknown = sorted(set(options) - set(LOSSES[loss].options))
+        if unknown:
+            raise ValueError(
+                f"loss {loss!r} has no option {', '.join(unknown)}; it has {', '.join(LOSSES[loss].options)}"
+            )
+        if auxiliary is not None and auxiliary.target != "chosen":
+            raise ValueError(
+                f"auxiliary target {auxiliary.target!r} needs rows of its own; here only 'chosen' is at hand"
+            )
+        if group_bytes is not None and group_bytes < 0:
+            raise ValueError(f"group_bytes must not be negative, got {group_bytes}")
+        self.loss, self.options = loss, {**LOSSES[loss].options, **options}
+        self.ignore_index, self.auxiliary, self.average_log_prob = ignore_index, auxiliary, average_log_prob
+        self.logit_scale, self.softcap, self.group_bytes, self.backend = logit_scale, softcap, group_bytes, backend
+        self.last_output: LossOutput | None = None
+        self._mean_row: tuple[Any, int, Tensor] | None = None
+
+    def extra_repr(self) -> str:
+        return ", ".join([self.loss, *(f"{name}={value!r}" for name, value in self.options.items())])
+
+    @property
+    def needs_reference(self) -> bool:
+        return LOSSES[self.loss].needs_reference and not self.options.get("reference_free", False)
+
+    def forward(
+        self,
+        lin_weight: Tensor,
+        _input: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Outputs]:
+        self._check(lin_weight, _input, target, ref_input, ref_weight)
+        reference = self._reference_logps(target, ref_input, ref_weight, ref_bias) if self.needs_reference else None
+        if (
+            torch.is_grad_enabled()
+            and lin_weight.requires_grad
+            and _input.requires_grad
+            and self.backend != "reference"
+        ):
+            loss, output = self._forward_groups(lin_weight, _input, target, bias, reference)
+        else:
+            logps = self._logps(_input, lin_weight, target, bias)
+            output = self.loss_of_logps(logps, target, reference)
+            loss = output.losses.mean()
+        self.last_output = replace(output, losses=output.losses.detach())
+        chosen_mean, rejected_mean = self._logit_means(lin_weight, _input, bias)
+        nll = output.metrics["nll_loss"]
+        return loss, (
+            output.chosen_logps, output.rejected_logps, chosen_mean, rejected_mean, nll,
+            output.chosen_rewards, output.rejected_rewards,
+        )  # fmt: skip
+
+    def loss_of_logps(self, logps: Tensor, target: Tensor, reference: Tensor | None = None) -> LossOutput:
+        """The loss per pair from token log-probs [2B, T] (0 where ignored), with autograd."""
+        mask = target != self.ignore_index
+        if self.average_log_prob:
+            lengths = mask.sum(1, keepdim=True).clamp(min=1)
+            logps = logps / lengths
+            reference = None if reference is None else reference / lengths
+        if self.loss == "synpo" and self.auxiliary is None:
+            return _synpo_output(logps, mask, **self.options)
+        policy = PairLogprobs.from_padded(logps, mask)
+        ref = None if reference is None else PairLogprobs.from_padded(reference, mask)
+        return preference_loss(self.loss, policy, ref, auxiliary=self.auxiliary, **self.options)
+
+    def _logps(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
+        return fused_linear_logprobs(
+            hidden, weight, target, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap,
+            ignore_index=self.ignore_index, backend=self.backend,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _reference_logps(
+        self, target: Tensor, ref_input: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
+    ) -> Tensor:
+        if ref_input is None or ref_weight is None:
+            raise ValueError(f"loss {self.loss!r} needs ref_input and ref_weight, or reference_free=True")
+        return self._logps(ref_input, ref_weight, target, ref_bias)
+
+    def _check(
+        self, weight: Tensor, hidden: Tensor, target: Tensor, ref_input: Tensor | None, ref_weight: Tensor | None
+    ) -> None:
+        if hidden.dim() != 3 or hidden.shape[0] % 2 or hidden.shape[0] == 0:
+            raise ValueError(f"_input must be [2B, T, D], chosen half first, got {list(hidden.shape)}")
+        if target.shape != hidden.shape[:2]:
+            raise ValueError(f"target must be {list(hidden.shape[:2])} as _input, got {list(target.shape)}")
+        if not self.needs_reference and (ref_input is not None or ref_weight is not None):
+            raise ValueError(f"loss {self.loss!r} as configured reads no reference, but one was given")
+
+    @torch.no_grad()
+    def _logit_means(self, weight: Tensor, hidden: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean raw logit over all positions and words: mean hidden row times mean row of W, so no logits are needed."""
+        mean_row = self._mean_weight_row(weight)
+        chosen, rejected = (half.mean((0, 1), dtype=torch.float32) @ mean_row for half in hidden.chunk(2))
+        shift = 0.0 if bias is None else bias.mean(dtype=torch.float32)
+        return chosen + shift, rejected + shift
+
+    def _mean_weight_row(self, weight: Tensor) -> Tensor:
+        """Kept while the same tensor is passed unchanged, as a frozen head is."""
+        if self._mean_row is not None:
+            tensor, version, mean = self._mean_row
+            if tensor() is weight and version == weight._version:
+                return mean
+        mean = weight.mean(0, dtype=torch.float32)
+        self._mean_row = (weakref.ref(weight), weight._version, mean)
+        return mean
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_mean_row": None, "last_output": None}
+
+    @torch.compiler.disable
+    def _forward_groups(
+        self, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None, reference: Tensor | None
+    ) -> tuple[Tensor, LossOutput]:
+        hidden, weight, bias = autocast_inputs(hidden, weight, bias)
+        with without_autocast(hidden):
+            loss, logps = _GroupedPreference.apply(weight, hidden, bias, target, reference, self)
+        with torch.no_grad():
+            return loss, self.loss_of_logps(logps, target, reference)
+
+    def coefficients(self, logps: Tensor, target: Tensor, reference: Tensor | None, pairs: slice) -> Tensor:
+        """Gradient of the batch's loss to each token log-prob [2B, T], through the given pairs alone.
+
+        Whole-batch counts (batch_token_mean) come from target, so pairs whose log-probs are still missing do no harm.
+        """
+        with torch.enable_grad():
+            leaf = logps.detach().clone().requires_grad_()
+            losses = self.loss_of_logps(leaf, target, reference).losses
+            (grad,) = torch.autograd.grad(losses[pairs].sum() / losses.shape[0], leaf)
+        return grad
+
+
+def _synpo_output(logps: Tensor, mask: Tensor, *, alpha: float, beta: float, link: str) -> LossOutput:
+    """SynPO on a padded batch by the fused pair loss: the responses need not be compacted first."""
+    num_pairs, length = logps.shape[0] // 2, logps.shape[1]
+    offsets = torch.arange(2 * num_pairs + 1, device=logps.device) * length
+    pair = synpo_pair_loss(
+        logps.flatten(), offsets[: num_pairs + 1], offsets[num_pairs:], mask=mask.flatten(),
+        alpha=alpha, beta=beta, link=link,
+    )  # fmt: skip
+    lengths = mask.sum(1)
+    return masked_output(
+        lengths.view(2, num_pairs).amin(0) > 0,
+        pair.losses,
+        chosen_rewards=pair.chosen_geometric,
+        rejected_rewards=pair.rejected_geometric,
+        chosen_logps=pair.chosen_mean,
+        rejected_logps=pair.rejected_mean,
+        chosen_nll=-(logps[:num_pairs] * mask[:num_pairs]).sum(),
+        num_chosen_tokens=lengths[:num_pairs].sum(),
+        num_empty=pair.num_empty.squeeze(0),
+    )
+
+
+def cut_groups(tokens: list[int], bytes_per_token: int, allowed: int) -> list[tuple[slice, bool]]:
+    """Neighbouring pairs in groups whose exponentials fit, and whether each does: a pair alone may not."""
+    groups: list[tuple[slice, bool]] = []
+    first, size = 0, 0
+    for pair, count in enumerate(tokens):
+        if pair > first and (size + count) * bytes_per_token > allowed:
+            groups.append((slice(first, pair), size * bytes_per_token <= allowed))
+            first, size = pair, 0
+        size += count
+    groups.append((slice(first, len(tokens)), size * bytes_per_token <= allowed))
+    return groups
+
+
+class _GroupedPreference(torch.autograd.Function):
+    """Loss and all gradients of a batch in the forward, group by group; the backward hands them over.
+
+    Returns the loss and the log-probs [2B, T], which carry no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, hidden, bias, target, reference, module):
+        num_pairs, length = hidden.shape[0] // 2, hidden.shape[1]
+        logps = torch.zeros(
+            hidden.shape[:2], dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
+        )
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight: Tensor | None = None
+        grad_bias: Tensor | None = None
+        groups = cut_groups(*_group_limits(module, weight, hidden, target))
+        for pairs, fits in groups:
+            if not fits:
+                _say_once_that_a_pair_is_too_large()
+            halves = [pairs, slice(num_pairs + pairs.start, num_pairs + pairs.stop)]
+            kept = linear_logprobs_kept(
+                make_problem(
+                    _take(hidden, halves).flatten(0, 1), weight, _take(target, halves).flatten(), bias=bias, rows=None,
+                    logit_scale=module.logit_scale, softcap=module.softcap, ignore_index=module.ignore_index,
+                ),
+                backend=module.backend,
+                keep=fits,
+            )  # fmt: skip
+            for half, part in zip(halves, kept.logps.view(2, -1, length), strict=True):
+                logps[half] = part
+            c = _take(module.coefficients(logps, target, reference, pairs), halves)
+            hidden_part, weight_part, bias_part = kept.gradients(c.flatten(), want_bias=bias is not None)
+            for half, part in zip(halves, hidden_part.view(2, -1, *hidden.shape[1:]), strict=True):
+                grad_hidden[half] = part
+            grad_weight = _add(grad_weight, weight_part, len(groups))
+            grad_bias = None if bias_part is None else _add(grad_bias, bias_part, len(groups))
+        assert grad_weight is not None
+        with torch.no_grad():
+            loss = module.loss_of_logps(logps, target, reference).losses.mean()
+        ctx.grads = [
+            grad_weight.to(weight.dtype),
+            grad_hidden,
+            None if grad_bias is None else grad_bias.to(weight.dtype),
+        ]
+        ctx.mark_non_differentiable(logps)
+        return loss, logps
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        if ctx.grads is None:
+            raise RuntimeError("the fused loss hands its gradients over once: retain_graph=True can not be served")
+        if torch.is_grad_enabled():
+            raise RuntimeError("the fused loss can be differentiated once, and create_graph=True asks for more")
+        grads, ctx.grads = ctx.grads, None
+        return *[None if grad is None else grad.mul_(grad_loss) for grad in grads], None, None, None
+
+
+def _group_limits(
+    module: FusedLinearPreferenceLoss, weight: Tensor, hidden: Tensor, target: Tensor
+) -> tuple[list[int], int, int]:
+    """Tokens of each pair (on a GPU, where counting would stall the device, all positions), bytes a token, bytes allowed."""
+    device = hidden.device.type
+    num_pairs = hidden.shape[0] // 2
+    if device == "cpu":
+        lengths = (target != module.ignore_index).sum(1)
+        tokens = (lengths[:num_pairs] + lengths[num_pairs:]).tolist()
+    else:
+        tokens = [2 * hidden.shape[1]] * num_pairs
+    # The native backend keeps the exponentials of fp16 inputs in fp32.
+    element_size = 4 if device == "cpu" else hidden.element_size()
+    allowed = GROUP_BYTES["cuda" if device == "cuda" else "cpu"] if module.group_bytes is None else module.group_bytes
+    return tokens, weight.shape[0] * (element_size if hidden.dtype == torch.float16 else hidden.element_size()), allowed
+
+
+def _take(tensor: Tensor, halves: list[slice]) -> Tensor:
+    """The chosen and the rejected rows of some pairs, without a copy where that is the whole batch."""
+    if halves[0] == slice(0, tensor.shape[0] // 2):
+        return tensor
+    return torch.cat([tensor[half] for half in halves])
+
+
+def _add(total: Tensor | None, part: Tensor, num_groups: int) -> Tensor:
+    """Sums in fp32; a single group needs no sum."""
+    if num_groups == 1:
+        return part
+    part = part.to(torch.promote_types(part.dtype, torch.float32))
+    return part if total is None else total.add_(part)
+
+
+@functools.cache
+def _say_once_that_a_pair_is_too_large() -> None:
+    warnings.warn(
+        "a pair's exponentials exceed group_bytes: its logits are computed twice (8NDV instead of 6NDV); "
+        "raise group_bytes if memory allows",
+        stacklevel=2,
+    )
+
+
+class FusedLinearSynPOLoss(FusedLinearPreferenceLoss):
+    """SynPO (arXiv 2506.00835): -link(alpha (G+ - G-)) - beta A+. See synpo_fast/losses/synpo.py."""
+
+    def __init__(
+        self, alpha: float = 30.0, beta: float = 0.2, link: str = "sigmoid", ignore_index: int = -100, **settings: Any
+    ) -> None:
+        super().__init__("synpo", ignore_index=ignore_index, alpha=alpha, beta=beta, link=link, **settings)
+
+
+class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
+    """DPO with the arguments of LigerFusedLinearDPOLoss; loss_type is "sigmoid", "hinge" or "ipo".
+
+    `alpha` weighs the NLL on the chosen response (compute_nll_loss). label_smoothing is conservative DPO and goes with
+    "sigmoid", where Liger ignores it. compiled and chunk_size tune Liger's way of working and change nothing here.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        compute_nll_loss: bool = False,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        average_log_prob: bool = False,
+        chunk_size: int = 1,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            "dpo",
+            ignore_index=ignore_index,
+            auxiliary=_chosen_nll(alpha) if compute_nll_loss else None,
+            average_log_prob=average_log_prob,
+            beta=beta,
+            variant=loss_type,
+            label_smoothing=label_smoothing,
+            reference_free=not use_ref_model,
+            **settings,
+        )
+
+
+class FusedLinearSimPOLoss(FusedLinearPreferenceLoss):
+    """SimPO with the arguments of LigerFusedLinearSimPOLoss, its default beta of 0.1 included.
+
+    `alpha` weighs the NLL on the chosen response (compute_nll_loss). compiled and chunk_size change nothing here.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        label_smoothing: float = 0.0,
+        compute_nll_loss: bool = True,
+        compiled: bool = True,
+        gamma: float = 0.5,
+        chunk_size: int = 1,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            "simpo",
+            ignore_index=ignore_index,
+            auxiliary=_chosen_nll(alpha) if compute_nll_loss else None,
+            beta=beta,
+            gamma=gamma,
+            label_smoothing=label_smoothing,
+            **settings,
+        )
+
+
+def _chosen_nll(weight: float) -> AuxiliaryNLL:
+    """Liger's NLL term: over all chosen tokens of the batch."""
+    return AuxiliaryNLL(target="chosen", weight=weight, reduce="batch_token_mean")

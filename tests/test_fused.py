@@ -1,0 +1,300 @@
+"""The fused losses: against eager autograd, against Liger's classes, counted work, and the ways they can be misused."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from synpo_fast import (
+    FusedLinearDPOLoss,
+    FusedLinearPreferenceLoss,
+    FusedLinearSimPOLoss,
+    FusedLinearSynPOLoss,
+    fused,
+)
+from synpo_fast.losses import AuxiliaryNLL, PairLogprobs, preference_loss
+from synpo_fast.ops import native_library
+from synpo_fast.ops.linear_logprobs import choose_backend
+from tests.ops.linear_logprobs.problems import device_of, error
+
+P, T, D, V = 3, 11, 16, 60
+LOSSES = {
+    "synpo": (FusedLinearSynPOLoss, {"alpha": 4.0}, {"alpha": 4.0}),
+    "dpo": (FusedLinearDPOLoss, {"beta": 0.3}, {"beta": 0.3}),
+    "simpo": (FusedLinearSimPOLoss, {"compute_nll_loss": False, "beta": 0.7}, {"beta": 0.7, "gamma": 0.5}),
+    "orpo": (lambda **k: FusedLinearPreferenceLoss("orpo", **k), {"beta": 0.2}, {"beta": 0.2}),
+    "cpo": (lambda **k: FusedLinearPreferenceLoss("cpo", **k), {"beta": 0.2}, {"beta": 0.2}),
+}  # fmt: skip
+
+
+def batch(dtype=torch.float32, device="cpu", bias=False, seed=0, pairs=P, valid=0.6):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(2 * pairs, T, D, generator=g).to(device, dtype).requires_grad_()
+    weight = (torch.randn(V, D, generator=g) * 0.5).to(device, dtype).requires_grad_()
+    target = torch.randint(V, (2 * pairs, T), generator=g)
+    target[torch.rand(2 * pairs, T, generator=g) > valid] = -100
+    target[:, 3] = 5  # no response is empty
+    row = torch.randn(V, generator=g).to(device, dtype).requires_grad_() if bias else None
+    return weight, hidden, target.to(device), row
+
+
+def eager(name, options, weight, hidden, target, bias=None, reference=None, auxiliary=None):
+    """The loss of materialised fp64 logits."""
+    logps = eager_logps(weight, hidden, target, bias)
+    mask = target != -100
+    policy = PairLogprobs.from_padded(logps, mask)
+    ref = None if reference is None else PairLogprobs.from_padded(eager_logps(*reference, target).detach(), mask)
+    return preference_loss(name, policy, ref, auxiliary=auxiliary, **options)
+
+
+def eager_logps(weight, hidden, target, bias=None):
+    logits = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
+    logps = torch.log_softmax(logits, -1).gather(-1, target.clamp(min=0)[..., None]).squeeze(-1)
+    return torch.where(target != -100, logps, 0.0)
+
+
+def grads_of(loss, *leaves):
+    return [g.double().cpu() for g in torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None])]
+
+
+@pytest.fixture(params=["chunked", "native", "triton"])
+def backend(request):
+    device_of(request.param, torch.float32)
+    return request.param
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("head", ["frozen", "one group", "groups", "too large"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_against_eager(backend, name, head, bias):
+    device = device_of(backend, torch.float32)
+    build, ours, theirs = LOSSES[name]
+    weight, hidden, target, row = batch(device=device, bias=bias)
+    group_bytes = {"groups": V * 4 * 2 * T, "too large": 0}.get(head)
+    module = build(backend=backend, group_bytes=group_bytes, **ours)
+    fused._say_once_that_a_pair_is_too_large.cache_clear()
+    reference = None
+    if name == "dpo":
+        reference = (weight.detach() + 0.1, hidden.detach() * 0.9)
+    ref_arguments = {} if reference is None else {"ref_weight": reference[0], "ref_input": reference[1]}
+    leaves = [hidden, weight, row]
+    if head == "frozen":
+        weight.requires_grad_(False)
+        if row is not None:
+            row.requires_grad_(False)
+        leaves = [hidden]
+    expected = eager(name, theirs, weight, hidden, target, row, reference)
+    if head == "too large":
+        with pytest.warns(UserWarning, match="a pair's exponentials exceed group_bytes"):
+            loss, outputs = module(weight, hidden, target, row, **ref_arguments)
+    else:
+        loss, outputs = module(weight, hidden, target, row, **ref_arguments)
+    torch.testing.assert_close(loss.double(), expected.losses.mean(), rtol=1e-5, atol=1e-6)
+    for found, true in zip(grads_of(loss, *leaves), grads_of(expected.losses.mean(), *leaves), strict=True):
+        assert error(found, true) < 2e-5
+    chosen, rejected, _, _, nll, chosen_rewards, rejected_rewards = outputs
+    for found, true in [
+        (chosen, expected.chosen_logps), (rejected, expected.rejected_logps), (nll, expected.metrics["nll_loss"]),
+        (chosen_rewards, expected.chosen_rewards), (rejected_rewards, expected.rejected_rewards),
+    ]:  # fmt: skip
+        assert not found.requires_grad
+        torch.testing.assert_close(found.double(), true.double(), rtol=1e-4, atol=1e-5)
+    assert set(module.last_output.metrics) == set(expected.metrics)
+    for metric, true in expected.metrics.items():
+        torch.testing.assert_close(module.last_output.metrics[metric].double(), true.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_heads_beside_eager(backend, dtype):
+    """Trainable head in groups: no worse than eager in the same dtype, against fp64."""
+    device = device_of(backend, dtype)
+    weight, hidden, target, _ = batch(dtype, device)
+    truth = grads_of(eager("synpo", {}, weight, hidden, target).losses.mean(), hidden, weight)
+    low = weight.detach().requires_grad_(), hidden.detach().requires_grad_()
+    logits = F.linear(low[1], low[0]).float()
+    logps = torch.where(
+        target != -100, torch.log_softmax(logits, -1).gather(-1, target.clamp(min=0)[..., None]).squeeze(-1), 0.0
+    )
+    peer = preference_loss("synpo", PairLogprobs.from_padded(logps, target != -100)).losses.mean()
+    peers = grads_of(peer, low[1], low[0])
+    module = FusedLinearSynPOLoss(backend=backend, group_bytes=V * 4 * 2 * T)
+    loss, _ = module(weight, hidden, target)
+    for found, other, true in zip(grads_of(loss, hidden, weight), peers, truth, strict=True):
+        assert error(found, true) <= 1.25 * error(other, true) + 5e-3
+
+
+@pytest.mark.parametrize("compute_nll_loss", [False, True])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_swapping_ligers_import(compute_nll_loss, trainable):
+    """The same constructor arguments, the same call, the same nine results and gradients."""
+    liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+    settings = {
+        "ignore_index": -100,
+        "beta": 0.2,
+        "alpha": 0.6,
+        "compute_nll_loss": compute_nll_loss,
+        "compiled": False,
+    }
+    weight, hidden, target, bias = batch(bias=True)
+    ref = {"ref_input": hidden.detach() * 1.1, "ref_weight": weight.detach() * 0.9, "ref_bias": bias.detach() * 0.5}
+    for theirs, ours, arguments in [
+        (liger.LigerFusedLinearSimPOLoss, FusedLinearSimPOLoss, {}),
+        (liger.LigerFusedLinearDPOLoss, FusedLinearDPOLoss, ref),
+    ]:
+        results = []
+        for module in (theirs(**settings), ours(**settings)):
+            leaves = [hidden.detach().requires_grad_()] + [t.detach().requires_grad_(trainable) for t in (weight, bias)]
+            loss, outputs = module(leaves[1], leaves[0], target, leaves[2], **arguments)
+            loss.backward()
+            results.append([loss.detach(), *(o.detach() for o in outputs), *(leaf.grad for leaf in leaves)])
+        for index, (liger_value, our_value) in enumerate(zip(*results, strict=True)):
+            if liger_value is None or (index == 5 and not compute_nll_loss):
+                continue  # frozen; Liger reports an NLL of 0 when it does not add it
+            torch.testing.assert_close(
+                our_value, liger_value.to(our_value), rtol=2e-4, atol=2e-5, msg=lambda m, i=index: f"{i}: {m}"
+            )
+
+
+def flops(module, weight, hidden, target):
+    choose_backend(hidden, module.backend)
+    with FlopCounterMode(display=False) as counter:
+        module(weight, hidden, target)[0].backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("backend", ["chunked", "native"])
+def test_flops(backend):
+    """4NDV with a frozen head, 6NDV with a trainable one whatever the groups, 8NDV where a pair does not fit."""
+    if backend == "native" and not native_library.is_available():
+        pytest.skip(str(native_library.why_unavailable()))
+    weight, hidden, target, _ = batch()
+    valid = int((target != -100).sum())
+    unit = valid * D * V
+    means = 4 * D  # the two logit means: a dot product each
+    groups = V * 4 * 2 * T
+    for products, head, group_bytes in [
+        (4, weight.detach(), None),
+        (6, weight, None),
+        (6, weight, groups),
+        (8, weight, 0),
+    ]:
+        module = FusedLinearSynPOLoss(backend=backend, group_bytes=group_bytes)
+        assert 0 <= flops(module, head, hidden, target) - products * unit <= means, (products, group_bytes)
+
+
+def test_groups_are_cut_to_the_bound():
+    assert fused.cut_groups([10, 10, 10], 1, 20) == [(slice(0, 2), True), (slice(2, 3), True)]
+    assert fused.cut_groups([10, 30, 10], 1, 20) == [(slice(0, 1), True), (slice(1, 2), False), (slice(2, 3), True)]
+    assert fused.cut_groups([10], 1, 5) == [(slice(0, 1), False)]
+    assert fused.cut_groups([1] * 5, 4, 1000) == [(slice(0, 5), True)]
+
+
+def test_no_gradient_is_computed_under_no_grad():
+    weight, hidden, target, _ = batch()
+    module = FusedLinearSynPOLoss(backend="chunked")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        loss, _ = module(weight, hidden, target)
+    assert not loss.requires_grad
+    assert counter.get_total_flops() <= 2 * int((target != -100).sum()) * D * V + 8 * D
+
+
+def test_the_loss_can_be_scaled_and_joined(backend):
+    """A loss scaler multiplies before backward, a trainer adds other terms: what comes in must be passed on."""
+    device = device_of(backend, torch.float32)
+    weight, hidden, target, _ = batch(device=device)
+    module = FusedLinearSynPOLoss(backend=backend)
+    plain = grads_of(module(weight, hidden, target)[0], hidden, weight)
+    scaled = grads_of(module(weight, hidden, target)[0] * 1024.0 + weight.sum(), hidden, weight)
+    torch.testing.assert_close(scaled[0], plain[0] * 1024)
+    torch.testing.assert_close(scaled[1], plain[1] * 1024 + 1)
+
+
+def test_gradients_are_handed_over_once():
+    weight, hidden, target, _ = batch()
+    loss, _ = FusedLinearSynPOLoss(backend="chunked")(weight, hidden, target)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="retain_graph=True can not be served"):
+        loss.backward()
+    loss, _ = FusedLinearSynPOLoss(backend="chunked")(weight, hidden, target)
+    with pytest.raises(RuntimeError, match="create_graph=True asks for more"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_autocast(backend):
+    if backend == "triton" and not torch.cuda.is_available():
+        pytest.skip("autocast casts to bfloat16, which the interpreter computes wrongly")
+    device = device_of(backend, torch.float32)
+    weight, hidden, target, _ = batch(device=device)
+    module = FusedLinearSynPOLoss(backend=backend)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss, _ = module(weight, hidden, target)
+    loss.backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+    low = module(weight.detach().bfloat16(), hidden.detach().bfloat16(), target)[0]
+    torch.testing.assert_close(loss.detach(), low)
+
+
+def test_logit_means_follow_a_changing_head():
+    """The mean row of W is kept while W stays the same, and no longer."""
+    weight, hidden, target, bias = batch(bias=True)
+    module = FusedLinearSynPOLoss()
+    for step in range(3):
+        with torch.no_grad():
+            found = module(weight, hidden, target, bias)[1][2:4]
+            logits = F.linear(hidden, weight, bias)
+            expected = logits[:P].mean(), logits[P:].mean()
+            torch.testing.assert_close(torch.stack(found), torch.stack(expected))
+            if step:
+                weight.mul_(2.0)
+    torch.testing.assert_close(
+        module(weight.detach().clone(), hidden, target, bias)[1][2], F.linear(hidden, weight, bias)[:P].mean()
+    )
+    copy.deepcopy(module)
+
+
+def test_auxiliary_nll_over_groups_counts_the_whole_batch():
+    """batch_token_mean divides by the tokens of all pairs, also where a group has seen only its own."""
+    weight, hidden, target, _ = batch(pairs=4)
+    auxiliary = AuxiliaryNLL(weight=0.5, reduce="batch_token_mean")
+    module = FusedLinearPreferenceLoss("simpo", auxiliary=auxiliary, group_bytes=V * 4 * 2 * T, backend="chunked")
+    expected = eager("simpo", {}, weight, hidden, target, auxiliary=auxiliary).losses.mean()
+    loss, _ = module(weight, hidden, target)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    for found, true in zip(grads_of(loss, hidden, weight), grads_of(expected, hidden, weight), strict=True):
+        assert error(found, true) < 1e-5
+
+
+def test_identical_responses_cancel():
+    """Chosen = rejected: the contrast has no gradient, and DPO against itself as reference is ln 2."""
+    weight, hidden, target, _ = batch(pairs=1)
+    hidden = hidden[:1].repeat(2, 1, 1).detach().requires_grad_()
+    target = target[:1].repeat(2, 1)
+    loss, _ = FusedLinearSynPOLoss(beta=0.0)(weight, hidden, target)
+    assert loss.item() == pytest.approx(-0.5)
+    (grad,) = torch.autograd.grad(loss, weight)
+    assert grad.abs().max() < 1e-6
+    loss, _ = FusedLinearDPOLoss()(weight, hidden, target, ref_input=hidden.detach(), ref_weight=weight.detach())
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: FusedLinearPreferenceLoss("dop"), r"unknown loss 'dop', expected one of synpo"),
+        (lambda: FusedLinearPreferenceLoss("synpo", gamma=1.0), r"loss 'synpo' has no option gamma"),
+        (lambda: FusedLinearPreferenceLoss(auxiliary=AuxiliaryNLL("ground_truth")), r"auxiliary target 'ground_truth'"),
+        (lambda: FusedLinearSynPOLoss(group_bytes=-1), r"group_bytes must not be negative, got -1"),
+        (lambda: FusedLinearDPOLoss(loss_type="robust")(*batch()[:3], ref_input=batch()[1], ref_weight=batch()[0]), r"'robust'"),
+        (lambda: FusedLinearDPOLoss()(*batch()[:3]), r"'dpo' needs ref_input and ref_weight"),
+        (lambda: FusedLinearSynPOLoss()(*batch()[:3], ref_input=batch()[1]), r"reads no reference"),
+        (lambda: FusedLinearSynPOLoss()(batch()[0], batch()[1][:3], batch()[2][:3]), r"\[2B, T, D\].*\[3, 11, 16\]"),
+        (lambda: FusedLinearSynPOLoss()(batch()[0], batch()[1], batch()[2][:, 1:]), r"\[6, 11\] as _input, got \[6, 10\]"),
+        (lambda: FusedLinearSynPOLoss()(batch()[0], batch()[1], torch.full((6, T), -100)), r"pair 0"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
