@@ -1,0 +1,1 @@
+"""Benchmarks: every figure is measured beside the thing it is compared with, in the same run."""
