@@ -1,6 +1,6 @@
 # make venv   the environment: pinned packages and the compiled extension, in .venv
 # make test   the whole suite (sets the environment up first)
-# make demo   the main job, on this machine as it is
+# make demo   the fused SynPO loss beside eager torch, on this machine as it is
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -40,7 +40,7 @@ test-heavy: $(READY)
 	$(BIN)/python -m pytest -m heavy --durations=10 $(TEST_ARGS)
 
 demo: $(READY)
-	$(BIN)/python -m synpo_fast.demo.fused_loss
+	$(BIN)/python benchmarks/demo_loss.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

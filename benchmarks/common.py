@@ -231,6 +231,12 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def format_error(error: float | str | None) -> str:
+    if error is None:
+        return "-"
+    return error if isinstance(error, str) else f"{error:.1e}"
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded with spaces; the last column is free to be long."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header) - 1)]

@@ -1,4 +1,4 @@
-"""Compiles every Triton launch of fused_linear_logprobs ahead of time, with no GPU, and reports what the compiler made of it.
+"""Compiles every Triton launch of the package ahead of time, with no GPU, and reports what the compiler made of it.
 
     python benchmarks/compiled_code.py [--arch 80 90 100] [--shapes 3584x152064 ...] [--rows 4096] [--json FILE]
 
@@ -29,6 +29,8 @@ from triton.compiler import ASTSource
 from synpo_fast.ops.linear_logprobs import triton_kernels, triton_launch
 from synpo_fast.ops.linear_logprobs.problem import make_problem
 from synpo_fast.ops.linear_logprobs.triton_config import kernel_config
+from synpo_fast.ops.pair_loss import triton_kernels as pair_kernels
+from synpo_fast.ops.pair_loss.triton_launch import synpo_pair_loss_forward
 
 MODEL_SHAPES = ("3584x152064", "4096x128256", "2048x151936", "4096x32000")
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -39,6 +41,7 @@ POINTERS = {
     torch.float16: "fp16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.uint8: "u8",
     torch.bool: "i1",
 }
 
@@ -84,14 +87,18 @@ class _Recorder:
 
 
 def record_launches(dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, arch: int) -> list[Launch]:
-    """The launches of a training step with frozen and with trainable head, and of scoring without a gradient."""
+    """The launches of scoring without a gradient, of a training step with frozen and with trainable head, and of the loss."""
     launches: list[Launch] = []
-    names = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
-    kernels = {name: getattr(triton_kernels, name) for name in names}
+    kernels = {
+        (module, name): kernel
+        for module in (triton_kernels, pair_kernels)
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel")
+    }
     config, programs = triton_launch._config, triton_launch._num_programs
     try:
-        for name, kernel in kernels.items():
-            setattr(triton_kernels, name, _Recorder(kernel, launches))
+        for (module, name), kernel in kernels.items():
+            setattr(module, name, _Recorder(kernel, launches))
         triton_launch._config = lambda device, dtype: kernel_config(dtype, arch)  # type: ignore[assignment]
         triton_launch._num_programs = lambda device: MULTIPROCESSORS[arch]  # type: ignore[assignment]
         hidden = torch.empty(num_rows, dim, dtype=dtype, device="meta")
@@ -103,10 +110,14 @@ def record_launches(dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype
         triton_launch.linear_logprobs_forward(problem, False)
         saved = triton_launch.linear_logprobs_forward(problem, True)
         triton_launch.linear_logprobs_backward(problem, saved[0], *saved, (True, True, False))
+        triton_launch.linear_logprobs_kept_on_gpu(problem).gradients(saved[0], False)
+        offsets = torch.empty(9, dtype=torch.int64, device="meta")
+        for mask in (None, torch.empty(num_rows, dtype=torch.bool, device="meta")):
+            synpo_pair_loss_forward(saved[0], offsets, offsets, mask, 30.0, 0.2, False)
     finally:
         triton_launch._config, triton_launch._num_programs = config, programs
-        for name, kernel in kernels.items():
-            setattr(triton_kernels, name, kernel)
+        for (module, name), kernel in kernels.items():
+            setattr(module, name, kernel)
     return launches
 
 

@@ -24,7 +24,15 @@ import torch
 if __package__ in (None, ""):  # started by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.common import environment, format_bytes, format_seconds, format_table, gpu_state, write_json
+from benchmarks.common import (
+    environment,
+    format_bytes,
+    format_error,
+    format_seconds,
+    format_table,
+    gpu_state,
+    write_json,
+)
 from benchmarks.contest import Options, run_contest
 from benchmarks.problem import DTYPES, Inputs, errors, fp64_truth, make_inputs, why_wrong
 from benchmarks.providers import BASELINE, DEFAULT, FLOOR, OURS, PROVIDERS, Provider
@@ -115,18 +123,12 @@ def case_table(case: dict[str, Any]) -> str:
             cells[3] = f"{row['ratio_to_floor']:.2f}" if row["ratio_to_floor"] is not None else "-"
             if row["peak_extra_bytes"] is not None:
                 cells[4] = format_bytes(row["peak_extra_bytes"])
-        lines.append([*cells, *(_error_text(row["error"].get(name)) for name in errors_shown), note])
+        lines.append([*cells, *(format_error(row["error"].get(name)) for name in errors_shown), note])
     return f"{case_title(case)}\n{format_table(header, lines)}\n"
 
 
 def _any_error(case: dict[str, Any], name: str) -> bool:
     return any(name in row["error"] for row in case["rows"])
-
-
-def _error_text(error: float | str | None) -> str:
-    if error is None:
-        return "-"
-    return error if isinstance(error, str) else f"{error:.1e}"
 
 
 def faulty_of_ours(cases: Sequence[dict[str, Any]]) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import format_bytes, format_seconds, format_table, median_ratio
+from benchmarks.common import format_bytes, format_error, format_seconds, format_table, median_ratio
 from benchmarks.contest import Options, run_contest
 from benchmarks.problem import (
     DTYPES,
@@ -88,13 +88,13 @@ def liger(inputs: Inputs, *, compiled: bool = True) -> Step:
 def ours(inputs: Inputs) -> Step:
     from synpo_fast.fused import FusedLinearSimPOLoss
 
-    module = FusedLinearSimPOLoss(beta=BETA, gamma=GAMMA)
+    module = FusedLinearSimPOLoss(beta=BETA, gamma=GAMMA, compute_nll_loss=False)
 
     def loss() -> Tensor:
         hidden, labels = _sequences(inputs)
         return module(inputs.weight, hidden, labels)[0]
 
-    return _differentiated(loss, inputs, "FusedLinearSimPOLoss")
+    return _differentiated(loss, inputs, "FusedLinearSimPOLoss(compute_nll_loss=False)")
 
 
 CONTESTANTS: dict[str, Callable[[Inputs], Step]] = {
@@ -186,7 +186,7 @@ def pairs_table(comparison: dict[str, Any]) -> str:
                 f"({format_seconds(seconds['low'])} - {format_seconds(seconds['high'])})" if seconds else "",
                 f"{row['ratio_to_floor']:.2f}" if row["ratio_to_floor"] is not None else "-",
                 format_bytes(memory) if memory is not None else "-",
-                *(str(row["error"].get(name, "-"))[:7] for name in ("loss", "grad_hidden")),
+                *(format_error(row["error"].get(name)) for name in ("loss", "grad_hidden")),
                 row["skipped"] or row["setting"],
             ]
         )
