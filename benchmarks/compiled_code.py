@@ -28,7 +28,6 @@ from triton.compiler import ASTSource
 
 from synpo_fast.ops.linear_logprobs import triton_kernels, triton_launch
 from synpo_fast.ops.linear_logprobs.problem import make_problem
-from synpo_fast.ops.linear_logprobs.triton_config import kernel_config
 from synpo_fast.ops.pair_loss import triton_kernels as pair_kernels
 from synpo_fast.ops.pair_loss.triton_launch import synpo_pair_loss_forward
 
@@ -86,7 +85,9 @@ class _Recorder:
         return launch
 
 
-def record_launches(dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, arch: int) -> list[Launch]:
+def record_launches(
+    dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, arch: int, softcap: float | None = None
+) -> list[Launch]:
     """The launches of scoring without a gradient, of a training step with frozen and with trainable head, and of the loss."""
     launches: list[Launch] = []
     kernels = {
@@ -95,17 +96,24 @@ def record_launches(dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     }
-    config, programs = triton_launch._config, triton_launch._num_programs
+    capability, programs = triton_launch._capability, triton_launch._num_programs
     try:
         for (module, name), kernel in kernels.items():
             setattr(module, name, _Recorder(kernel, launches))
-        triton_launch._config = lambda device, dtype: kernel_config(dtype, arch)  # type: ignore[assignment]
+        triton_launch._capability = lambda device: arch  # type: ignore[assignment]
         triton_launch._num_programs = lambda device: MULTIPROCESSORS[arch]  # type: ignore[assignment]
         hidden = torch.empty(num_rows, dim, dtype=dtype, device="meta")
         weight = torch.empty(vocabulary, dim, dtype=dtype, device="meta")
         labels = torch.empty(num_rows, dtype=torch.int64, device="meta")
         problem = make_problem(
-            hidden, weight, labels, bias=None, rows=None, logit_scale=1.0, softcap=None, ignore_index=-100
+            hidden,
+            weight,
+            labels,
+            bias=weight.new_empty(vocabulary) if softcap else None,
+            rows=None,
+            logit_scale=1.0,
+            softcap=softcap,
+            ignore_index=-100,
         )
         triton_launch.linear_logprobs_forward(problem, False)
         saved = triton_launch.linear_logprobs_forward(problem, True)
@@ -115,7 +123,7 @@ def record_launches(dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype
         for mask in (None, torch.empty(num_rows, dtype=torch.bool, device="meta")):
             synpo_pair_loss_forward(saved[0], offsets, offsets, mask, 30.0, 0.2, False)
     finally:
-        triton_launch._config, triton_launch._num_programs = config, programs
+        triton_launch._capability, triton_launch._num_programs = capability, programs
         for (module, name), kernel in kernels.items():
             setattr(module, name, kernel)
     return launches
@@ -198,11 +206,20 @@ def compile_launch(launch: Launch, arch: int, shape: str) -> Report:
 
 
 def compile_all(arch: int, shapes: list[str], num_rows: int, dtype: torch.dtype = torch.bfloat16) -> list[Report]:
-    """One report for each different specialisation; shapes that share one are listed in it."""
+    """One report for each different specialisation, with many rows and few, with bias and softcap and without.
+
+    Shapes that share a specialisation are listed in it.
+    """
     reports: dict[str, Report] = {}
     for shape in shapes:
         dim, vocabulary = (int(size) for size in shape.split("x"))
-        for launch in record_launches(dim, vocabulary, num_rows, dtype, arch):
+        launches = [
+            launch
+            for softcap in (None, 30.0)
+            for rows in (num_rows, 256)
+            for launch in record_launches(dim, vocabulary, rows, dtype, arch, softcap)
+        ]
+        for launch in launches:
             source = source_of(launch)
             key = f"{launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
             if key not in reports:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss
+from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, nll, preference_loss
 from synpo_fast.losses.pair import masked_output
-from synpo_fast.ops.linear_logprobs import fused_linear_logprobs
+from synpo_fast.ops.linear_logprobs import BACKENDS, fused_linear_logprobs
 from synpo_fast.ops.linear_logprobs.kept import linear_logprobs_kept
 from synpo_fast.ops.linear_logprobs.linear_logprobs import autocast_inputs, without_autocast
-from synpo_fast.ops.linear_logprobs.problem import make_problem
+from synpo_fast.ops.linear_logprobs.problem import check_numbers, make_problem
 from synpo_fast.ops.pair_loss import synpo_pair_loss
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -75,11 +75,19 @@ class FusedLinearPreferenceLoss(nn.Module):
             )
         if group_bytes is not None and group_bytes < 0:
             raise ValueError(f"group_bytes must not be negative, got {group_bytes}")
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+        if average_log_prob and (LOSSES[loss].reads == "mean" or options.get("variant") == "ipo"):
+            raise ValueError(f"average_log_prob is for losses that read sums; {loss!r} as configured averages already")
+        check_numbers(logit_scale, softcap, ignore_index)
         self.loss, self.options = loss, {**LOSSES[loss].options, **options}
         self.ignore_index, self.auxiliary, self.average_log_prob = ignore_index, auxiliary, average_log_prob
         self.logit_scale, self.softcap, self.group_bytes, self.backend = logit_scale, softcap, group_bytes, backend
         self.last_output: LossOutput | None = None
         self._mean_row: tuple[Any, int, Tensor] | None = None
+        # The losses check their own options: one pair of one token each shows a mistake here, not after the first step.
+        one = torch.zeros(2, 1)
+        self.loss_of_logps(one, torch.zeros(2, 1).long() + (ignore_index == 0), one if self.needs_reference else None)
 
     def extra_repr(self) -> str:
         return ", ".join([self.loss, *(f"{name}={value!r}" for name, value in self.options.items())])
@@ -123,14 +131,24 @@ class FusedLinearPreferenceLoss(nn.Module):
         """The loss per pair from token log-probs [2B, T] (0 where ignored), with autograd."""
         mask = target != self.ignore_index
         if self.average_log_prob:
-            lengths = mask.sum(1, keepdim=True).clamp(min=1)
-            logps = logps / lengths
-            reference = None if reference is None else reference / lengths
+            return self._averaged(logps, mask, reference)
         if self.loss == "synpo" and self.auxiliary is None:
             return _synpo_output(logps, mask, **self.options)
         policy = PairLogprobs.from_padded(logps, mask)
         ref = None if reference is None else PairLogprobs.from_padded(reference, mask)
         return preference_loss(self.loss, policy, ref, auxiliary=self.auxiliary, **self.options)
+
+    def _averaged(self, logps: Tensor, mask: Tensor, reference: Tensor | None) -> LossOutput:
+        """Sums become means by dividing each response's log-probs by its length; the NLL is of the log-probs themselves."""
+        lengths = mask.sum(1, keepdim=True).clamp(min=1)
+        ref = None if reference is None else PairLogprobs.from_padded(reference / lengths, mask)
+        output = preference_loss(self.loss, PairLogprobs.from_padded(logps / lengths, mask), ref, **self.options)
+        plain = PairLogprobs.from_padded(logps, mask)
+        losses = output.losses
+        if self.auxiliary is not None:
+            losses = losses + self.auxiliary.weight * nll(plain, target="chosen", reduce=self.auxiliary.reduce)
+        mean_nll = nll(plain, reduce="batch_token_mean").detach().mean()
+        return replace(output, losses=losses, metrics={**output.metrics, "nll_loss": mean_nll})
 
     def _logps(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
         return fused_linear_logprobs(
@@ -165,19 +183,21 @@ class FusedLinearPreferenceLoss(nn.Module):
         return chosen + shift, rejected + shift
 
     def _mean_weight_row(self, weight: Tensor) -> Tensor:
-        """Kept while the same tensor is passed unchanged, as a frozen head is."""
-        if self._mean_row is not None:
+        """Kept while the same frozen tensor is passed. (A change through `.data` is not seen: it would show in this metric.)"""
+        if self._mean_row is not None and not weight.requires_grad:
             tensor, version, mean = self._mean_row
             if tensor() is weight and version == weight._version:
                 return mean
-        mean = weight.mean(0, dtype=torch.float32)
+        total = weight.new_zeros(weight.shape[1], dtype=torch.float32)
+        for part in weight.split(4096):  # in parts: the whole would be copied to fp32 first
+            total += part.sum(0, dtype=torch.float32)
+        mean = total / weight.shape[0]
         self._mean_row = (weakref.ref(weight), weight._version, mean)
         return mean
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_mean_row": None, "last_output": None}
 
-    @torch.compiler.disable
     def _forward_groups(
         self, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None, reference: Tensor | None
     ) -> tuple[Tensor, LossOutput]:
@@ -242,42 +262,42 @@ class _GroupedPreference(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, hidden, bias, target, reference, module):
-        num_pairs, length = hidden.shape[0] // 2, hidden.shape[1]
-        logps = torch.zeros(
-            hidden.shape[:2], dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
-        )
-        grad_hidden = torch.empty_like(hidden)
+        num_pairs, (rows, length, dim) = hidden.shape[0] // 2, hidden.shape
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logps = torch.zeros(rows, length, dtype=dtype, device=hidden.device)
+        # Which positions count is read on the host: the one wait of this path. It buys memory and work by valid tokens.
+        positions = (target.flatten() != module.ignore_index).nonzero().squeeze(1)
+        pairs = positions // length % num_pairs
+        groups = cut_groups(*_group_limits(module, weight, pairs, num_pairs))
+        grad_hidden = torch.zeros(rows * length, dim, dtype=_kept_dtype(hidden), device=hidden.device)
         grad_weight: Tensor | None = None
         grad_bias: Tensor | None = None
-        groups = cut_groups(*_group_limits(module, weight, hidden, target))
-        for pairs, fits in groups:
+        for group, fits in groups:
             if not fits:
                 _say_once_that_a_pair_is_too_large()
-            halves = [pairs, slice(num_pairs + pairs.start, num_pairs + pairs.stop)]
+            at = positions if len(groups) == 1 else positions[(pairs >= group.start) & (pairs < group.stop)]
             kept = linear_logprobs_kept(
                 make_problem(
-                    _take(hidden, halves).flatten(0, 1), weight, _take(target, halves).flatten(), bias=bias, rows=None,
+                    hidden.flatten(0, 1)[at], weight, target.flatten()[at], bias=bias, rows=None,
                     logit_scale=module.logit_scale, softcap=module.softcap, ignore_index=module.ignore_index,
                 ),
                 backend=module.backend,
                 keep=fits,
             )  # fmt: skip
-            for half, part in zip(halves, kept.logps.view(2, -1, length), strict=True):
-                logps[half] = part
-            c = _take(module.coefficients(logps, target, reference, pairs), halves)
-            hidden_part, weight_part, bias_part = kept.gradients(c.flatten(), want_bias=bias is not None)
-            for half, part in zip(halves, hidden_part.view(2, -1, *hidden.shape[1:]), strict=True):
-                grad_hidden[half] = part
-            grad_weight = _add(grad_weight, weight_part, len(groups))
-            grad_bias = None if bias_part is None else _add(grad_bias, bias_part, len(groups))
+            logps.view(-1)[at] = kept.logps
+            c = module.coefficients(logps, target, reference, group).view(-1)[at]
+            parts = _gradients(kept, c, bias is not None)
+            grad_hidden[at] = parts[0].to(grad_hidden.dtype)
+            grad_weight = _add(grad_weight, parts[1], len(groups))
+            grad_bias = None if parts[2] is None else _add(grad_bias, parts[2], len(groups))
         assert grad_weight is not None
         with torch.no_grad():
             loss = module.loss_of_logps(logps, target, reference).losses.mean()
         ctx.grads = [
-            grad_weight.to(weight.dtype),
-            grad_hidden,
-            None if grad_bias is None else grad_bias.to(weight.dtype),
+            None if grad is None else grad.to(_kept_dtype(hidden))
+            for grad in (grad_weight, grad_hidden.view(hidden.shape), grad_bias)
         ]
+        ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(logps)
         return loss, logps
 
@@ -285,34 +305,37 @@ class _GroupedPreference(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         if ctx.grads is None:
             raise RuntimeError("the fused loss hands its gradients over once: retain_graph=True can not be served")
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("the fused loss can be differentiated once, and create_graph=True asks for more")
         grads, ctx.grads = ctx.grads, None
-        return *[None if grad is None else grad.mul_(grad_loss) for grad in grads], None, None, None
+        return *[None if g is None else g.mul_(grad_loss).to(ctx.dtype) for g in grads], None, None, None
+
+
+def _kept_dtype(hidden: Tensor) -> torch.dtype:
+    """What gradients wait in for the loss scale: SynPO's late ones are 0 in fp16 until it has multiplied them."""
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+
+
+def _gradients(kept: Any, c: Tensor, want_bias: bool) -> list[Any]:
+    """Gradients to hidden, weight and bias. For fp16 the backend sees coefficients of size 1, and the rest is fp32."""
+    if kept.problem.hidden.dtype != torch.float16:
+        return list(kept.gradients(c, want_bias))
+    if c.numel() == 0:
+        return list(kept.gradients(c, want_bias))
+    peak = c.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    return [None if grad is None else grad.float().mul_(peak) for grad in kept.gradients(c / peak, want_bias)]
 
 
 def _group_limits(
-    module: FusedLinearPreferenceLoss, weight: Tensor, hidden: Tensor, target: Tensor
+    module: FusedLinearPreferenceLoss, weight: Tensor, pairs: Tensor, num_pairs: int
 ) -> tuple[list[int], int, int]:
-    """Tokens of each pair (on a GPU, where counting would stall the device, all positions), bytes a token, bytes allowed."""
-    device = hidden.device.type
-    num_pairs = hidden.shape[0] // 2
-    if device == "cpu":
-        lengths = (target != module.ignore_index).sum(1)
-        tokens = (lengths[:num_pairs] + lengths[num_pairs:]).tolist()
-    else:
-        tokens = [2 * hidden.shape[1]] * num_pairs
+    """Valid tokens of each pair, bytes that a token's exponentials take, bytes allowed."""
+    tokens = torch.bincount(pairs, minlength=num_pairs).tolist()
+    on_cpu = weight.device.type == "cpu"
     # The native backend keeps the exponentials of fp16 inputs in fp32.
-    element_size = 4 if device == "cpu" else hidden.element_size()
-    allowed = GROUP_BYTES["cuda" if device == "cuda" else "cpu"] if module.group_bytes is None else module.group_bytes
-    return tokens, weight.shape[0] * (element_size if hidden.dtype == torch.float16 else hidden.element_size()), allowed
-
-
-def _take(tensor: Tensor, halves: list[slice]) -> Tensor:
-    """The chosen and the rejected rows of some pairs, without a copy where that is the whole batch."""
-    if halves[0] == slice(0, tensor.shape[0] // 2):
-        return tensor
-    return torch.cat([tensor[half] for half in halves])
+    element_size = 4 if on_cpu and weight.dtype == torch.float16 else weight.element_size()
+    allowed = GROUP_BYTES["cpu" if on_cpu else "cuda"] if module.group_bytes is None else module.group_bytes
+    return tokens, weight.shape[0] * element_size, allowed
 
 
 def _add(total: Tensor | None, part: Tensor, num_groups: int) -> Tensor:

@@ -128,7 +128,8 @@ def test_sixteen_bit_heads_beside_eager(backend, dtype):
 
 @pytest.mark.parametrize("compute_nll_loss", [False, True])
 @pytest.mark.parametrize("trainable", [False, True])
-def test_swapping_ligers_import(compute_nll_loss, trainable):
+@pytest.mark.parametrize("average_log_prob", [False, True])
+def test_swapping_ligers_import(compute_nll_loss, trainable, average_log_prob):
     """The same constructor arguments, the same call, the same nine results and gradients."""
     liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
     settings = {
@@ -145,7 +146,8 @@ def test_swapping_ligers_import(compute_nll_loss, trainable):
         (liger.LigerFusedLinearDPOLoss, FusedLinearDPOLoss, ref),
     ]:
         results = []
-        for module in (theirs(**settings), ours(**settings)):
+        extra = {"average_log_prob": average_log_prob} if arguments else {}
+        for module in (theirs(**settings, **extra), ours(**settings, **extra)):
             leaves = [hidden.detach().requires_grad_()] + [t.detach().requires_grad_(trainable) for t in (weight, bias)]
             loss, outputs = module(leaves[1], leaves[0], target, leaves[2], **arguments)
             loss.backward()
@@ -212,6 +214,24 @@ def test_the_loss_can_be_scaled_and_joined(backend):
     torch.testing.assert_close(scaled[1], plain[1] * 1024 + 1)
 
 
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_inside_a_compiled_model(trainable):
+    """Whatever graph breaks it costs, the result is the same."""
+    torch.compiler.reset()
+    weight, hidden, target, _ = batch()
+    weight.requires_grad_(trainable)
+    module = FusedLinearSynPOLoss()
+
+    def run(weight, hidden, target):
+        return module(weight, torch.tanh(hidden) * 2, target)[0] * 3
+
+    leaves = [hidden, weight] if trainable else [hidden]
+    plain = grads_of(run(weight, hidden, target), *leaves)
+    compiled = grads_of(torch.compile(run, backend="aot_eager")(weight, hidden, target), *leaves)
+    for found, expected in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_gradients_are_handed_over_once():
     weight, hidden, target, _ = batch()
     loss, _ = FusedLinearSynPOLoss(backend="chunked")(weight, hidden, target)
@@ -255,6 +275,50 @@ def test_logit_means_follow_a_changing_head():
     copy.deepcopy(module)
 
 
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_fp16_gradients_survive_until_the_loss_scale(backend, trainable):
+    """Gradients of 1e-9, as late in training, are 0 in fp16: they must not be made so before the scale multiplies them."""
+    device = device_of(backend, torch.float16)
+    weight, hidden, target, _ = batch(torch.float16, device, pairs=1)
+    scale, options = 2.0**24, {"alpha": 1e-6, "beta": 1e-9}
+
+    def loss_of(weight, hidden):
+        return FusedLinearSynPOLoss(backend=backend, **options)(weight, hidden, target)[0] * scale
+
+    leaves = [hidden, weight] if trainable else [hidden]
+    weight.requires_grad_(trainable)
+    found = grads_of(loss_of(weight, hidden), *leaves)
+    expected = grads_of(eager("synpo", options, weight, hidden, target).losses.mean() * scale, *leaves)
+    for grad, true in zip(found, expected, strict=True):
+        assert true.abs().max() / scale < 6e-8, "without the scale the largest gradient must be 0 in fp16"
+        assert error(grad, true) < 2e-2
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_scale_softcap_and_many_tiles(trainable):
+    """A vocabulary of several of the native backend's tiles, logits that overtake each other from tile to tile."""
+    for backend in ["chunked"] + (["native"] if native_library.is_available() else []):
+        for options in ({"logit_scale": 1.7}, {"logit_scale": 0.5, "softcap": 9.0}):
+            g = torch.Generator().manual_seed(3)
+            hidden = torch.randn(4, 300, D, generator=g).requires_grad_()
+            weight = (torch.randn(9001, D, generator=g) * torch.linspace(0.1, 3.0, 9001)[:, None]).requires_grad_(
+                trainable
+            )
+            target = torch.randint(9001, (4, 300), generator=g)
+            logits = options["logit_scale"] * F.linear(hidden.double(), weight.double())
+            if "softcap" in options:
+                logits = options["softcap"] * torch.tanh(logits / options["softcap"])
+            logps = torch.log_softmax(logits, -1).gather(-1, target[..., None]).squeeze(-1)
+            policy = PairLogprobs.from_padded(logps, target != -100)
+            expected = preference_loss("simpo", policy, beta=0.1).losses.mean()
+            module = FusedLinearSimPOLoss(compute_nll_loss=False, backend=backend, **options)
+            loss, _ = module(weight, hidden, target)
+            leaves = [hidden, weight] if trainable else [hidden]
+            torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+            for found, true in zip(grads_of(loss, *leaves), grads_of(expected, *leaves), strict=True):
+                assert error(found, true) < 1e-4, (backend, options)
+
+
 def test_auxiliary_nll_over_groups_counts_the_whole_batch():
     """batch_token_mean divides by the tokens of all pairs, also where a group has seen only its own."""
     weight, hidden, target, _ = batch(pairs=4)
@@ -286,6 +350,13 @@ def test_identical_responses_cancel():
         (lambda: FusedLinearPreferenceLoss("dop"), r"unknown loss 'dop', expected one of synpo"),
         (lambda: FusedLinearPreferenceLoss("synpo", gamma=1.0), r"loss 'synpo' has no option gamma"),
         (lambda: FusedLinearPreferenceLoss(auxiliary=AuxiliaryNLL("ground_truth")), r"auxiliary target 'ground_truth'"),
+        (lambda: FusedLinearSynPOLoss(alpha=-1.0), r"alpha.*-1"),
+        (lambda: FusedLinearSynPOLoss(link="tanh"), r"link.*'tanh'"),
+        (lambda: FusedLinearDPOLoss(loss_type="bogus"), r"'bogus'"),
+        (lambda: FusedLinearSynPOLoss(softcap=-3.0), r"softcap must be positive, got -3.0"),
+        (lambda: FusedLinearSynPOLoss(backend="nope"), r"backend must be one of .*'nope'"),
+        (lambda: FusedLinearDPOLoss(average_log_prob=True, loss_type="ipo"), r"averages already"),
+        (lambda: FusedLinearSimPOLoss(average_log_prob=True), r"averages already"),
         (lambda: FusedLinearSynPOLoss(group_bytes=-1), r"group_bytes must not be negative, got -1"),
         (lambda: FusedLinearDPOLoss(loss_type="robust")(*batch()[:3], ref_input=batch()[1], ref_weight=batch()[0]), r"'robust'"),
         (lambda: FusedLinearDPOLoss()(*batch()[:3]), r"'dpo' needs ref_input and ref_weight"),

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "ops": {"ops"},
     "losses": {"losses"},
     "fused": {"ops", "losses"},
-    "models": {"models", "ops"},
+    "models": {"models", "ops", "data"},  # of data only what a pair is
     "data": {"data", "ops", "models"},
     "references": {"references", "models", "ops"},
     "integrations": {"integrations", "fused", "losses", "ops", "models"},

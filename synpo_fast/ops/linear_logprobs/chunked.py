@@ -116,7 +116,7 @@ def weight_grad_rows(
     # Late in SynPO a coefficient can be below fp16's smallest number: the products see coefficients of size 1.
     peak = coefficients.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     coefficients = coefficients / peak
-    grad_weight = torch.zeros_like(problem.weight, dtype=dtype)
+    grad_weight = problem.weight.new_zeros(problem.weight.shape, dtype=dtype)
     grad_bias = grad_weight.new_zeros(problem.weight.shape[0] if want_bias else 0)
     for part, label, logits, target, raw in _tiles(problem, hidden, labels):
         slope = problem.slope(logits)

@@ -49,8 +49,8 @@ def backward(
         grad_hidden = valid.scatter_hidden(scaled, problem)
     if needs[1] or needs[2]:
         if count == 0:
-            grad_weight = torch.zeros_like(problem.weight)
-            grad_bias = torch.zeros_like(problem.weight[:, 0])
+            grad_weight = problem.weight.new_zeros(problem.weight.shape)
+            grad_bias = problem.weight.new_zeros(problem.weight.shape[0])
         else:
             hidden = valid.gather_hidden(problem)
             grad_weight, grad_bias = backend.weight_grad_rows(

@@ -18,6 +18,8 @@ from torch import Tensor
 from synpo_fast.ops.linear_logprobs import chunked, linear_logprobs, native
 from synpo_fast.ops.linear_logprobs.problem import Problem, ValidRows, valid_rows
 
+LARGEST_FP16 = 65504
+
 
 @dataclass
 class KeptLogprobs:
@@ -66,6 +68,8 @@ def linear_logprobs_kept(problem: Problem, *, backend: str | None = None, keep: 
     Returns an object with `logps` [N] and `gradients(coefficients, want_bias)`; keep=False recomputes the logits.
     """
     chosen = linear_logprobs.choose_backend(problem.hidden, backend)
+    if problem.hidden.dtype == torch.float16 and chosen != "native" and problem.weight.shape[0] > LARGEST_FP16:
+        keep = False  # the target's entry may be as large as V (the native backend keeps fp32)
     if not keep:
         logps, *saved = linear_logprobs.forward(problem, True, chosen)
         return RecomputedLogprobs(problem, chosen, logps, (saved[0], saved[1]))

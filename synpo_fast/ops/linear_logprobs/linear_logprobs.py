@@ -65,14 +65,15 @@ def fused_linear_logprobs(
         hidden, weight, labels,
         bias=bias, rows=rows, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
     )  # fmt: skip
-    chosen = choose_backend(problem.hidden, backend)
+    # A compiled graph holds the wish, and the operator inside it decides when it runs.
+    chosen = (backend or "auto") if torch.compiler.is_compiling() else choose_backend(problem.hidden, backend)
     with without_autocast(problem.hidden):
         if chosen == "reference":
             logps = linear_logprobs_reference(problem)
         else:
             want_direction = torch.is_grad_enabled() and problem.hidden.requires_grad
             logps = _LinearLogprobs.apply(
-                problem.hidden, weight, bias, problem.labels, problem.rows,
+                problem.hidden, weight, problem.bias, problem.labels, problem.rows,
                 problem.logit_scale, problem.softcap, ignore_index, want_direction, chosen,
             )  # fmt: skip
     return logps.view(labels.shape)
@@ -123,7 +124,6 @@ def choose_backend(hidden: Tensor, wanted: str | None) -> str:
     return "chunked"
 
 
-@torch.compiler.assume_constant_result
 def _why_impossible(backend: str, device: str, dtype: torch.dtype) -> str | None:
     if backend == "native":
         return native.why_impossible(device, dtype)
@@ -146,6 +146,7 @@ def _module(backend: str) -> Any:
 
 
 def forward(problem: Problem, want_direction: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs [N], normalisers [n, 2] or [N, 2], direction [n, D] or [N, D] (or [0, D]), without autograd."""
     if backend == "triton":
         return _module(backend).linear_logprobs_forward(problem, want_direction)
     return host.forward(_module(backend), problem, want_direction)
@@ -175,8 +176,12 @@ class _LinearLogprobs(torch.autograd.Function):
             )
         else:
             logps, normalisers, direction = forward(problem, want_direction, backend)
-        if any(ctx.needs_input_grad[:3]):
+        if any(ctx.needs_input_grad[1:3]):
             ctx.save_for_backward(hidden, weight, labels, bias, rows, logps, normalisers, direction)
+        elif ctx.needs_input_grad[0]:
+            # A frozen head needs no more than the direction: of hidden, weight and log-probs only shapes are kept.
+            shapes = [_shape_only(tensor) for tensor in (hidden, weight, logps)]
+            ctx.save_for_backward(shapes[0], shapes[1], labels, None, rows, shapes[2], normalisers, direction)
         ctx.options = (logit_scale, softcap, ignore_index, backend)
         return logps
 
@@ -213,6 +218,11 @@ class _LinearLogprobs(torch.autograd.Function):
         return *grads, None, None, None, None, None, None, None
 
 
+def _shape_only(tensor: Tensor) -> Tensor:
+    """Shape, dtype and device of a tensor in the memory of one element."""
+    return tensor.new_zeros(()).expand(tensor.shape)
+
+
 def _is_traced(hidden: Tensor) -> bool:
     """Under torch.compile, and for tensors without values, the work is one opaque operator with known output shapes."""
     if torch.compiler.is_compiling() or hidden.device.type == "meta":
@@ -227,13 +237,17 @@ def _padded(values: Tensor, num_rows: int) -> Tensor:
     return torch.cat([values, values.new_zeros(num_rows - values.shape[0], *values.shape[1:])])
 
 
+def _decide(hidden: Tensor, wish: str) -> str:
+    return choose_backend(hidden, None if wish == "auto" else wish)
+
+
 @torch.library.custom_op("synpo_fast::linear_logprobs_forward", mutates_args=())
 def _traced_forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, rows: Tensor | None,
     logit_scale: float, softcap: float | None, ignore_index: int, want_direction: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
-    logps, normalisers, direction = forward(problem, want_direction, backend)
+    logps, normalisers, direction = forward(problem, want_direction, _decide(hidden, backend))
     num_labels = labels.shape[0]
     return logps, _padded(normalisers, num_labels), _padded(direction, num_labels if want_direction else 0)
 
@@ -253,7 +267,7 @@ def _traced_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
     needs = (needs_hidden, needs_weight, needs_bias)
-    grads = backward(problem, grad_logps, (logps, normalisers, direction), needs, backend)
+    grads = backward(problem, grad_logps, (logps, normalisers, direction), needs, _decide(hidden, backend))
     gh, gw, gb = (hidden.new_empty(0) if grad is None else grad for grad in grads)
     return gh, gw, gb
 

@@ -1,6 +1,5 @@
 """What a backend of `fused_linear_logprobs` is given: one checked problem in two dimensions, and nothing optional left open."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +52,7 @@ class ValidRows:
         """[n, D] -> [M, D]: gradients of a row that was picked more than once add up."""
         if self.sources is None:
             return grads
-        return torch.zeros_like(problem.hidden).index_add_(0, self.sources, grads)
+        return grads.new_zeros(problem.hidden.shape).index_add_(0, self.sources, grads)
 
     def gather(self, values: Tensor) -> Tensor:
         """[N] -> [n]."""
@@ -122,13 +121,13 @@ def make_problem(
             raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}")
     _check_shapes(hidden, weight, labels, bias, rows)
     _check_dtypes(hidden, weight, labels, bias, rows)
-    _check_numbers(logit_scale, softcap, ignore_index, weight.shape[0])
+    check_numbers(logit_scale, softcap, ignore_index)
     return Problem(
         hidden=hidden.reshape(-1, hidden.shape[-1]),
         weight=weight,
-        labels=labels.reshape(-1).long(),
-        bias=bias,
-        rows=None if rows is None else rows.reshape(-1).long(),
+        labels=labels.reshape(-1).long().contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        rows=None if rows is None else rows.reshape(-1).long().contiguous(),
         logit_scale=float(logit_scale),
         softcap=None if softcap is None else float(softcap),
         ignore_index=ignore_index,
@@ -151,6 +150,8 @@ def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
         )
     if rows is not None and rows.shape != labels.shape:
         raise ValueError(f"rows must have one index per label, {list(labels.shape)}, got {list(rows.shape)}")
+    if rows is not None and rows.numel() and hidden.numel() == 0:
+        raise ValueError(f"rows picks {rows.numel()} rows but hidden {list(hidden.shape)} has none")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
 
@@ -166,17 +167,19 @@ def _check_dtypes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
             raise ValueError(f"{name} must hold integers, got {tensor.dtype}")
 
 
-def _check_numbers(logit_scale: float, softcap: float | None, ignore_index: int, vocabulary: int) -> None:
+def check_numbers(logit_scale: float, softcap: float | None, ignore_index: int) -> None:
+    """ValueError for numbers that are not finite and non-zero in fp32, in which the kernels take them."""
+    smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
         if value is None and name == "softcap":
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{name} must be a number, got {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
-    if logit_scale == 0:
-        raise ValueError("logit_scale must not be 0: every logit would be the same")
+        if value != value or not abs(value) <= largest:
+            raise ValueError(f"{name} must be finite in float32, got {value}")
+        if abs(value) < smallest:
+            raise ValueError(f"{name} must not be 0 in float32, got {value}: every logit would be the same")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be a 64-bit integer, got {ignore_index!r}")

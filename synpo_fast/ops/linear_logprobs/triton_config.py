@@ -32,17 +32,24 @@ class KernelConfig:
     copy_engine: bool  # operands through tensor descriptors: before Hopper those lose the software pipeline
 
 
-def kernel_config(dtype: torch.dtype, capability: int) -> KernelConfig:
-    """`capability` is 80, 90, 100, ...; 0 stands for the interpreter, whose tiles are small so that tests cross many."""
+def kernel_config(dtype: torch.dtype, capability: int, *, simple: bool = True) -> KernelConfig:
+    """`capability` is 80, 90, 100, ...; 0 stands for the interpreter, whose tiles are small so that tests cross many.
+
+    simple: operands come by the copy engine and the logits have no softcap; anything else needs registers beside the widest
+    tiles. Consumer Blackwell (120) has the shared memory of the generation before Hopper.
+    """
     if capability == 0:
         logits, weighted = Tile(16, 32, 16, 2, 1, 1), Tile(16, 16, 32, 2, 1, 1)
         return KernelConfig(logits, weighted, logits, Tile(32, 16, 16, 2, 1, 1), copy_engine=True)
     if dtype == torch.float32:
         small = Tile(64, 64, 32, 8, 4, 2)
-        return KernelConfig(small, small, small, small, copy_engine=capability >= 90)
-    if capability < 90:
+        return KernelConfig(small, small, small, small, copy_engine=90 <= capability < 120)
+    if capability < 90 or capability >= 120:
         tile = Tile(128, 128, 32, 8, 8, 3)
         return KernelConfig(tile, tile, Tile(128, 64, 32, 8, 4, 3), tile, copy_engine=False)
+    if not simple:
+        tile = Tile(128, 128, 64, 8, 8, 3)
+        return KernelConfig(tile, tile, tile, tile, copy_engine=True)
     if capability < 100:
         return KernelConfig(
             logits=Tile(128, 256, 64, 8, 8, 3),
@@ -72,7 +79,10 @@ class Cut:
 def cut_forward(
     num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, num_programs: int
 ) -> Cut:
-    """Keeps exponentials and partial sums within 5 % of full fp32 logits, or 64 MiB where that is more.
+    """Keeps everything but the result within 5 % of full fp32 logits for N >= 4096, the copied rows included.
+
+    Fewer rows may take 64 MiB of exponentials, and a strip is never below 16 MiB: with a small vocabulary (V < 12 D or so)
+    the copied rows alone pass 5 %.
 
     Wide strips read and write the partial sums less often; few rows are split over the vocabulary, because their
     [rows, D] result alone has too few tiles to fill the chip.
@@ -80,20 +90,28 @@ def cut_forward(
     rows = min(num_rows, 4096 if num_rows >= 8192 else 2048)
     tiles = -(-rows // config.weighted.rows) * -(-dim // config.weighted.columns)
     splits = max(1, min(8, num_programs // tiles))
-    compact = num_rows * dim * element_size
-    allowed = max(64 * MIB, num_rows * vocabulary * 4 // 20 - compact - splits * rows * dim * 4)
-    return Cut(
-        rows, _strip(rows, vocabulary, element_size, min(allowed, 256 * MIB), config.logits.columns, splits), splits
+    fixed = (
+        num_rows * dim * element_size + splits * rows * dim * 4 + 2 * rows * -(-vocabulary // config.logits.columns) * 4
     )
+    allowed = _allowed(num_rows, vocabulary, fixed)
+    return Cut(rows, _strip(rows, vocabulary, element_size, allowed, config.logits.columns, splits), splits)
 
 
-def cut_weight_grad(num_rows: int, vocabulary: int, element_size: int, config: KernelConfig) -> int:
+def cut_weight_grad(num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig) -> int:
     """Columns of the vocabulary whose logit gradients, for all rows, fit the same bound."""
-    allowed = max(64 * MIB, num_rows * vocabulary * 4 // 20)
-    return _strip(num_rows, vocabulary, element_size, min(allowed, 256 * MIB), config.logit_grads.columns, 1)
+    allowed = _allowed(num_rows, vocabulary, num_rows * dim * element_size)
+    return _strip(num_rows, vocabulary, element_size, allowed, config.logit_grads.columns, 1)
+
+
+def _allowed(num_rows: int, vocabulary: int, fixed: int) -> int:
+    """Bytes a strip may take."""
+    least = 16 * MIB if num_rows >= 4096 else 64 * MIB
+    return min(max(least, num_rows * vocabulary * 4 // 20 - fixed), 256 * MIB)
 
 
 def _strip(rows: int, vocabulary: int, element_size: int, allowed: int, multiple: int, splits: int) -> int:
+    """Columns of a strip: the fewest strips that fit, all of about the same width, in whole tiles."""
     multiple *= splits
-    whole = -(-vocabulary // multiple) * multiple
-    return max(multiple, min(whole, allowed // (rows * element_size) // multiple * multiple))
+    widest = max(multiple, allowed // (rows * element_size) // multiple * multiple)
+    strips = -(-vocabulary // widest)
+    return -(-vocabulary // (strips * multiple)) * multiple

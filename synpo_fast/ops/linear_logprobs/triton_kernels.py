@@ -130,7 +130,7 @@ def _exp_logits_forward_kernel(
     """
     valid = tl.minimum(tl.load(count).to(tl.int32) - first_row, num_rows)
     row_tiles = tl.cdiv(valid, BLOCK_N)
-    column_tiles = tl.cdiv(strip_columns, BLOCK_V)
+    column_tiles = tl.cdiv(tl.minimum(strip_columns, V - first_column), BLOCK_V)
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, num_programs):
         row_tile, column_tile = _tile_of(tile, row_tiles, column_tiles, GROUP)
         row = row_tile * BLOCK_N
@@ -209,7 +209,8 @@ def _weighted_rows_kernel(
     valid = tl.minimum(tl.load(count).to(tl.int32) - first_row, num_rows)
     row_tiles = tl.cdiv(valid, BLOCK_N)
     column_tiles = tl.cdiv(D, BLOCK_D)
-    part = tl.cdiv(strip_columns, SPLITS * BLOCK_V) * BLOCK_V
+    width = tl.minimum(strip_columns, V - first_column)
+    part = tl.cdiv(width, SPLITS * BLOCK_V) * BLOCK_V
     for index in tl.range(tl.program_id(0), row_tiles * column_tiles * SPLITS, num_programs):
         split = index % SPLITS
         row_tile, column_tile = _tile_of(index // SPLITS, row_tiles, column_tiles, GROUP)
@@ -224,7 +225,7 @@ def _weighted_rows_kernel(
             total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         else:
             total = tl.load(at, mask=inside, other=0.0)
-        for v in range(split * part, tl.minimum((split + 1) * part, strip_columns), BLOCK_V):
+        for v in range(split * part, tl.minimum((split + 1) * part, width), BLOCK_V):
             a = _load_tile(exponentials, row, v, strip_columns, num_rows, strip_columns, TMA, BLOCK_N, BLOCK_V)
             b = _load_tile(w, first_column + v, d, weight_stride, V, D, TMA, BLOCK_V, BLOCK_D)
             total = tl.dot(a, b, total, input_precision=PRECISION)
@@ -301,7 +302,7 @@ def _logit_grads_backward_kernel(
     """
     valid = tl.load(count).to(tl.int32)
     row_tiles = tl.cdiv(valid, BLOCK_N)
-    column_tiles = tl.cdiv(strip_columns, BLOCK_V)
+    column_tiles = tl.cdiv(tl.minimum(strip_columns, V - first_column), BLOCK_V)
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, num_programs):
         row_tile, column_tile = _tile_of(tile, row_tiles, column_tiles, GROUP)
         row = row_tile * BLOCK_N
@@ -337,14 +338,14 @@ def _logit_grads_backward_kernel(
 
 @triton.jit
 def _weight_grad_backward_kernel(
-    logit_grads, x, grad_weight, peak, count, num_rows, first_column, strip_columns, V, D, num_programs,
+    logit_grads, x, grad_weight, peak, count, first_column, strip_columns, V, D, num_programs,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A strip of dW = logit_grads^T x over all valid rows: summed in fp32, rounded once."""
     valid = tl.load(count).to(tl.int32)
     scale = tl.load(peak)
-    row_tiles = tl.cdiv(strip_columns, BLOCK_V)
+    row_tiles = tl.cdiv(tl.minimum(strip_columns, V - first_column), BLOCK_V)
     column_tiles = tl.cdiv(D, BLOCK_D)
     for index in tl.range(tl.program_id(0), row_tiles * column_tiles, num_programs):
         row_tile, column_tile = _tile_of(index, row_tiles, column_tiles, GROUP)
@@ -352,8 +353,9 @@ def _weight_grad_backward_kernel(
         d = column_tile * BLOCK_D
         total = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
         for n in range(0, valid, BLOCK_N):
-            g = _load_tile(logit_grads, n, v, strip_columns, num_rows, strip_columns, TMA, BLOCK_N, BLOCK_V)
-            b = _load_tile(x, n, d, D, num_rows, D, TMA, BLOCK_N, BLOCK_D)
+            # Behind the last valid row a tile holds zeros (copy engine) or is not read at all (pointers).
+            g = _load_tile(logit_grads, n, v, strip_columns, valid, strip_columns, TMA, BLOCK_N, BLOCK_V)
+            b = _load_tile(x, n, d, D, valid, D, TMA, BLOCK_N, BLOCK_D)
             total = tl.dot(g.T, b, total, input_precision=PRECISION)
         r = first_column + v + tl.arange(0, BLOCK_V)
         c = d + tl.arange(0, BLOCK_D)

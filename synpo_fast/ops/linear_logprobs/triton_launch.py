@@ -37,12 +37,18 @@ def _num_programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _config(problem: Problem, weight: Tensor) -> KernelConfig:
+    simple = problem.softcap is None and _tma_fits(weight)
+    return kernel_config(problem.hidden.dtype, _capability(problem.hidden.device), simple=simple)
+
+
 @functools.cache
-def _config(device: torch.device, dtype: torch.dtype) -> KernelConfig:
+def _capability(device: torch.device) -> int:
+    """80, 90, 100, ...; 0 where kernels are interpreted."""
     if device.type != "cuda":
-        return kernel_config(dtype, 0)
+        return 0
     major, minor = torch.cuda.get_device_capability(device)
-    return kernel_config(dtype, 10 * major + minor)
+    return 10 * major + minor
 
 
 def _limit(dtype: torch.dtype) -> float:
@@ -109,7 +115,8 @@ def _head(weight: Tensor) -> Tensor:
 
 def linear_logprobs_forward(problem: Problem, want_direction: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs [N] (0 where ignored), normalisers [N, 2] and direction [N, D] (or [0, D]) of the compacted rows."""
-    return forward(problem, want_direction, keep_all=False)[:3]
+    with torch.cuda.device_of(problem.hidden):  # Triton launches on the current device, wherever the tensors are
+        return forward(problem, want_direction, keep_all=False)[:3]
 
 
 def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,7 +125,8 @@ def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Ten
     num_labels, (vocabulary, dim) = problem.labels.shape[0], problem.weight.shape
     logps = torch.zeros(num_labels, dtype=torch.float32, device=device)
     normalisers = torch.zeros(num_labels, 2, dtype=torch.float32, device=device)
-    config, programs = _config(device, dtype), _num_programs(device)
+    weight = _head(problem.weight)
+    config, programs = _config(problem, weight), _num_programs(device)
     whole = -(-vocabulary // config.logits.columns) * config.logits.columns
     if num_labels == 0:
         nothing = problem.hidden.new_empty(0, dim)
@@ -133,7 +141,6 @@ def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Ten
     # fp16 kept for a second product must not exceed 1, or its factors would fall below fp16's smallest number.
     limit = 0.0 if keep_all and dtype == torch.float16 else _limit(dtype)
 
-    weight = _head(problem.weight)
     rows = _Rows(problem, weight)
     kept_rows = cut.rows if want_direction else 0
     exponentials = torch.empty(kept_rows, columns, dtype=dtype, device=device)
@@ -154,6 +161,7 @@ def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Ten
     for first_row in range(0, num_labels, cut.rows):
         block = min(cut.rows, num_labels - first_row)
         for first_column in range(0, vocabulary, columns):
+            used = -(-min(columns, vocabulary - first_column) // config.logits.columns)
             kernels._exp_logits_forward_kernel[(programs,)](
                 x, w, problem.bias, rows.labels, rows.top, e_out, tile_top, tile_sum, rows.count,
                 first_row, block, first_column, columns, vocabulary, dim, weight.stride(0),
@@ -165,7 +173,7 @@ def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Ten
             kernels._settle_rows_kernel[(block,)](
                 rows.top, rows.others, tile_top, tile_sum, exponentials, totals, rows.count,
                 first_row, block, columns, dim,
-                KEEP=want_direction, TILES=tiles, BLOCK_T=triton.next_power_of_2(tiles),
+                KEEP=want_direction, TILES=used, BLOCK_T=triton.next_power_of_2(tiles),
                 BLOCK_V=config.logits.columns, BLOCK_D=_block_dim(dim), SPLITS=cut.splits if first_column else 0,
             )  # fmt: skip
             if want_direction:
@@ -206,13 +214,15 @@ def linear_logprobs_backward(
     grad_weight: Tensor | None = None
     grad_bias: Tensor | None = None
     if problem.labels.shape[0] == 0:
-        grad_hidden, grad_weight = torch.zeros_like(problem.hidden), torch.zeros_like(problem.weight)
-        grad_bias = torch.zeros_like(problem.weight[:, 0])
+        grad_hidden = problem.hidden.new_zeros(problem.hidden.shape)
+        grad_weight = problem.weight.new_zeros(problem.weight.shape)
+        grad_bias = problem.weight.new_zeros(problem.weight.shape[0])
     else:
-        if needs[0]:
-            grad_hidden = _hidden_grad(problem, grad_logps, direction)
-        if needs[1] or needs[2]:
-            grad_weight, grad_bias = _weight_grads(problem, grad_logps, logps, normalisers, needs[2])
+        with torch.cuda.device_of(problem.hidden):
+            if needs[0]:
+                grad_hidden = _hidden_grad(problem, grad_logps, direction)
+            if needs[1] or needs[2]:
+                grad_weight, grad_bias = _weight_grads(problem, grad_logps, logps, normalisers, needs[2])
     return (
         grad_hidden if needs[0] else None,
         grad_weight if needs[1] else None,
@@ -231,7 +241,9 @@ def _hidden_grad(problem: Problem, grad_logps: Tensor, direction: Tensor) -> Ten
     if problem.rows is None:
         return scaled
     grad_hidden = torch.zeros(problem.hidden.shape, dtype=direction.dtype, device=direction.device)
-    return grad_hidden.index_add_(0, problem.rows, scaled)
+    # Ignored positions hold zeros, whatever their row says; a row out of range has shown itself as NaN in the forward.
+    safe = problem.rows.clamp(0, problem.hidden.shape[0] - 1)
+    return grad_hidden.index_add_(0, safe, scaled)
 
 
 def _weight_grads(
@@ -239,15 +251,16 @@ def _weight_grads(
 ) -> tuple[Tensor, Tensor | None]:
     device, dtype = problem.hidden.device, problem.hidden.dtype
     num_labels, (vocabulary, dim) = problem.labels.shape[0], problem.weight.shape
-    config, programs = _config(device, dtype), _num_programs(device)
     weight = _head(problem.weight)
+    config, programs = _config(problem, weight), _num_programs(device)
     rows = _Rows(problem, weight)
-    columns = cut_weight_grad(num_labels, vocabulary, dtype.itemsize, config)
+    columns = cut_weight_grad(num_labels, dim, vocabulary, dtype.itemsize, config)
     if interpreting():
         columns = _small_cut(num_labels, vocabulary, config).columns
     # Late in SynPO a coefficient can be below fp16's smallest number: the products see coefficients of size 1.
-    peak = grad_logps.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    coefficients = rows.compact((grad_logps / peak).float())
+    coefficients = rows.compact(grad_logps.float())
+    peak = coefficients.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    coefficients = coefficients / peak
     misses = rows.compact(-torch.expm1(logps))
 
     row_tiles = -(-num_labels // config.logit_grads.rows)
@@ -285,9 +298,8 @@ def _add_weight_grad(
     tile: Tile, tma: bool, programs: int,
 ) -> None:  # fmt: skip
     """Strip [first_column, first_column + columns) of grad_weight = peak * logit_grads^T hidden over the valid rows."""
-    base = hidden.base if tma else hidden
     kernels._weight_grad_backward_kernel[(programs,)](
-        logit_grads, hidden, grad_weight, peak, count, base.shape[0], first_column, columns, *grad_weight.shape, programs,
+        logit_grads, hidden, grad_weight, peak, count, first_column, columns, *grad_weight.shape, programs,
         TMA=tma, PRECISION=_precision(grad_weight.dtype),
         BLOCK_V=tile.rows, BLOCK_D=tile.columns, BLOCK_N=tile.depth, GROUP=tile.group, **_options(tile),
     )  # fmt: skip
@@ -305,13 +317,18 @@ class KeptOnGPU:
 
     def gradients(self, coefficients: Tensor, want_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of sum_n coefficients_n lp_n: to hidden [M, D], to weight [V, D] and, if wanted, to bias [V]."""
+        with torch.cuda.device_of(coefficients):
+            return self._gradients(coefficients, want_bias)
+
+    def _gradients(self, coefficients: Tensor, want_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         problem, dtype = self.problem, self.problem.hidden.dtype
         grad_weight = torch.empty(problem.weight.shape, dtype=dtype, device=problem.hidden.device)
         if problem.labels.shape[0] == 0:
             grad_bias = grad_weight.new_zeros(grad_weight.shape[0]) if want_bias else None
-            return torch.zeros_like(problem.hidden), grad_weight.zero_(), grad_bias
-        config, programs = _config(problem.hidden.device, dtype), _num_programs(problem.hidden.device)
-        rows = _Rows(problem, _head(problem.weight))
+            return problem.hidden.new_zeros(problem.hidden.shape), grad_weight.zero_(), grad_bias
+        weight = _head(problem.weight)
+        config, programs = _config(problem, weight), _num_programs(problem.hidden.device)
+        rows = _Rows(problem, weight)
         totals = self.normalisers[:, 1]
         factor = torch.where(totals > 0, -rows.compact(coefficients.float()) / totals, 0.0)
         if problem.softcap is None:
@@ -333,4 +350,5 @@ class KeptOnGPU:
 
 
 def linear_logprobs_kept_on_gpu(problem: Problem) -> KeptOnGPU:
-    return KeptOnGPU(problem, *forward(problem, True, keep_all=True))
+    with torch.cuda.device_of(problem.hidden):
+        return KeptOnGPU(problem, *forward(problem, True, keep_all=True))

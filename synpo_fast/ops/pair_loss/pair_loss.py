@@ -50,7 +50,7 @@ def synpo_pair_loss(
     """SynPO's loss for P pairs whose responses are segments of one flat tensor of token log-probs.
 
     Args:
-        logps: [N] fp32. (bf16 and fp16 are converted first; their gradient is then rounded by autograd.)
+        logps: [N] fp32, or fp64 for the reference. (bf16 and fp16 are converted first; autograd then rounds their gradient.)
         chosen_offsets, rejected_offsets: [P + 1] int64; pair i's response is logps[offsets[i] : offsets[i + 1]]. A padded
             [2P, T] batch, chosen half first, is offsets of step T, the rejected ones from P * T, and a mask.
         mask: [N] bool, the tokens that count; None: all.
@@ -62,7 +62,7 @@ def synpo_pair_loss(
     _check(logps, chosen_offsets, rejected_offsets, mask, alpha, beta, link)
     chosen = _choose_backend(logps, backend)
     mask = None if mask is None else mask.contiguous()
-    flat = logps.float().contiguous()
+    flat = logps.to(torch.promote_types(logps.dtype, torch.float32)).contiguous()
     losses, means, geometric, arithmetic, num_empty = _SynPOPairLoss.apply(
         flat, chosen_offsets.contiguous(), rejected_offsets.contiguous(), mask, float(alpha), float(beta), link, chosen
     )
@@ -85,6 +85,11 @@ def _check(
             ordered = bool((offsets.diff() >= 0).all())
             if not ordered or int(offsets[0]) < 0 or int(offsets[-1]) > logps.shape[0]:
                 raise ValueError(f"{name} = {offsets.tolist()} must rise within [0, {logps.shape[0]}]")
+    if chosen.device.type == "cpu" and (chosen[0] < rejected[-1] and rejected[0] < chosen[-1]):
+        raise ValueError(
+            f"chosen tokens [{int(chosen[0])}, {int(chosen[-1])}) and rejected tokens "
+            f"[{int(rejected[0])}, {int(rejected[-1])}) overlap: a token can belong to one response only"
+        )
     if chosen.shape != rejected.shape:
         raise ValueError(f"chosen_offsets has {chosen.shape[0]} entries but rejected_offsets {rejected.shape[0]}")
     if mask is not None and (mask.shape != logps.shape or mask.dtype != torch.bool or mask.device != logps.device):
@@ -99,18 +104,28 @@ def _check(
 
 
 def _choose_backend(logps: Tensor, wanted: str | None) -> str:
-    if wanted is None:
-        if logps.device.type == "cuda":
-            return "triton"
-        return "native" if logps.device.type == "cpu" and native_library.is_available() else "reference"
-    if wanted not in BACKENDS:
+    """Kernels work in fp32; fp64 is the reference's."""
+    if wanted is not None and wanted not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {wanted!r}")
-    if wanted == "native":
+    if wanted == "reference":
+        return wanted
+    candidate = wanted or ("triton" if logps.device.type == "cuda" else "native")
+    reason = _why_impossible(candidate, logps)
+    if reason is not None and wanted is not None:
+        raise ValueError(f"backend={wanted!r} can not be used here: {reason}")
+    return "reference" if reason is not None else candidate
+
+
+def _why_impossible(backend: str, logps: Tensor) -> str | None:
+    if logps.dtype == torch.float64:
+        return "it computes in float32, logps is float64"
+    if backend == "native":
         if logps.device.type != "cpu":
-            raise ValueError(f"backend='native' works on CPU tensors, logps is on {logps.device}")
-        if (reason := native_library.why_unavailable()) is not None:
-            raise ValueError(f"backend='native' can not be used here: {reason}")
-    return wanted
+            return f"it works on CPU tensors, logps is on {logps.device}"
+        return native_library.why_unavailable()
+    from synpo_fast.ops.linear_logprobs import triton_support
+
+    return triton_support.why_impossible(logps.device.type, torch.float32)
 
 
 def _raise_empty(chosen: Tensor, rejected: Tensor, mask: Tensor | None) -> None:
@@ -139,6 +154,8 @@ class _SynPOPairLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_losses, *_):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("synpo_pair_loss can be differentiated once, and create_graph=True asks for more")
         coefficients, chosen_offsets, rejected_offsets = ctx.saved_tensors
         return coefficients * per_token(grad_losses, chosen_offsets, rejected_offsets, coefficients.shape[0]), *[
             None

@@ -21,9 +21,10 @@ def synpo_pair_loss_forward(
     statistics = torch.empty(5, num_pairs, dtype=torch.float32, device=logps.device)
     coefficients = torch.zeros_like(logps)
     num_empty = torch.zeros(1, dtype=torch.int32, device=logps.device)
-    kernels._synpo_pair_loss_forward_kernel[(num_pairs,)](
-        logps, None if mask is None else mask.view(torch.uint8), chosen_offsets, rejected_offsets,
-        losses, statistics, coefficients, num_empty, num_pairs, alpha, beta,
-        LOGSIGMOID=logsigmoid, HAS_MASK=mask is not None, BLOCK=1024, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(logps):
+        kernels._synpo_pair_loss_forward_kernel[(num_pairs,)](
+            logps, None if mask is None else mask.view(torch.uint8), chosen_offsets, rejected_offsets,
+            losses, statistics, coefficients, num_empty, num_pairs, alpha, beta,
+            LOGSIGMOID=logsigmoid, HAS_MASK=mask is not None, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
     return losses, statistics, coefficients, num_empty

@@ -37,13 +37,24 @@ MISTAKES = {
     "row outside": ({"rows": torch.tensor([0, 1, 4, 0])}, r"rows\[2\] = 4 is outside \[0, 4\)"),
     "row negative": ({"rows": torch.tensor([0, -1, 2, 0])}, r"rows\[1\] = -1 "),
     "another device": ({"weight": W.to("meta")}, r"weight is on meta but hidden is on cpu"),
-    "infinite scale": ({"logit_scale": float("inf")}, r"logit_scale must be finite, got inf"),
-    "nan scale": ({"logit_scale": float("nan")}, r"logit_scale must be finite, got nan"),
+    "infinite scale": ({"logit_scale": float("inf")}, r"logit_scale must be finite in float32, got inf"),
+    "nan scale": ({"logit_scale": float("nan")}, r"logit_scale must be finite in float32, got nan"),
     "zero scale": ({"logit_scale": 0.0}, r"logit_scale must not be 0"),
     "scale of another type": ({"logit_scale": "1"}, r"logit_scale must be a number, got '1'"),
+    "huge scale": ({"logit_scale": 1e300}, r"logit_scale must be finite in float32, got 1e\+300"),
+    "huge integer scale": ({"logit_scale": 10**400}, r"logit_scale must be finite in float32, got 10000"),
+    "tiny softcap": ({"softcap": 1e-60}, r"softcap must not be 0 in float32, got 1e-60"),
+    "huge ignore_index": (
+        {"ignore_index": 2**70},
+        r"ignore_index must be a 64-bit integer, got 1180591620717411303424",
+    ),
+    "rows into nothing": (
+        {"hidden": torch.randn(0, 8), "rows": torch.zeros(4).long()},
+        r"rows picks 4 rows but hidden \[0, 8\] has none",
+    ),
     "negative softcap": ({"softcap": -1.0}, r"softcap must be positive, got -1.0"),
-    "infinite softcap": ({"softcap": float("inf")}, r"softcap must be finite"),
-    "ignore_index of another type": ({"ignore_index": 1.5}, r"ignore_index must be an integer, got 1.5"),
+    "infinite softcap": ({"softcap": float("inf")}, r"softcap must be finite in float32"),
+    "ignore_index of another type": ({"ignore_index": 1.5}, r"ignore_index must be a 64-bit integer, got 1.5"),
     "unknown backend": ({"backend": "cuda"}, r"one of reference, chunked, native, triton or None, got 'cuda'"),
     "not a tensor": ({"hidden": [[1.0]]}, r"hidden must be a tensor, got list"),
     "no labels": ({"labels": None}, r"labels must be a tensor, got NoneType"),
@@ -74,6 +85,18 @@ def test_an_impossible_backend_says_why(monkeypatch):
     with pytest.raises(ValueError, match=r"native.*meta|native.*no compiled library|meta"):
         monkeypatch.setattr(native_library, "why_unavailable", lambda: "no compiled library")
         call(backend="native")
+
+
+def test_the_native_operators_check_for_themselves():
+    """torch.ops can be called without the Python in front of it."""
+    if not native_library.is_available():
+        pytest.skip(str(native_library.why_unavailable()))
+    forward = torch.ops.synpo_fast_native.linear_logprobs_forward
+    with pytest.raises(ValueError, match="label 10 at position 1 is outside"):
+        forward(H, W, torch.tensor([1, 10, 3, 3]), None, 1.0, None, True)
+    pair_loss = torch.ops.synpo_fast_native.synpo_pair_loss
+    with pytest.raises(ValueError, match="offsets must rise"):
+        pair_loss(torch.zeros(9), torch.tensor([0, 5, 3]), torch.tensor([5, 6, 9]), None, 30.0, 0.2, False)
 
 
 def test_a_missing_native_library_is_said_once(monkeypatch):

@@ -9,7 +9,6 @@ from synpo_fast import fused_linear_logprobs
 from tests.ops.linear_logprobs.problems import (
     BACKEND_DTYPES,
     NAMES,
-    Case,
     assert_as_good_as_eager,
     device_of,
     error,
@@ -143,6 +142,58 @@ def test_non_contiguous_inputs_of_more_dimensions(backend, dtype):
 
 
 @every_backend
+def test_strided_vectors(backend, dtype):
+    """Labels, rows and bias that are columns of something else, or one number expanded."""
+    device = device_of(backend, dtype)
+    hidden = torch.randn(6, 12, dtype=dtype, device=device)
+    weight = torch.randn(33, 12, dtype=dtype, device=device)
+    labels, rows = (torch.randint(n, (6, 2), device=device)[:, 0] for n in (33, 6))
+    bias = torch.randn(33, 2, dtype=dtype, device=device)[:, 1]
+    for y in (labels, torch.tensor(3, device=device).expand(6)):
+        found = fused_linear_logprobs(hidden, weight, y, bias=bias, rows=rows, backend=backend)
+        plain = fused_linear_logprobs(hidden, weight, y.clone(), bias=bias.clone(), rows=rows.clone(), backend=backend)
+        torch.testing.assert_close(found, plain, rtol=0, atol=0)
+
+
+@every_backend
+def test_memory_that_was_not_written_is_not_read(backend, dtype, monkeypatch):
+    """torch.empty filled with NaN, with and without rows on 16-byte boundaries: nothing of it reaches a result."""
+    cases = [make_case(40, dim, 70, ignored=0.4) for dim in (15, 16)]
+    clean = [run_fused(case, backend, dtype) for case in cases]
+    empty, new_empty, empty_like = torch.empty, torch.Tensor.new_empty, torch.empty_like
+
+    def poisoned(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poisoned(empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
+    dirty = [run_fused(case, backend, dtype) for case in cases]
+    for one, other in zip(clean, dirty, strict=True):
+        assert torch.equal(one.logps, other.logps)
+        for name, grad in one.grads.items():
+            assert torch.equal(grad, other.grads[name]), name
+
+
+@every_backend
+def test_garbage_gradients_and_rows_of_ignored_positions(backend, dtype):
+    """A loss may send NaN to ignored positions, and their row index may be anything."""
+    device = device_of(backend, dtype)
+    hidden = torch.randn(5, 16, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.randn(40, 16, dtype=dtype, device=device, requires_grad=True)
+    labels = torch.tensor([3, -100, 7, -100], device=device)
+    rows = torch.tensor([0, -1, 4, 99], device=device)
+    logps = fused_linear_logprobs(hidden, weight, labels, rows=rows, backend=backend)
+    logps.backward(torch.tensor([1.0, float("nan"), -2.0, float("inf")], device=device))
+    assert torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()
+    assert (hidden.grad[1:4] == 0).all()
+
+
+@every_backend
 def test_gradients_only_where_required(backend, dtype):
     """A frozen head, a frozen trunk, a trainable bias alone: the others get None, not zeros."""
     device = device_of(backend, dtype)
@@ -227,7 +278,7 @@ def test_gradcheck():
 
 def test_more_rows_than_a_block():
     """2,500 rows cross the native backend's row blocks; 700 x 9,000 cross the tiles of the chunked one."""
-    for backend, shape in (("native", (2500, 8, 600)), ("chunked", (2100, 8, 9000))):
+    for backend, shape in (("native", (2500, 8, 600)), ("native", (600, 8, 9001)), ("chunked", (2100, 8, 9000))):
         assert_as_good_as_eager(make_case(*shape, ignored=0.05), backend, torch.float32)
 
 
@@ -262,13 +313,21 @@ def test_any_shape_and_options(backend, data):
         torch.testing.assert_close(found.grads[name], grad, rtol=slack, atol=slack * scale)
 
 
-def test_zero_scale_of_upstream_coefficients_in_fp16():
-    """Coefficients of 1e-9 are 0 in fp16; with the trainable head they must still reach an fp32-scaled gradient."""
-    case = make_case(16, 16, 40)
+def test_coefficients_below_fp16_reach_the_head():
+    """Coefficients of 1e-9 are 0 in fp16: the head's gradient is computed from normalised ones and scaled in fp32."""
+    from synpo_fast.ops.linear_logprobs import kept, linear_logprobs
+    from synpo_fast.ops.linear_logprobs.problem import make_problem
+
+    case = make_case(16, 16, 40).rounded(torch.float16)
+    expected = run_eager(case, torch.float64).grads["weight"]
     for backend in ("chunked", "native", "triton"):
-        plain = run_fused(case, backend, torch.float16)
-        # bf16-free check in fp16: 2^-10 is exact, so the scaled gradients must be scaled copies while they are normal.
-        tiny = Case(case.hidden, case.weight, case.labels, case.upstream * 2.0**-10)
-        scaled = run_fused(tiny, backend, torch.float16)
-        for name in ("hidden", "weight"):
-            torch.testing.assert_close(scaled.grads[name] * 2.0**10, plain.grads[name], rtol=2e-3, atol=2e-3)
+        device = device_of(backend, torch.float16)
+        problem = make_problem(
+            case.hidden.to(device, torch.float16), case.weight.to(device, torch.float16), case.labels.to(device),
+            bias=None, rows=None, logit_scale=1.0, softcap=None, ignore_index=-100,
+        )  # fmt: skip
+        saved = linear_logprobs.forward(problem, True, backend)
+        tiny = (case.upstream * 2.0**-8).float().to(device)  # results stay normal in fp16, c * (1 - p) often does not
+        _, grad, _ = linear_logprobs.backward(problem, tiny, saved, (False, True, False), backend)
+        assert error(grad.double().cpu() * 2.0**8, expected) < 5e-3, backend
+        assert torch.finfo(torch.float16).max == kept.LARGEST_FP16

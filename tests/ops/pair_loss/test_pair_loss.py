@@ -201,6 +201,8 @@ def test_sixteen_bit_inputs_are_computed_in_fp32(backend):
         ({"rejected_offsets": torch.tensor([2, 3, 4])}, r"2 entries but rejected_offsets 3"),
         ({"rejected_offsets": torch.tensor([2.0, 4.0])}, r"rejected_offsets must be int64"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, r"mask must be bool \[4\]"),
+        ({"rejected_offsets": torch.tensor([1, 3])}, r"chosen tokens \[0, 2\) and rejected tokens \[1, 3\) overlap"),
+        ({"logps": torch.zeros(4).double(), "backend": "native"}, r"native.*float64"),
         ({"link": "tanh"}, r"link must be one of sigmoid, logsigmoid, got 'tanh'"),
         ({"alpha": 0.0}, r"alpha=0.0"),
         ({"beta": float("nan")}, r"beta=nan"),
@@ -213,3 +215,12 @@ def test_mistakes_are_named(change, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         synpo_pair_loss(**{**arguments, **change})
+
+
+def test_fp64_and_second_derivatives():
+    logps, chosen, rejected = ragged([(3, 2), (1, 4)])
+    lp = logps.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: synpo_pair_loss(x, chosen, rejected, alpha=2.0).losses, (lp,))
+    out = synpo_pair_loss(logps.requires_grad_(), chosen, rejected)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(out.losses.sum(), logps, create_graph=True)

@@ -1,0 +1,48 @@
+"""How a problem is cut: memory within its bound, no work past the vocabulary."""
+
+import pytest
+import torch
+
+from synpo_fast.ops.linear_logprobs.triton_config import MIB, cut_forward, cut_weight_grad, kernel_config
+
+SHAPES = [(3584, 152064), (4096, 128256), (2048, 151936)]
+
+
+@pytest.mark.parametrize(("dim", "vocabulary"), SHAPES)
+@pytest.mark.parametrize("num_rows", [4096, 8192, 16384, 32768])
+def test_everything_held_is_within_five_percent_of_the_logits(dim, vocabulary, num_rows):
+    config = kernel_config(torch.bfloat16, 90)
+    cut = cut_forward(num_rows, dim, vocabulary, 2, config, 132)
+    tiles = -(-cut.columns // config.logits.columns)
+    held = (
+        num_rows * dim * 2  # the copied rows, whose place the result takes
+        + cut.splits * cut.rows * dim * 4  # partial sums
+        + cut.rows * cut.columns * 2  # exponentials
+        + 2 * tiles * cut.rows * 4  # references and sums of tiles
+    )
+    assert held <= num_rows * vocabulary * 4 * 0.05
+    strip = cut_weight_grad(num_rows, dim, vocabulary, 2, config) * num_rows * 2
+    assert num_rows * dim * 2 + strip <= max(num_rows * vocabulary * 4 * 0.05, num_rows * dim * 2 + 16 * MIB)
+
+
+@pytest.mark.parametrize(("dim", "vocabulary"), [*SHAPES, (4096, 32000), (64, 100)])
+@pytest.mark.parametrize("num_rows", [1, 100, 256, 512, 1024, 4096, 16384])
+def test_strips_cover_the_vocabulary_and_little_more(dim, vocabulary, num_rows):
+    config = kernel_config(torch.bfloat16, 90)
+    cut = cut_forward(num_rows, dim, vocabulary, 2, config, 132)
+    multiple = config.logits.columns * cut.splits
+    assert cut.columns % config.logits.columns == 0 and cut.columns >= 1
+    strips = -(-vocabulary // cut.columns)
+    assert 0 <= strips * cut.columns - vocabulary < strips * multiple
+
+
+def test_tiles_of_every_generation_are_known():
+    for capability in (80, 86, 89, 90, 100, 103, 120):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for simple in (True, False):
+                config = kernel_config(dtype, capability, simple=simple)
+                assert config.copy_engine == (90 <= capability < 120)
+                tile = config.logits
+                assert (tile.rows + tile.columns) * tile.depth * dtype.itemsize * tile.num_stages < (
+                    100_000 if capability >= 120 or capability in (86, 89) else 230_000
+                )
