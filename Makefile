@@ -10,6 +10,9 @@ PACKAGES := .[dev,gpu,trl]
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TEST_ARGS ?=
+# One worker a core and one thread a worker: small tests on several threads spend their time waiting for each other.
+TEST_WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 8 ? 8 : n)))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --durations=10
 
 .PHONY: help venv test test-heavy demo lint types format clean
 
@@ -34,10 +37,10 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@touch $(READY)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not heavy" --durations=10 $(TEST_ARGS)
+	$(PYTEST) -m "not heavy" $(TEST_ARGS)
 
 test-heavy: $(READY)
-	$(BIN)/python -m pytest -m heavy --durations=10 $(TEST_ARGS)
+	$(PYTEST) -m heavy $(TEST_ARGS)
 
 demo: $(READY)
 	$(BIN)/python benchmarks/demo_loss.py

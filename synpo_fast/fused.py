@@ -177,12 +177,12 @@ class FusedLinearPreferenceLoss(nn.Module):
     @torch.no_grad()
     def _logit_means(self, weight: Tensor, hidden: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean raw logit over all positions and words: mean hidden row times mean row of W, so no logits are needed."""
-        mean_row = self._mean_weight_row(weight)
+        mean_row = self.mean_weight_row(weight)
         chosen, rejected = (half.mean((0, 1), dtype=torch.float32) @ mean_row for half in hidden.chunk(2))
         shift = 0.0 if bias is None else bias.mean(dtype=torch.float32)
         return chosen + shift, rejected + shift
 
-    def _mean_weight_row(self, weight: Tensor) -> Tensor:
+    def mean_weight_row(self, weight: Tensor) -> Tensor:
         """Kept while the same frozen tensor is passed. (A change through `.data` is not seen: it would show in this metric.)"""
         if self._mean_row is not None and not weight.requires_grad:
             tensor, version, mean = self._mean_row

@@ -282,6 +282,18 @@ def test_more_rows_than_a_block():
         assert_as_good_as_eager(make_case(*shape, ignored=0.05), backend, torch.float32)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_any_number_of_threads(num_threads):
+    """Rows are shared out among threads; more of them than cores makes a race likelier to show."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            assert_as_good_as_eager(make_case(300, 24, 1500, ignored=0.1, softcap=20.0, bias=True), "native", dtype)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("backend", ["chunked", "native", "triton"])
 @settings(max_examples=30)
 @given(data=st.data())

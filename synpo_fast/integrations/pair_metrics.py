@@ -1,0 +1,52 @@
+"""Metrics of pair batches under TRL's names, as sums that may be added up over micro-batches and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from synpo_fast.losses import LossOutput
+
+# What each metric is a mean over.
+WEIGHTS = {
+    "rewards/chosen": "preference_pairs",
+    "rewards/rejected": "preference_pairs",
+    "rewards/accuracies": "preference_pairs",
+    "rewards/margins": "preference_pairs",
+    "logps/chosen": "preference_pairs",
+    "logps/rejected": "preference_pairs",
+    "nll_loss": "chosen_tokens",
+    "logits/chosen": "chosen_tokens",
+    "logits/rejected": "rejected_tokens",
+}
+
+
+@torch.no_grad()
+def metric_sums(output: LossOutput, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each metric times its weight, and the weights: fp32 scalars on one device, not read by the host.
+
+    output: last_output of the loss module; outputs: what the model's forward with pair_labels returned.
+    """
+    sums = {
+        "preference_pairs": output.metrics["preference_pairs"],
+        "empty_pairs": output.metrics["empty_pairs"],
+        "chosen_tokens": outputs["chosen_tokens"].sum(),
+        "rejected_tokens": outputs["rejected_tokens"].sum(),
+    }
+    for name, weight in WEIGHTS.items():
+        if name in output.metrics:
+            sums[name] = output.metrics[name] * sums[weight]
+    if "chosen_logits" in outputs:
+        sums["logits/chosen"] = (outputs["chosen_logits"] * outputs["chosen_tokens"]).sum()
+        sums["logits/rejected"] = (outputs["rejected_logits"] * outputs["rejected_tokens"]).sum()
+    return {name: value.float() for name, value in sums.items()}
+
+
+def metric_means(sums: Mapping[str, float]) -> dict[str, float]:
+    """The metrics from added-up sums. empty_pairs is a count, and there only if it is not 0."""
+    means = {name: sums[name] / max(sums[weight], 1.0) for name, weight in WEIGHTS.items() if name in sums}
+    if sums["empty_pairs"] > 0:
+        means["empty_pairs"] = sums["empty_pairs"]
+    return means
