@@ -14,6 +14,16 @@ from synpo_fast.ops.linear_logprobs import fused_linear_logprobs
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str) -> object:
+    """score_pairs is resolved when asked for: it lives above transformers."""
+    if name == "score_pairs":
+        from synpo_fast.models import score_pairs
+
+        return score_pairs
+    raise AttributeError(f"module 'synpo_fast' has no attribute {name!r}")
+
+
 __all__ = [
     "LOSSES",
     "FusedLinearDPOLoss",
@@ -22,4 +32,5 @@ __all__ = [
     "FusedLinearSynPOLoss",
     "__version__",
     "fused_linear_logprobs",
+    "score_pairs",
 ]

@@ -1,0 +1,170 @@
+"""Attention over packed rows: three ways to the same result, registered with transformers, no model code touched.
+
+    mask      a dense [L, L] mask for sdpa (bool) and eager (additive): any model, memory and work quadratic in the row
+    segments  plain torch, segment by segment: a prefix attends causally, a branch to prefix and itself; linear memory
+    varlen    flash attention over sequences of different query and key length; each branch's keys are its prefix's and its own,
+              gathered by index, and causality counts from the bottom right
+
+`segments` is what a CPU uses, and the plain statement of the contract that `varlen` has on a GPU. The layout reaches the
+attention functions as the keyword `packed` of the language model's forward.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from synpo_fast.models.layout import RowLayout
+
+SEGMENTS, VARLEN = "synpo_fast_segments", "synpo_fast_varlen"
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRow:
+    """A layout as the attention functions want it, built once a row and used by every layer."""
+
+    layout: RowLayout
+    query_ends: Tensor  # [S + 1] int32, cumulative query lengths
+    key_ends: Tensor  # [S + 1] int32, cumulative key lengths
+    key_index: Tensor  # [sum of key lengths] int64: which row of the packed row each key is
+    max_query: int
+    max_key: int
+
+
+def pack_row(layout: RowLayout, device: torch.device | str = "cpu") -> PackedRow:
+    """The index arithmetic of varlen attention: every segment is a sequence whose keys are its prefix's and its own."""
+    segments = layout.segments
+    query_lengths = [segment.length for segment in segments]
+    key_lengths = [segment.prefix_length + segment.length for segment in segments]
+    index = [
+        torch.cat(
+            [
+                torch.arange(segment.prefix_start, segment.prefix_start + segment.prefix_length),
+                torch.arange(segment.start, segment.end),
+            ]
+        )
+        for segment in segments
+    ]
+    return PackedRow(
+        layout,
+        _ends(query_lengths).to(device, non_blocking=True),
+        _ends(key_lengths).to(device, non_blocking=True),
+        torch.cat(index).to(device, non_blocking=True),
+        max(query_lengths),
+        max(key_lengths),
+    )
+
+
+def _ends(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def dense_mask(layout: RowLayout, device: torch.device | str = "cpu") -> Tensor:
+    """[L, L] bool: whether the row (first index) may see the column."""
+    mask = torch.zeros(layout.length, layout.length, dtype=torch.bool, device=device)
+    for segment in layout.segments:
+        rows = slice(segment.start, segment.end)
+        mask[rows, segment.prefix_start : segment.prefix_start + segment.prefix_length] = True
+        mask[rows, rows] = torch.ones(segment.length, segment.length, dtype=torch.bool, device=device).tril()
+    return mask
+
+
+def attention_mask(packed: PackedRow, implementation: str, dtype: torch.dtype) -> Tensor:
+    """The 4-D mask to hand to the language model; transformers passes one of four dimensions on as it is.
+
+    Under eager a bool mask would be added to the scores, silently wrong: eager gets an additive one.
+    """
+    device = packed.key_index.device
+    if implementation in (SEGMENTS, VARLEN):
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    allowed = dense_mask(packed.layout, device)[None, None]
+    if implementation == "sdpa":
+        return allowed
+    if implementation == "eager":
+        return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)
+    raise ValueError(
+        f"packed rows can not be run with attn_implementation={implementation!r}; "
+        f"use one of sdpa, eager, {SEGMENTS}, {VARLEN}"
+    )
+
+
+def segments_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, packed: PackedRow, **options: Any
+) -> tuple[Tensor, None]:
+    """query [1, H, L, E], key and value [1, H_kv, L, E] -> [1, L, H, E]: one sdpa call a segment."""
+    scale, dropout = options.get("scaling"), options.get("dropout", 0.0)
+    grouped = query.shape[1] != key.shape[1]
+    outputs = []
+    for segment in packed.layout.segments:
+        rows = slice(segment.start, segment.end)
+        q, k, v = query[:, :, rows], key[:, :, rows], value[:, :, rows]
+        mask = None
+        if segment.prefix_length:
+            prefix = slice(segment.prefix_start, segment.prefix_start + segment.prefix_length)
+            k, v = torch.cat([key[:, :, prefix], k], 2), torch.cat([value[:, :, prefix], v], 2)
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(segment.prefix_length)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
+            )
+        )
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def varlen_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, packed: PackedRow, **options: Any
+) -> tuple[Tensor, None]:
+    """As segments_attention, through flash attention: no mask, memory linear in the row. GPU only."""
+    run = _varlen_kernel()
+    q = query[0].transpose(0, 1)  # [L, H, E]
+    k, v = (tensor[0].transpose(0, 1).index_select(0, packed.key_index) for tensor in (key, value))
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    out = run(q, k, v, packed, scale, options.get("dropout", 0.0))
+    return out[None], None
+
+
+@functools.cache
+def _varlen_kernel() -> Any:
+    """flash-attn's varlen function if it is installed, else torch's own."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        from torch.nn.attention.varlen import varlen_attn
+
+        def run_torch(q: Tensor, k: Tensor, v: Tensor, packed: PackedRow, scale: float, dropout: float) -> Tensor:
+            if dropout:
+                raise ValueError(
+                    f"torch's varlen attention has no dropout, got {dropout}; install flash-attn or set it to 0"
+                )
+            k, v = (_repeat_heads(tensor, q.shape[1]) for tensor in (k, v))
+            out: Any = varlen_attn(
+                q, k, v, packed.query_ends, packed.key_ends, packed.max_query, packed.max_key,
+                scale=scale, window_size=(-1, 0),
+            )  # fmt: skip
+            return out
+
+        return run_torch
+
+    def run_flash(q: Tensor, k: Tensor, v: Tensor, packed: PackedRow, scale: float, dropout: float) -> Tensor:
+        return flash_attn_varlen_func(
+            q, k, v, packed.query_ends, packed.key_ends, packed.max_query, packed.max_key,
+            dropout_p=dropout, softmax_scale=scale, causal=True,
+        )  # fmt: skip
+
+    return run_flash
+
+
+def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:
+    return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
+
+
+@functools.cache
+def register() -> None:
+    """Makes `segments` and `varlen` known to transformers; called when a policy is loaded."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(SEGMENTS, segments_attention)
+    AttentionInterface.register(VARLEN, varlen_attention)

@@ -1,0 +1,188 @@
+"""What differs between families of video-language models, behind one interface.
+
+A composite forward of transformers is never called. A prompt is a list of token ids; its video goes through the vision
+tower apart; the features replace the embeddings at the placeholder tokens; position ids are computed for each sample from
+its start; then the inner language model runs on embeddings, with an attention of our own. A `Family` supplies the pieces
+of that path which each model does in its own way, and refuses by name what it cannot do.
+
+`model` is always the transformers model with its head (what from_pretrained returns), not a peft wrapper around it.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from synpo_fast.models.video_frames import VideoProcessing
+
+# Layers whose reach a mask decides. Anything else carries a state from token to token.
+MASKED_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+
+@dataclass(frozen=True)
+class VideoInputs:
+    """One video, ready for the vision tower and for the prompt.
+
+    tensors: keyword arguments of the family's vision call, for this video alone.
+    token_ids: what stands for the video in the prompt: placeholders, with the timestamps, separators and newlines the
+        family puts between them.
+    placeholder_id: features replace the embeddings where token_ids equals it.
+    seconds_per_grid: seconds between two rows of the temporal grid, for families whose positions tell time.
+    """
+
+    tensors: dict[str, Tensor]
+    token_ids: tuple[int, ...]
+    placeholder_id: int
+    seconds_per_grid: float | None = None
+
+    @property
+    def num_placeholders(self) -> int:
+        return self.token_ids.count(self.placeholder_id)
+
+
+@dataclass(frozen=True)
+class VideoFeatures:
+    """features [P, D] for the P placeholders of one video; deepstack: one [P, D] for each decoder layer that adds them."""
+
+    features: Tensor
+    deepstack: tuple[Tensor, ...] = ()
+
+
+class Family(abc.ABC):
+    """One family. Instances hold no state; FAMILIES in family.py has one of each."""
+
+    name: str
+    model_types: tuple[str, ...]
+    # The tokens a chat template writes for a video, longest first: the first one found is replaced by the video.
+    video_markers: tuple[str, ...] = ()
+    placeholder_token: str = ""
+    # The family's published template, for tokenizers that come without one (some repositories keep it with the processor).
+    chat_template: str = ""
+    default_seconds_per_frame: float = 0.5
+
+    def load_class(self) -> Any:
+        """The auto class whose from_pretrained and from_config build the model with its head."""
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText
+
+    @abc.abstractmethod
+    def processing(self, config: Any, preprocessor: Mapping[str, Any] | None = None) -> VideoProcessing:
+        """How frames become pixels: published defaults, then what `preprocessor` (the dict of a
+        video_preprocessor_config.json or preprocessor_config.json) and config.video_processing say."""
+
+    @abc.abstractmethod
+    def video_inputs(
+        self,
+        config: Any,
+        tokenizer: Any,
+        frames: Tensor,
+        *,
+        seconds_per_frame: float | None = None,
+        processing: VideoProcessing | None = None,
+    ) -> VideoInputs:
+        """frames uint8 [T, H, W, 3] -> VideoInputs. config is the model's; seconds_per_frame is the time between two of
+        the frames given (None: default_seconds_per_frame); processing None: self.processing(config).
+
+        Raises ValueError for frames of another shape or dtype, an empty video, or an aspect ratio above 200.
+        """
+
+    @abc.abstractmethod
+    def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:
+        """Features of each video, from one call of the vision tower for the whole list; [] for an empty list."""
+
+    @abc.abstractmethod
+    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
+        """Every parameter encode_videos uses: the tower first, then the projector where it stands apart, then the rest."""
+
+    def language_model(self, model: nn.Module) -> nn.Module:
+        """Takes inputs_embeds, position_ids, attention_mask, use_cache; returns .last_hidden_state, final norm included."""
+        return inner(model).language_model
+
+    def language_kwargs(self, placeholder_mask: Tensor, features: Sequence[VideoFeatures]) -> dict[str, Any]:
+        """Further keyword arguments of the language model. placeholder_mask bool [B, L] marks the placeholders of the
+        rows; features are those of the videos in the order in which their placeholders stand, row after row."""
+        return {}
+
+    def position_ids(self, model: nn.Module, token_ids: Tensor, video: VideoInputs | None) -> Tensor:
+        """Positions of one sample from its start: token_ids [L] -> int64 [L], or [3, L] where rotary positions have three
+        components. The sample may go on after the prompt."""
+        return torch.arange(len(token_ids))
+
+    def prompt_ids(self, tokenizer: Any, text: str, video_token_ids: Sequence[int] | None = None) -> list[int]:
+        """One user turn, the video (if any) before the text, and the opening of the assistant's turn.
+
+        Raises ValueError if the chat template writes no video token, or if the text itself holds the placeholder.
+        """
+        content: list[dict[str, str]] = [{"type": "text", "text": text}]
+        if video_token_ids is None:
+            return self._text_ids(tokenizer, self._render(tokenizer, content))
+        rendered = self._render(tokenizer, [{"type": "video"}, *content])
+        marker = next((marker for marker in self.video_markers if marker in rendered), None)
+        if marker is None:
+            raise ValueError(
+                f"the tokenizer's chat template writes none of {self.video_markers} for a video; set"
+                f" tokenizer.chat_template to the one of family {self.name!r} (Family.chat_template)"
+            )
+        before, after = rendered.split(marker, maxsplit=1)
+        return [*self._text_ids(tokenizer, before), *video_token_ids, *self._text_ids(tokenizer, after)]
+
+    def has_linear_attention(self, config: Any) -> bool:
+        """Whether some layer carries a state past any mask, so that branches of one row would see each other."""
+        return not attention_kinds(config) <= MASKED_ATTENTION
+
+    def _render(self, tokenizer: Any, content: Any) -> str:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=tokenizer.chat_template or self.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+
+    def _text_ids(self, tokenizer: Any, text: str) -> list[int]:
+        if self.placeholder_token and self.placeholder_token in text:
+            raise ValueError(
+                f"a prompt may not hold {self.placeholder_token!r}: family {self.name!r} puts its video there"
+            )
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def inner(model: nn.Module) -> Any:
+    """The model without its head: vision tower, projector and language model."""
+    return model.model
+
+
+def token_ids_of(tokenizer: Any, pieces: Sequence[str | Sequence[int]]) -> tuple[int, ...]:
+    """Strings and ready token ids in order. Neighbouring strings are tokenised together."""
+    ids: list[int] = []
+    text = ""
+    for piece in [*pieces, ()]:
+        if isinstance(piece, str):
+            text += piece
+            continue
+        ids += tokenizer(text, add_special_tokens=False).input_ids if text else []
+        ids += piece
+        text = ""
+    return tuple(ids)
+
+
+def concatenated(model: nn.Module, videos: Sequence[VideoInputs], names: Sequence[str]) -> dict[str, Tensor]:
+    """The named tensors of all videos, concatenated along the first dimension, on the model's device."""
+    device = next(model.parameters()).device
+    return {name: torch.cat([video.tensors[name] for video in videos]).to(device) for name in names}
+
+
+def attention_kinds(config: Any) -> frozenset[str]:
+    """The kinds of the language model's layers: "full_attention", "sliding_attention", "linear_attention", "mamba", ..."""
+    text = config.get_text_config()
+    for name in ("layer_types", "layers_block_type", "block_types"):
+        kinds = getattr(text, name, None)
+        if kinds:
+            return frozenset(kinds)
+    sliding = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
+    return frozenset({"sliding_attention" if sliding else "full_attention"})

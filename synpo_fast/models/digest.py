@@ -1,0 +1,46 @@
+"""Keys by content: what was computed from these weights and these inputs, and from nothing else."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from synpo_fast.models.family import VideoInputs
+from synpo_fast.models.policy import Policy, Sample
+
+
+def weights_key(policy: Policy) -> str:
+    """A digest of all weights and of the config that says how they are used. Reads every parameter once."""
+    return _digest([policy.family.name, policy.base.config.to_json_string()], _named(policy.model))
+
+
+def tower_key(policy: Policy) -> str:
+    """A digest of what decides a video's features: tower, projector, config."""
+    modules = policy.family.vision_modules(policy.base)
+    tensors = [(f"{i}.{name}", tensor) for i, module in enumerate(modules) for name, tensor in _named(module)]
+    return _digest([policy.family.name, policy.base.config.to_json_string()], tensors)
+
+
+def video_key(video: VideoInputs) -> str:
+    """A digest of one video as the tower gets it: frames, size, normalisation and packing included."""
+    return _digest([video.token_ids, video.placeholder_id, video.seconds_per_grid], sorted(video.tensors.items()))
+
+
+def sample_key(sample: Sample) -> str:
+    """A digest of everything a sample's log-probs depend on besides the weights."""
+    return _digest([sample.prompt, sample.responses, None if sample.video is None else video_key(sample.video)], [])
+
+
+def _named(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return sorted(module.state_dict().items())
+
+
+def _digest(facts: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,94 @@
+"""InternVL: frames as fixed squares, each named and enclosed in the prompt, features shuffled to a quarter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner, token_ids_of
+from synpo_fast.models.video_frames import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    VideoProcessing,
+    check_frames,
+    normalise_frames,
+    processing_with,
+    resize_frames,
+)
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'video' -%}
+{{ '<video>\\n' }}
+{%- elif part['type'] == 'text' -%}
+{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n' }}
+{%- endif -%}
+"""
+
+
+class InternVL(Family):
+    name = "internvl"
+    model_types = ("internvl",)
+    video_markers = ("<video>", "<|video_pad|>")
+    placeholder_token = "<IMG_CONTEXT>"
+    chat_template = CHAT_TEMPLATE
+
+    def processing(self, config: Any, preprocessor: Mapping[str, Any] | None = None) -> VideoProcessing:
+        height, width = config.vision_config.image_size
+        return processing_with(VideoProcessing(IMAGENET_MEAN, IMAGENET_STD, size=(height, width)), config, preprocessor)
+
+    def video_inputs(
+        self,
+        config: Any,
+        tokenizer: Any,
+        frames: Tensor,
+        *,
+        seconds_per_frame: float | None = None,
+        processing: VideoProcessing | None = None,
+    ) -> VideoInputs:
+        check_frames(frames)
+        processing = processing or self.processing(config)
+        size = tuple(config.vision_config.image_size)
+        if processing.size != size:
+            raise ValueError(f"family {self.name!r} takes frames of {size}, got size {processing.size}")
+        placeholders = (config.image_token_id,) * tokens_per_frame(config)
+        pieces: list[str | Sequence[int]] = []
+        for index in range(len(frames)):
+            newline = "\n" if index else ""
+            pieces += [f"{newline}Frame{index + 1}: <img>", placeholders, "</img>"]
+        return VideoInputs(
+            {"pixel_values": normalise_frames(resize_frames(frames, size), processing)},
+            token_ids=token_ids_of(tokenizer, pieces),
+            placeholder_id=config.image_token_id,
+        )
+
+    def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:
+        if not videos:
+            return []
+        frames = concatenated(model, videos, ("pixel_values",))["pixel_values"]
+        output = inner(model).get_image_features(frames, return_dict=True).pooler_output
+        split = output.split([len(video.tensors["pixel_values"]) for video in videos])
+        return [VideoFeatures(features.flatten(0, 1)) for features in split]
+
+    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
+        return [inner(model).vision_tower, inner(model).multi_modal_projector]
+
+
+def tokens_per_frame(config: Any) -> int:
+    vision = config.vision_config
+    (height, width), (patch_height, patch_width) = vision.image_size, vision.patch_size
+    return int((height // patch_height) * (width // patch_width) * config.downsample_ratio**2)

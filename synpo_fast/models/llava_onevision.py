@@ -1,0 +1,94 @@
+"""LLaVA-OneVision: frames as fixed squares, features pooled 2 x 2, one newline after the video."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner
+from synpo_fast.models.video_frames import (
+    HALF_MEAN,
+    HALF_STD,
+    VideoProcessing,
+    check_frames,
+    normalise_frames,
+    processing_with,
+    resize_frames,
+)
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] if part['type'] == 'video' -%}
+{{ '<video>\\n' }}
+{%- endfor -%}
+{%- for part in message['content'] if part['type'] == 'text' -%}
+{{ part['text'] }}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n' }}
+{%- endif -%}
+"""
+
+
+class LlavaOneVision(Family):
+    name = "llava_onevision"
+    model_types = ("llava_onevision",)
+    video_markers = ("<video>",)
+    placeholder_token = "<video>"
+    chat_template = CHAT_TEMPLATE
+
+    def processing(self, config: Any, preprocessor: Mapping[str, Any] | None = None) -> VideoProcessing:
+        side = config.vision_config.image_size
+        return processing_with(VideoProcessing(HALF_MEAN, HALF_STD, size=(side, side)), config, preprocessor)
+
+    def video_inputs(
+        self,
+        config: Any,
+        tokenizer: Any,
+        frames: Tensor,
+        *,
+        seconds_per_frame: float | None = None,
+        processing: VideoProcessing | None = None,
+    ) -> VideoInputs:
+        check_frames(frames)
+        processing = processing or self.processing(config)
+        side = config.vision_config.image_size
+        if processing.size != (side, side):
+            raise ValueError(f"family {self.name!r} takes frames of {side} x {side}, got size {processing.size}")
+        return VideoInputs(
+            {"pixel_values_videos": normalise_frames(resize_frames(frames, processing.size), processing)},
+            token_ids=(config.video_token_id,) * (len(frames) * tokens_per_frame(config) + 1),
+            placeholder_id=config.video_token_id,
+        )
+
+    def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:
+        if not videos:
+            return []
+        # The tower sees frames one by one, so that videos of any length go in as one. What comes back ends with the
+        # newline or not, by the version of transformers.
+        frames = concatenated(model, videos, ("pixel_values_videos",))["pixel_values_videos"]
+        output = inner(model).get_video_features(frames[None], return_dict=True).pooler_output[0]
+        lengths = [video.num_placeholders - 1 for video in videos]
+        newline = inner(model).image_newline[None].to(output)
+        split = output[: sum(lengths)].split(lengths)
+        return [VideoFeatures(torch.cat([features, newline])) for features in split]
+
+    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
+        base = inner(model)
+        return [base.vision_tower, base.multi_modal_projector, nn.ParameterList([base.image_newline])]
+
+
+def tokens_per_frame(config: Any) -> int:
+    """The model pools the tower's square grid to half its side, rounded up."""
+    return math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2) ** 2

@@ -1,0 +1,131 @@
+"""load_policy: a hub name, a folder, or tiny:<family> -> a Policy ready to train or to score."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from synpo_fast.models import attention
+from synpo_fast.models.family import FAMILIES, attention_kinds, family_of
+from synpo_fast.models.policy import Policy
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_policy(
+    name_or_path: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attn_implementation: str = "auto",
+    freeze_vision: bool = True,
+    gradient_checkpointing: bool = False,
+    liger_kernels: bool = False,
+    row_tokens: int | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    tiny_options: dict[str, Any] | None = None,
+) -> Policy:
+    """Loads a model with its tokenizer and finds its family.
+
+    Args:
+        name_or_path: "tiny:<family>" builds a small random model with a tokenizer of its own, without network; `seed` and
+            `tiny_options` (sizes) are for those.
+        dtype: of the weights; None: fp32 on a CPU, bf16 on a GPU.
+        attn_implementation: sdpa, eager, synpo_fast_segments, synpo_fast_varlen, or auto: segments on a CPU, varlen on a GPU.
+        freeze_vision: tower and projector do not train; their features may then be kept.
+        liger_kernels: Liger's norms, rotary and MLP, on a GPU.
+        row_tokens: bound of a packed row.
+
+    Raises ValueError for an unknown family, an attention that can not run packed rows, or an option that can not be had.
+    """
+    attention.register()
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = _dtype(dtype, device)
+    implementation = _attention(attn_implementation, device)
+    if name_or_path.startswith("tiny:"):
+        model, tokenizer, family = _tiny(name_or_path.removeprefix("tiny:"), seed, tiny_options or {})
+    else:
+        model, tokenizer, family = _pretrained(name_or_path, dtype, trust_remote_code)
+    model.to(device=device, dtype=dtype)
+    policy = Policy(model, tokenizer, family, attn_implementation=implementation, row_tokens=row_tokens)
+    if not name_or_path.startswith("tiny:"):
+        policy.processing = family.processing(model.config, _preprocessor(name_or_path))
+    if policy.can_share:
+        _check_layers(model.config, family.name)
+        family.language_model(model).config._attn_implementation = implementation
+    if freeze_vision:
+        policy.freeze_vision()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if liger_kernels:
+        _apply_liger(model, device)
+    return policy
+
+
+def _dtype(wanted: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if wanted is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    if wanted not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted!r}")
+    return DTYPES[wanted]
+
+
+def _attention(wanted: str, device: torch.device) -> str:
+    known = ("sdpa", "eager", attention.SEGMENTS, attention.VARLEN)
+    if wanted == "auto":
+        return attention.VARLEN if device.type == "cuda" else attention.SEGMENTS
+    if wanted not in known:
+        raise ValueError(f"attn_implementation must be auto or one of {', '.join(known)}, got {wanted!r}")
+    if wanted == attention.VARLEN and device.type != "cuda":
+        raise ValueError(f"attn_implementation={wanted!r} needs a CUDA device, got {device}")
+    return wanted
+
+
+def _tiny(name: str, seed: int, options: dict[str, Any]) -> tuple[Any, Any, Any]:
+    from synpo_fast.models.tiny import tiny_model
+
+    if name not in FAMILIES:
+        raise ValueError(f"unknown family {name!r} in 'tiny:{name}', expected one of {', '.join(FAMILIES)}")
+    model, tokenizer = tiny_model(name, seed, **options)
+    return model, tokenizer, FAMILIES[name]
+
+
+def _pretrained(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    family = family_of(config)
+    model = family.load_class().from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code), family
+
+
+def _check_layers(config: Any, family: str) -> None:
+    """Our attention is full attention: a window inside it would be ignored, silently."""
+    others = attention_kinds(config) - {"full_attention"}
+    if others:
+        raise ValueError(f"{family}: layers of type {', '.join(sorted(others))} can not be run on packed rows")
+
+
+def _preprocessor(name: str) -> dict[str, Any] | None:
+    """The model's own video settings: a file of its folder or repository, the one for videos first."""
+    from transformers.utils import cached_file
+
+    for file in ("video_preprocessor_config.json", "preprocessor_config.json"):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            return json.loads(Path(path).read_text())
+    return None
+
+
+def _apply_liger(model: Any, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError(f"liger_kernels=True needs a CUDA device, got {device}")
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError as error:
+        raise ImportError("liger_kernels=True needs liger-kernel: pip install synpo-fast[gpu]") from error
+    _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)

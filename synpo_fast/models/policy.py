@@ -1,0 +1,233 @@
+"""A video-language model as training sees it: samples in, token log-probs of their responses out.
+
+The composite forward of the model is not used. A sample's video goes through the vision tower once, its features replace
+the placeholders among the prompt's embeddings, prompts and responses are packed into rows (layout.py), and the language model
+runs on each row with an attention that keeps branches apart (attention.py). Only rows that predict a response token meet
+the vocabulary, through fused_linear_logprobs.
+
+Adapters, gradient checkpointing, frozen and trainable towers all go through this one path.
+"""
+
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from synpo_fast.models import attention
+from synpo_fast.models.family import Family, VideoFeatures, VideoInputs
+from synpo_fast.models.head import Head, head_of
+from synpo_fast.models.layout import RowLayout, SampleLengths, plan_rows
+from synpo_fast.models.video_frames import VideoProcessing
+from synpo_fast.ops.linear_logprobs import fused_linear_logprobs
+
+Logps = list[list[Tensor]]  # for each sample, for each of its responses: [T] fp32
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A prompt with its video's placeholders in place, and any number of responses, EOS included."""
+
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+    video: VideoInputs | None = None
+    name: str = ""
+
+    @property
+    def lengths(self) -> SampleLengths:
+        return SampleLengths(len(self.prompt), tuple(len(response) for response in self.responses))
+
+
+class FeatureStore(Protocol):
+    """Where features of a frozen tower are kept between epochs."""
+
+    def get(self, video: VideoInputs) -> VideoFeatures | None: ...
+    def put(self, video: VideoInputs, features: VideoFeatures) -> None: ...
+
+
+class Policy(nn.Module):
+    """model: a transformers model, possibly wrapped by peft. Call it with samples to get their responses' log-probs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        family: Family,
+        *,
+        attn_implementation: str,
+        row_tokens: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.family = model, tokenizer, family
+        self.attn_implementation, self.row_tokens, self.backend = attn_implementation, row_tokens, backend
+        self.processing: VideoProcessing | None = None  # None: what the family makes of the model's config
+        self.feature_store: FeatureStore | None = None
+
+    @property
+    def base(self) -> Any:
+        """The transformers model itself, adapters inside its layers."""
+        unwrap = getattr(self.model, "get_base_model", None)
+        return self.model if unwrap is None else unwrap()
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.get_input_embeddings().weight.device
+
+    @property
+    def can_share(self) -> bool:
+        """A state that runs along the row, as linear attention has, can not be kept from crossing into another branch."""
+        return not self.family.has_linear_attention(self.base.config)
+
+    def head(self) -> Head:
+        return head_of(self.model)
+
+    def vision_is_frozen(self) -> bool:
+        modules = self.family.vision_modules(self.base)
+        return not any(p.requires_grad for module in modules for p in module.parameters())
+
+    def freeze_vision(self) -> None:
+        for module in self.family.vision_modules(self.base):
+            module.requires_grad_(False)
+
+    def forward(self, samples: Sequence[Sample], *, share_prefix: bool = True, pack: bool = True) -> Logps:
+        """Token log-probs of every response of every sample, with autograd."""
+        if not self.can_share and (share_prefix or pack):
+            _say_once_that_nothing_is_shared(self.family.name)
+            share_prefix = pack = False
+        features = self.encode_videos(samples)
+        plan = plan_rows(
+            [sample.lengths for sample in samples], share_prefix=share_prefix, pack=pack, row_tokens=self.row_tokens
+        )
+        results: list[list[Tensor | None]] = [[None] * len(sample.responses) for sample in samples]
+        head = self.head()
+        for row in plan:
+            hidden = self.hidden_states(row, samples, features)
+            for (sample, response), logps in self._row_logps(row, samples, hidden, head):
+                results[sample][response] = logps
+        return [[logps for logps in sample if logps is not None] for sample in results]
+
+    def encode_videos(self, samples: Sequence[Sample]) -> list[VideoFeatures | None]:
+        """Each sample's features, the tower called once a video, and not at all for stored ones."""
+        found: list[VideoFeatures | None] = [None] * len(samples)
+        frozen = self.vision_is_frozen()
+        store = self.feature_store if frozen else None
+        missing = []
+        for index, sample in enumerate(samples):
+            if sample.video is None:
+                continue
+            found[index] = None if store is None else store.get(sample.video)
+            if found[index] is None:
+                missing.append(index)
+        if missing:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+                encoded = self.family.encode_videos(self.base, [_video(samples[index]) for index in missing])
+            for index, features in zip(missing, encoded, strict=True):
+                found[index] = features
+                if store is not None:
+                    store.put(_video(samples[index]), features)
+        return found
+
+    def hidden_states(
+        self, row: RowLayout, samples: Sequence[Sample], features: Sequence[VideoFeatures | None]
+    ) -> Tensor:
+        """[L, D] of one packed row, final norm included."""
+        device = self.device
+        tokens = torch.tensor(_row_tokens(row, samples), device=device)
+        embeddings = self.base.get_input_embeddings()(tokens)
+        placeholders, parts = self._placeholders(row, samples, features)
+        extra: dict[str, Any] = {}
+        if parts:
+            where = torch.tensor(placeholders, device=device)
+            values = torch.cat([part.features for part in parts]).to(embeddings)
+            embeddings = embeddings.index_copy(0, where, values)
+            mask = torch.zeros(row.length, dtype=torch.bool, device=device).index_fill_(0, where, True)
+            extra = self.family.language_kwargs(mask[None], parts)
+        if self.can_share:
+            packed = attention.pack_row(row, device)
+            extra["attention_mask"] = attention.attention_mask(packed, self.attn_implementation, embeddings.dtype)
+            if self.attn_implementation in (attention.SEGMENTS, attention.VARLEN):
+                extra["packed"] = packed
+        positions = self._positions(row, samples).to(device)
+        output = self.family.language_model(self.base)(
+            inputs_embeds=embeddings[None], position_ids=positions.unsqueeze(-2), use_cache=False, **extra
+        )
+        return output.last_hidden_state[0]
+
+    def _row_logps(
+        self, row: RowLayout, samples: Sequence[Sample], hidden: Tensor, head: Head
+    ) -> list[tuple[tuple[int, int], Tensor]]:
+        rows: list[int] = []
+        labels: list[int] = []
+        names: list[tuple[int, int]] = []
+        for group in row.groups:
+            for branch, response in enumerate(group.responses):
+                rows += group.predicting_rows(branch)
+                labels += samples[group.sample].responses[response]
+                names.append((group.sample, response))
+        logps = fused_linear_logprobs(
+            hidden, head.weight, torch.tensor(labels, device=hidden.device), bias=head.bias,
+            rows=torch.tensor(rows, device=hidden.device), logit_scale=head.logit_scale, softcap=head.softcap,
+            backend=self.backend,
+        )  # fmt: skip
+        lengths = [len(samples[sample].responses[response]) for sample, response in names]
+        return list(zip(names, logps.split(lengths), strict=True))
+
+    def _positions(self, row: RowLayout, samples: Sequence[Sample]) -> Tensor:
+        """[L], or [3, L] for mRoPE: every prompt starts anew, and every branch goes on where its prompt ends."""
+        parts = []
+        for group in row.groups:
+            sample = samples[group.sample]
+            prompt = self.family.position_ids(self.base, torch.tensor(sample.prompt), sample.video).cpu()
+            parts.append(prompt)
+            for branch in group.branches:
+                # From the last position, not the highest: a video's time may run ahead of the text behind it.
+                parts.append(prompt[..., -1:] + 1 + torch.arange(branch.length))
+        return torch.cat(parts, -1)
+
+    def _placeholders(
+        self, row: RowLayout, samples: Sequence[Sample], features: Sequence[VideoFeatures | None]
+    ) -> tuple[list[int], list[VideoFeatures]]:
+        """Rows that hold a video token, and the features for them, in the same order."""
+        rows: list[int] = []
+        parts: list[VideoFeatures] = []
+        for group in row.groups:
+            sample, feature = samples[group.sample], features[group.sample]
+            if sample.video is None or feature is None:
+                continue
+            at = [i for i, token in enumerate(sample.prompt) if token == sample.video.placeholder_id]
+            if len(at) != feature.features.shape[0]:
+                raise ValueError(
+                    f"sample {sample.name!r}: its prompt has {len(at)} video tokens, "
+                    f"its video {feature.features.shape[0]} features"
+                )
+            rows += [group.prefix.start + i for i in at]
+            parts.append(feature)
+        return rows, parts
+
+
+def _video(sample: Sample) -> VideoInputs:
+    assert sample.video is not None
+    return sample.video
+
+
+def _row_tokens(row: RowLayout, samples: Sequence[Sample]) -> list[int]:
+    tokens: list[int] = []
+    for group in row.groups:
+        sample = samples[group.sample]
+        tokens += sample.prompt
+        for response in group.responses:
+            tokens += sample.responses[response][:-1]
+    return tokens
+
+
+@functools.cache
+def _say_once_that_nothing_is_shared(family: str) -> None:
+    warnings.warn(
+        f"{family} has linear-attention layers, whose state would run from one branch into the next: "
+        "prefix sharing and packing are off, each response runs as a row of its own",
+        stacklevel=3,
+    )

@@ -1,0 +1,117 @@
+"""Qwen2.5-VL: patches of 2 frames, merged 2 x 2, positions of three components whose first one tells time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner
+from synpo_fast.models.video_frames import (
+    CLIP_MEAN,
+    CLIP_STD,
+    VideoProcessing,
+    check_frames,
+    normalise_frames,
+    pack_patches,
+    processing_with,
+    resize_frames,
+    smart_resize,
+)
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if loop.first and message['role'] != 'system' -%}
+{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'video' -%}
+{{ '<|vision_start|><|video_pad|><|vision_end|>' }}
+{%- elif part['type'] == 'text' -%}
+{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n' }}
+{%- endif -%}
+"""
+
+
+class Qwen25VL(Family):
+    name = "qwen2_5_vl"
+    model_types = ("qwen2_5_vl",)
+    video_markers: tuple[str, ...] = ("<|video_pad|>",)
+    placeholder_token = "<|video_pad|>"
+    chat_template = CHAT_TEMPLATE
+
+    def processing(self, config: Any, preprocessor: Mapping[str, Any] | None = None) -> VideoProcessing:
+        defaults = VideoProcessing(CLIP_MEAN, CLIP_STD, min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28)
+        return processing_with(defaults, config, preprocessor)
+
+    def video_inputs(
+        self,
+        config: Any,
+        tokenizer: Any,
+        frames: Tensor,
+        *,
+        seconds_per_frame: float | None = None,
+        processing: VideoProcessing | None = None,
+    ) -> VideoInputs:
+        check_frames(frames)
+        processing = processing or self.processing(config)
+        vision = config.vision_config
+        size = smart_resize(
+            frames.shape[1],
+            frames.shape[2],
+            factor=vision.patch_size * vision.spatial_merge_size,
+            min_pixels=processing.min_pixels,
+            max_pixels=processing.max_pixels,
+        )
+        patches, (t, h, w) = pack_patches(
+            normalise_frames(resize_frames(frames, size), processing),
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+        )
+        seconds = self.default_seconds_per_frame if seconds_per_frame is None else seconds_per_frame
+        return VideoInputs(
+            {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([[t, h, w]])},
+            token_ids=(config.video_token_id,) * (t * h * w // vision.spatial_merge_size**2),
+            placeholder_id=config.video_token_id,
+            seconds_per_grid=seconds * vision.temporal_patch_size,
+        )
+
+    def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:
+        if not videos:
+            return []
+        tensors = concatenated(model, videos, ("pixel_values_videos", "video_grid_thw"))
+        output = inner(model).get_video_features(**tensors, return_dict=True)
+        return [VideoFeatures(features) for features in output.pooler_output]
+
+    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
+        return [inner(model).visual]  # the projector ("merger") is part of it
+
+    def position_ids(self, model: nn.Module, token_ids: Tensor, video: VideoInputs | None) -> Tensor:
+        token_ids = token_ids.cpu()
+        if video is None:
+            return torch.arange(len(token_ids)).expand(3, -1)
+        time = {}  # Qwen3-VL tells it in the prompt
+        if video.seconds_per_grid is not None:
+            time["second_per_grid_ts"] = torch.tensor([video.seconds_per_grid])
+        positions, _ = inner(model).get_rope_index(
+            token_ids[None],
+            # 2 marks a video's tokens. Without these the model falls back to one-dimensional positions.
+            mm_token_type_ids=2 * (token_ids == video.placeholder_id)[None].int(),
+            video_grid_thw=video.tensors["video_grid_thw"].cpu(),
+            **time,
+        )
+        return positions[:, 0]

@@ -1,0 +1,161 @@
+"""uint8 frames -> resized, normalised and packed pixels, as the families' own processors make them, without torchvision.
+
+Resizing is bicubic with antialiasing on uint8 values, rounded to uint8, as torchvision does it on a CPU. On other devices
+the same filter runs in fp32 and is rounded: single values may differ by 1 of 255. Pillow's bicubic differs by 1 too.
+Then (x / 255 - mean) / std in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+MAX_ASPECT_RATIO = 200
+
+
+@dataclass(frozen=True)
+class VideoProcessing:
+    """mean, std: per channel, of values in [0, 1].
+    min_pixels, max_pixels: bounds for families that keep the aspect ratio. What they bound differs: a frame in Qwen2.5-VL,
+        the frames together in Qwen3-VL, and in VideoLLaMA3 a frame from below and the frames together from above.
+    size: (height, width) for families with fixed squares; None: from the model's config.
+    drop_repeated_tokens: VideoLLaMA3's token compression: a patch that equals the one before it in time is left out.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    min_pixels: int = 1
+    max_pixels: int = 1 << 62
+    size: tuple[int, int] | None = None
+    drop_repeated_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean and std need 3 values, std above 0, got {self.mean} and {self.std}")
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise ValueError(f"need 0 < min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}")
+
+
+def processing_with(defaults: VideoProcessing, config: Any, preprocessor: Mapping[str, Any] | None) -> VideoProcessing:
+    """`defaults`, overridden by a preprocessor config (its names: image_mean, image_std, size, min_pixels, max_pixels,
+    use_token_compression), then by config.video_processing, a dict in the names of VideoProcessing."""
+    changes: dict[str, Any] = {}
+    for name, key in (("mean", "image_mean"), ("std", "image_std")):
+        if preprocessor and preprocessor.get(key) is not None:
+            changes[name] = tuple(preprocessor[key])
+    size = (preprocessor or {}).get("size") or {}
+    if isinstance(size, Mapping):
+        if "height" in size and "width" in size:
+            changes["size"] = (size["height"], size["width"])
+        for name, key in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            value = (preprocessor or {}).get(name) or size.get(key)
+            if value:
+                changes[name] = value
+    if preprocessor and preprocessor.get("use_token_compression") is not None:
+        changes["drop_repeated_tokens"] = preprocessor["use_token_compression"]
+    changes |= getattr(config, "video_processing", None) or {}
+    for name in ("mean", "std", "size"):
+        if changes.get(name) is not None:  # JSON has lists only
+            changes[name] = tuple(changes[name])
+    return replace(defaults, **changes)
+
+
+def check_frames(frames: Tensor) -> None:
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(f"frames must be uint8 [T, H, W, 3], none of them 0, got {frames.dtype} {list(frames.shape)}")
+
+
+def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The size nearest to (height, width) with sides that are multiples of factor and an area in [min_pixels,
+    max_pixels], the aspect ratio nearly kept. A side is never below factor, whatever max_pixels says."""
+    _check_aspect_ratio(height, width)
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        return _shrunk(height, width, math.sqrt(height * width / max_pixels), factor)
+    if new_height * new_width < min_pixels:
+        return _grown(height, width, math.sqrt(min_pixels / (height * width)), factor)
+    return new_height, new_width
+
+
+def smart_resize_volume(
+    num_frames: int, height: int, width: int, *, temporal_factor: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Qwen3-VL's rule: min_pixels and max_pixels bound frames x height x width. A side below factor is scaled up first."""
+    num_frames = max(num_frames, temporal_factor)  # a shorter video is padded by repeating its last frame
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    _check_aspect_ratio(height, width)
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    volume = round(num_frames / temporal_factor) * temporal_factor * new_height * new_width
+    if volume > max_pixels:
+        return _shrunk(height, width, math.sqrt(num_frames * height * width / max_pixels), factor)
+    if volume < min_pixels:
+        return _grown(height, width, math.sqrt(min_pixels / (num_frames * height * width)), factor)
+    return new_height, new_width
+
+
+def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [T, H, W, 3] -> uint8 [T, 3, height, width]."""
+    frames = frames.permute(0, 3, 1, 2)
+    if frames.shape[-2:] == size:
+        return frames
+    if frames.device.type == "cpu":
+        return F.interpolate(frames, size, mode="bicubic", antialias=True)
+    resized = F.interpolate(frames.float(), size, mode="bicubic", antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def normalise_frames(frames: Tensor, processing: VideoProcessing) -> Tensor:
+    """uint8 [T, 3, H, W] -> fp32, (x / 255 - mean) / std with the division by 255 folded into mean and std."""
+    mean = torch.tensor(processing.mean, device=frames.device).view(3, 1, 1) * 255
+    std = torch.tensor(processing.std, device=frames.device).view(3, 1, 1) * 255
+    return (frames.float() - mean) / std
+
+
+def pack_patches(
+    frames: Tensor, *, patch_size: int, merge_size: int, temporal_patch_size: int
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """fp32 [T, 3, H, W] -> patches [t * h * w, 3 * temporal_patch_size * patch_size^2] and the grid (t, h, w).
+
+    Rows: time, then blocks of merge_size x merge_size patches in reading order, then the patches of a block in reading
+    order. Columns: channel, time within the patch, row, column. A T that temporal_patch_size does not divide is padded by
+    repeating the last frame.
+    """
+    padding = -len(frames) % temporal_patch_size
+    if padding:
+        frames = torch.cat([frames, frames[-1:].expand(padding, -1, -1, -1)])
+    T, C, H, W = frames.shape
+    t, h, w = T // temporal_patch_size, H // patch_size, W // patch_size
+    assert h * patch_size == H and w * patch_size == W and h % merge_size == 0 and w % merge_size == 0
+    blocks = frames.reshape(
+        t, temporal_patch_size, C, h // merge_size, merge_size, patch_size, w // merge_size, merge_size, patch_size
+    )
+    patches = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return patches.reshape(t * h * w, C * temporal_patch_size * patch_size**2), (t, h, w)
+
+
+def _check_aspect_ratio(height: int, width: int) -> None:
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(f"the aspect ratio of a frame may be {MAX_ASPECT_RATIO} at most, got {height} x {width}")
+
+
+def _shrunk(height: int, width: int, scale: float, factor: int) -> tuple[int, int]:
+    return (
+        max(factor, math.floor(height / scale / factor) * factor),
+        max(factor, math.floor(width / scale / factor) * factor),
+    )
+
+
+def _grown(height: int, width: int, scale: float, factor: int) -> tuple[int, int]:
+    return math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor

@@ -1,0 +1,146 @@
+"""Where reference log-probs come from, for the losses that compare with one.
+
+    FrozenCopy     a copy of the policy at this moment; twice the memory, never moves
+    AdapterOff     the policy with its adapter switched off; no memory, but only right if nothing outside the adapter trains
+    PreviousRound  a policy loaded from the last round's folder
+    Precomputed    a file of log-probs, keyed by the reference's weights (digest.weights_key) and by each sample
+    AnchorClip     any of the above, on a second view of each sample (LongVPO: the anchor clip without its distractors)
+
+Each is a callable: samples -> for each sample, for each response, token log-probs [T], detached.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from synpo_fast.models.digest import sample_key
+from synpo_fast.models.policy import Logps, Policy, Sample
+
+
+class Reference(Protocol):
+    def __call__(self, samples: Sequence[Sample]) -> Logps: ...
+
+
+class FrozenCopy:
+    """The policy as it is now, copied; later training does not reach it."""
+
+    def __init__(self, policy: Policy, *, share_prefix: bool = True) -> None:
+        self.policy, self.share_prefix = copy.deepcopy(policy).requires_grad_(False).eval(), share_prefix
+
+    def __call__(self, samples: Sequence[Sample]) -> Logps:
+        return _score(self.policy, samples, self.share_prefix)
+
+
+class PreviousRound(FrozenCopy):
+    """A policy loaded for this purpose, so that no copy is made."""
+
+    def __init__(self, policy: Policy, *, share_prefix: bool = True) -> None:
+        self.policy, self.share_prefix = policy.requires_grad_(False).eval(), share_prefix
+
+
+class AdapterOff:
+    """The base model under the policy's adapter.
+
+    Raises ValueError if anything outside the adapter trains, naming it: the reference would move with it. (The released
+    video-SALMONN 2 v1 leaked that way.)
+    """
+
+    def __init__(self, policy: Policy, *, share_prefix: bool = True) -> None:
+        self.policy, self.share_prefix = policy, share_prefix
+        self._check()
+
+    def __call__(self, samples: Sequence[Sample]) -> Logps:
+        self._check()
+        was_training = self.policy.training
+        self.policy.eval()
+        try:
+            with self.policy.model.disable_adapter():  # type: ignore[operator]
+                return _score(self.policy, samples, self.share_prefix)
+        finally:
+            self.policy.train(was_training)
+
+    def _check(self) -> None:
+        if not hasattr(self.policy.model, "disable_adapter"):
+            raise ValueError(
+                "reference 'adapter off' needs a peft adapter; without one use a frozen copy or precompute"
+            )
+        outside = [
+            name for name, p in self.policy.model.named_parameters() if p.requires_grad and not _is_adapter(name)
+        ]
+        if outside:
+            raise ValueError(
+                f"reference 'adapter off' would move: {len(outside)} trained parameters lie outside the adapter, "
+                f"{', '.join(outside[:3])} among them; freeze them or use a frozen copy"
+            )
+
+
+class Precomputed:
+    """Log-probs read from a file that `precompute` wrote.
+
+    Raises ValueError if the file was made with other weights, or holds no entry for a sample: a stale reference is an error.
+    """
+
+    def __init__(self, file: str | Path, *, weights_key: str) -> None:
+        stored = torch.load(file, weights_only=True)
+        if stored["weights"] != weights_key:
+            raise ValueError(
+                f"{file} was computed with other reference weights ({stored['weights'][:12]}, wanted {weights_key[:12]}); "
+                "compute it again"
+            )
+        self.file, self.entries = file, stored["entries"]
+
+    def __call__(self, samples: Sequence[Sample]) -> Logps:
+        results: Logps = []
+        for sample in samples:
+            key = sample_key(sample)
+            if key not in self.entries:
+                raise ValueError(
+                    f"{self.file} has no reference for sample {sample.name!r} as it is now; compute it again"
+                )
+            results.append(list(self.entries[key]))
+        return results
+
+
+def precompute(
+    reference: Reference, samples: Sequence[Sample], file: str | Path, *, weights_key: str, batch: int = 8
+) -> None:
+    """Writes the reference's log-probs of all samples, in one move: a half-written file is never left behind."""
+    entries: dict[str, list[Tensor]] = {}
+    for begin in range(0, len(samples), batch):
+        part = samples[begin : begin + batch]
+        for sample, logps in zip(part, reference(part), strict=True):
+            entries[sample_key(sample)] = [values.cpu() for values in logps]
+    file = Path(file)
+    partial = file.with_name(file.name + ".partial")
+    torch.save({"weights": weights_key, "entries": entries}, partial)
+    partial.replace(file)
+
+
+class AnchorClip:
+    """Another reference that sees each sample through `view`: same responses, a smaller context."""
+
+    def __init__(self, inner: Reference, view: Callable[[Sample], Sample]) -> None:
+        self.inner, self.view = inner, view
+
+    def __call__(self, samples: Sequence[Sample]) -> Logps:
+        seen = [self.view(sample) for sample in samples]
+        for sample, other in zip(samples, seen, strict=True):
+            if other.responses != sample.responses:
+                raise ValueError(
+                    f"the view of sample {sample.name!r} changed its responses; it may change the context only"
+                )
+        return self.inner(seen)
+
+
+@torch.no_grad()
+def _score(policy: Policy, samples: Sequence[Sample], share_prefix: bool) -> Logps:
+    return [[logps.detach() for logps in sample] for sample in policy(samples, share_prefix=share_prefix)]
+
+
+def _is_adapter(name: str) -> bool:
+    """peft's own parameters; a module trained in full beside the adapter (modules_to_save) has a frozen original."""
+    return "lora_" in name or ".modules_to_save." in name

@@ -1,0 +1,1 @@
+"""What turns a policy and a loss into a training run."""
