@@ -35,7 +35,7 @@ if [ "${SYNPO_FAST_NATIVE:-}" != 0 ] && ! compgen -G 'synpo_fast/_native*.so' >/
 fi
 
 case $steps in *' tests '*)
-  run tests python3 -m pytest tests -m gpu -q -p no:cacheprovider --junitxml="$out/gpu_tests.xml" ;;
+  run tests python3 -m pytest tests/ops tests/test_fused.py tests/benchmarks -q -p no:cacheprovider --junitxml="$out/gpu_tests.xml" ;;
 esac
 
 case $steps in *' kernels '*)

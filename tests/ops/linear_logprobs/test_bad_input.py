@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from synpo_fast import fused_linear_logprobs
 from synpo_fast.ops import native_library
+from tests.ops.linear_logprobs.problems import DEVICE
 
 H, W, Y = torch.randn(4, 8), torch.randn(10, 8), torch.tensor([1, 2, 3, -100])
 
@@ -70,6 +71,13 @@ def test_mistakes_are_named(mistake, backend):
         pytest.skip(str(native_library.why_unavailable()))
     arguments, message = MISTAKES[mistake]
     on_device_only = ("label too large", "label negative", "label after", "other ignore", "row outside", "row negative")
+    if backend == "triton":  # where there is a GPU it wants the tensors there, all but the one that is elsewhere
+        given = {"hidden": H, "weight": W, "labels": Y, **arguments}
+        arguments = {
+            name: value.to(DEVICE) if isinstance(value, torch.Tensor) and not value.is_meta else value
+            for name, value in given.items()
+        }
+        message = message.replace("is on cpu", f"is on {DEVICE}")
     if backend == "triton" and mistake.startswith(on_device_only):
         assert torch.isnan(call(**{**arguments, "backend": backend})).any(), "out of range shows as NaN on a GPU"
         return
