@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
-PACKAGES := .[dev,gpu,trl]
+PACKAGES := .[dev,gpu,trl,train,dali,pairs]
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TEST_ARGS ?=

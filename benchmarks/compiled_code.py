@@ -30,6 +30,9 @@ from synpo_fast.ops.linear_logprobs import triton_kernels, triton_launch
 from synpo_fast.ops.linear_logprobs.problem import make_problem
 from synpo_fast.ops.pair_loss import triton_kernels as pair_kernels
 from synpo_fast.ops.pair_loss.triton_launch import synpo_pair_loss_forward
+from synpo_fast.ops.video_patches import Packing
+from synpo_fast.ops.video_patches import triton_kernels as video_kernels
+from synpo_fast.ops.video_patches.triton_launch import video_patches_forward
 
 MODEL_SHAPES = ("3584x152064", "4096x128256", "2048x151936", "4096x32000")
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -88,11 +91,12 @@ class _Recorder:
 def record_launches(
     dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, arch: int, softcap: float | None = None
 ) -> list[Launch]:
-    """The launches of scoring without a gradient, of a training step with frozen and with trainable head, and of the loss."""
+    """The launches of scoring without a gradient, of a training step with frozen and with trainable head, of the loss, and of
+    a video on its way to the tower."""
     launches: list[Launch] = []
     kernels = {
         (module, name): kernel
-        for module in (triton_kernels, pair_kernels)
+        for module in (triton_kernels, pair_kernels, video_kernels)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     }
@@ -122,6 +126,9 @@ def record_launches(
         offsets = torch.empty(9, dtype=torch.int64, device="meta")
         for mask in (None, torch.empty(num_rows, dtype=torch.bool, device="meta")):
             synpo_pair_loss_forward(saved[0], offsets, offsets, mask, 30.0, 0.2, False)
+        frames = torch.empty(15, 1080, 1920, 3, dtype=torch.uint8, device="meta")
+        for kind in {dtype, torch.float32}:  # the families' processors give fp32
+            video_patches_forward(frames, (448, 784), (0.5,) * 3, (0.5,) * 3, Packing(14, 2, 2), kind)
     finally:
         triton_launch._capability, triton_launch._num_programs = capability, programs
         for (module, name), kernel in kernels.items():
@@ -137,7 +144,8 @@ def source_of(launch: Launch) -> ASTSource:
     divisible = [["tt.divisibility", 16]]
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -147,7 +155,7 @@ def source_of(launch: Launch) -> ASTSource:
             signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if special and value % 16 == 0:
                 attributes[(index,)] = divisible
         else:
             signature[parameter.name] = "fp32"

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "models": {"models", "ops", "data"},  # of data only what a pair is
     "data": {"data", "ops", "models"},
     "references": {"references", "models", "ops"},
+    "training": {"training", "references", "losses", "data", "models", "ops"},
     "integrations": {"integrations", "fused", "losses", "ops", "models"},
 }
 OWNERS = {

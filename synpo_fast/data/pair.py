@@ -1,5 +1,6 @@
 """One preference pair: a video, a prompt, a better and a worse response."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,12 +8,30 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A part of a video file, in seconds; start None is its beginning, end None its end."""
+
+    path: str
+    start: float | None = None
+    end: float | None = None
+
+    def __post_init__(self) -> None:
+        start, end = self.start or 0.0, math.inf if self.end is None else self.end
+        if not (0 <= start < end) or math.isinf(start):
+            raise ValueError(f"clip {self.path!r}: need 0 <= start < end, got start={self.start} and end={self.end}")
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
     """video: a path, or frames already chosen as a uint8 tensor [T, H, W, 3]; None makes a text pair.
 
-    ground_truth: a caption for the auxiliary NLL. loss: "preference", or "sft" for a row that trains on chosen alone.
-    Raises ValueError, naming the pair, for an empty or equal response and for frames of another shape or type.
+    clips: in place of video, parts of one or several files, shown one after another as one video.
+    reference_clips: indices into clips that a reference is shown (LongVPO's anchor).
+    ground_truth: a caption for the auxiliary NLL. loss: "preference", or "sft" for a row that trains on chosen alone, whose
+        rejected may be empty.
+    Raises ValueError, naming the pair, for an empty or equal response, for frames of another shape or type, for a video
+    beside clips, and for reference clips that are not there.
     """
 
     prompt: str
@@ -24,14 +43,22 @@ class Pair:
     rejected_score: float | None = None
     ground_truth: str | None = None
     loss: str = "preference"
+    clips: tuple[Clip, ...] = ()
+    reference_clips: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         name = f"pair {self.id!r}"
-        for field in ("prompt", "chosen", "rejected"):
-            if not isinstance(getattr(self, field), str) or not getattr(self, field).strip():
-                raise ValueError(f"{name}: {field} is empty")
         if self.loss not in ("preference", "sft"):
             raise ValueError(f"{name}: loss must be 'preference' or 'sft', got {self.loss!r}")
+        for field in ("prompt", "chosen", "rejected"):
+            if field == "rejected" and self.loss == "sft":
+                continue
+            if not isinstance(getattr(self, field), str) or not getattr(self, field).strip():
+                raise ValueError(f"{name}: {field} is empty")
+        if self.clips and self.video is not None:
+            raise ValueError(f"{name}: give video or clips, not both")
+        if any(not 0 <= index < len(self.clips) for index in self.reference_clips):
+            raise ValueError(f"{name}: reference_clips {self.reference_clips} point outside its {len(self.clips)} clips")
         if self.loss == "preference" and self.chosen == self.rejected:
             raise ValueError(f"{name}: chosen and rejected are the same text, so there is nothing to prefer")
         video = self.video

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from synpo_fast.fused import FusedLinearPreferenceLoss
 from synpo_fast.integrations.pair_forward import IGNORE_INDEX, add_pair_loss
-from synpo_fast.integrations.pair_metrics import metric_means, metric_sums
+from synpo_fast.losses.metric_sums import metric_means, metric_sums
 
 
 def synpo_loss_func(model: nn.Module, *, alpha: float = 30.0, beta: float = 0.2, link: str = "sigmoid") -> PairLossFunc:

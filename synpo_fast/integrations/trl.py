@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from synpo_fast.integrations.pair_forward import IGNORE_INDEX, add_pair_loss
-from synpo_fast.integrations.pair_metrics import metric_means, metric_sums
+from synpo_fast.losses.metric_sums import metric_means, metric_sums
 
 try:
     from trl import DPOConfig, DPOTrainer

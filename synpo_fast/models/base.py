@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from synpo_fast.models.video_frames import VideoProcessing
+from synpo_fast.models.video_frames import VideoProcessing, processing_with
+from synpo_fast.ops.video_patches import check_frames
 
 # Layers whose reach a mask decides. Anything else carries a state from token to token.
 MASKED_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -72,11 +73,20 @@ class Family(abc.ABC):
         return AutoModelForImageTextToText
 
     @abc.abstractmethod
+    def default_processing(self, config: Any) -> VideoProcessing:
+        """How the family's published preprocessor makes frames into pixels."""
+
+    @abc.abstractmethod
+    def _video_inputs(
+        self, config: Any, tokenizer: Any, frames: Tensor, seconds: float, processing: VideoProcessing
+    ) -> VideoInputs:
+        """video_inputs, with frames checked and nothing left open."""
+
     def processing(self, config: Any, preprocessor: Mapping[str, Any] | None = None) -> VideoProcessing:
         """How frames become pixels: published defaults, then what `preprocessor` (the dict of a
         video_preprocessor_config.json or preprocessor_config.json) and config.video_processing say."""
+        return processing_with(self.default_processing(config), config, preprocessor)
 
-    @abc.abstractmethod
     def video_inputs(
         self,
         config: Any,
@@ -86,11 +96,15 @@ class Family(abc.ABC):
         seconds_per_frame: float | None = None,
         processing: VideoProcessing | None = None,
     ) -> VideoInputs:
-        """frames uint8 [T, H, W, 3] -> VideoInputs. config is the model's; seconds_per_frame is the time between two of
-        the frames given (None: default_seconds_per_frame); processing None: self.processing(config).
+        """frames uint8 [T, H, W, 3] -> VideoInputs, its pixels on the frames' device. config is the model's;
+        seconds_per_frame is the time between two of the frames given (None: default_seconds_per_frame); processing None:
+        self.processing(config).
 
         Raises ValueError for frames of another shape or dtype, an empty video, or an aspect ratio above 200.
         """
+        check_frames(frames)
+        seconds = self.default_seconds_per_frame if seconds_per_frame is None else seconds_per_frame
+        return self._video_inputs(config, tokenizer, frames, seconds, processing or self.processing(config))
 
     @abc.abstractmethod
     def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:

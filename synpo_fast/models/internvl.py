@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner, token_ids_of
-from synpo_fast.models.video_frames import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    VideoProcessing,
-    check_frames,
-    normalise_frames,
-    processing_with,
-    resize_frames,
-)
-
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['content'] is string -%}
-{{ message['content'] }}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'video' -%}
-{{ '<video>\\n' }}
-{%- elif part['type'] == 'text' -%}
-{{ part['text'] }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\\n' }}
-{%- endif -%}
-"""
+from synpo_fast.models.chat_template import chatml_template
+from synpo_fast.models.video_frames import IMAGENET_MEAN, IMAGENET_STD, VideoProcessing, pixels_of
 
 
 class InternVL(Family):
@@ -45,25 +17,17 @@ class InternVL(Family):
     model_types = ("internvl",)
     video_markers = ("<video>", "<|video_pad|>")
     placeholder_token = "<IMG_CONTEXT>"
-    chat_template = CHAT_TEMPLATE
+    chat_template = chatml_template("<video>\\n")
 
-    def processing(self, config: Any, preprocessor: Mapping[str, Any] | None = None) -> VideoProcessing:
+    def default_processing(self, config: Any) -> VideoProcessing:
         height, width = config.vision_config.image_size
-        return processing_with(VideoProcessing(IMAGENET_MEAN, IMAGENET_STD, size=(height, width)), config, preprocessor)
+        return VideoProcessing(IMAGENET_MEAN, IMAGENET_STD, size=(height, width))
 
-    def video_inputs(
-        self,
-        config: Any,
-        tokenizer: Any,
-        frames: Tensor,
-        *,
-        seconds_per_frame: float | None = None,
-        processing: VideoProcessing | None = None,
+    def _video_inputs(
+        self, config: Any, tokenizer: Any, frames: Tensor, seconds: float, processing: VideoProcessing
     ) -> VideoInputs:
-        check_frames(frames)
-        processing = processing or self.processing(config)
-        size = tuple(config.vision_config.image_size)
-        if processing.size != size:
+        size = self.default_processing(config).size
+        if size is None or processing.size != size:
             raise ValueError(f"family {self.name!r} takes frames of {size}, got size {processing.size}")
         placeholders = (config.image_token_id,) * tokens_per_frame(config)
         pieces: list[str | Sequence[int]] = []
@@ -71,7 +35,7 @@ class InternVL(Family):
             newline = "\n" if index else ""
             pieces += [f"{newline}Frame{index + 1}: <img>", placeholders, "</img>"]
         return VideoInputs(
-            {"pixel_values": normalise_frames(resize_frames(frames, size), processing)},
+            {"pixel_values": pixels_of(frames, size, processing)},
             token_ids=token_ids_of(tokenizer, pieces),
             placeholder_id=config.image_token_id,
         )

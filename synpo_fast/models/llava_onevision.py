@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner
-from synpo_fast.models.video_frames import (
-    HALF_MEAN,
-    HALF_STD,
-    VideoProcessing,
-    check_frames,
-    normalise_frames,
-    processing_with,
-    resize_frames,
-)
+from synpo_fast.models.video_frames import HALF_MEAN, HALF_STD, VideoProcessing, pixels_of
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -48,26 +40,18 @@ class LlavaOneVision(Family):
     placeholder_token = "<video>"
     chat_template = CHAT_TEMPLATE
 
-    def processing(self, config: Any, preprocessor: Mapping[str, Any] | None = None) -> VideoProcessing:
+    def default_processing(self, config: Any) -> VideoProcessing:
         side = config.vision_config.image_size
-        return processing_with(VideoProcessing(HALF_MEAN, HALF_STD, size=(side, side)), config, preprocessor)
+        return VideoProcessing(HALF_MEAN, HALF_STD, size=(side, side))
 
-    def video_inputs(
-        self,
-        config: Any,
-        tokenizer: Any,
-        frames: Tensor,
-        *,
-        seconds_per_frame: float | None = None,
-        processing: VideoProcessing | None = None,
+    def _video_inputs(
+        self, config: Any, tokenizer: Any, frames: Tensor, seconds: float, processing: VideoProcessing
     ) -> VideoInputs:
-        check_frames(frames)
-        processing = processing or self.processing(config)
         side = config.vision_config.image_size
         if processing.size != (side, side):
             raise ValueError(f"family {self.name!r} takes frames of {side} x {side}, got size {processing.size}")
         return VideoInputs(
-            {"pixel_values_videos": normalise_frames(resize_frames(frames, processing.size), processing)},
+            {"pixel_values_videos": pixels_of(frames, (side, side), processing)},
             token_ids=(config.video_token_id,) * (len(frames) * tokens_per_frame(config) + 1),
             placeholder_id=config.video_token_id,
         )

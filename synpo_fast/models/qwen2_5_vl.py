@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner
-from synpo_fast.models.video_frames import (
-    CLIP_MEAN,
-    CLIP_STD,
-    VideoProcessing,
-    check_frames,
-    normalise_frames,
-    pack_patches,
-    processing_with,
-    resize_frames,
-    smart_resize,
-)
-
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if loop.first and message['role'] != 'system' -%}
-{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
-{%- endif -%}
-{{ '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['content'] is string -%}
-{{ message['content'] }}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'video' -%}
-{{ '<|vision_start|><|video_pad|><|vision_end|>' }}
-{%- elif part['type'] == 'text' -%}
-{{ part['text'] }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\\n' }}
-{%- endif -%}
-"""
+from synpo_fast.models.chat_template import chatml_template
+from synpo_fast.models.video_frames import CLIP_MEAN, CLIP_STD, VideoProcessing, pixels_of, smart_resize
+from synpo_fast.ops.video_patches import Packing
 
 
 class Qwen25VL(Family):
@@ -51,23 +19,16 @@ class Qwen25VL(Family):
     model_types = ("qwen2_5_vl",)
     video_markers: tuple[str, ...] = ("<|video_pad|>",)
     placeholder_token = "<|video_pad|>"
-    chat_template = CHAT_TEMPLATE
+    chat_template = chatml_template(
+        "<|vision_start|><|video_pad|><|vision_end|>", default_system="You are a helpful assistant."
+    )
 
-    def processing(self, config: Any, preprocessor: Mapping[str, Any] | None = None) -> VideoProcessing:
-        defaults = VideoProcessing(CLIP_MEAN, CLIP_STD, min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28)
-        return processing_with(defaults, config, preprocessor)
+    def default_processing(self, config: Any) -> VideoProcessing:
+        return VideoProcessing(CLIP_MEAN, CLIP_STD, min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28)
 
-    def video_inputs(
-        self,
-        config: Any,
-        tokenizer: Any,
-        frames: Tensor,
-        *,
-        seconds_per_frame: float | None = None,
-        processing: VideoProcessing | None = None,
+    def _video_inputs(
+        self, config: Any, tokenizer: Any, frames: Tensor, seconds: float, processing: VideoProcessing
     ) -> VideoInputs:
-        check_frames(frames)
-        processing = processing or self.processing(config)
         vision = config.vision_config
         size = smart_resize(
             frames.shape[1],
@@ -76,15 +37,9 @@ class Qwen25VL(Family):
             min_pixels=processing.min_pixels,
             max_pixels=processing.max_pixels,
         )
-        patches, (t, h, w) = pack_patches(
-            normalise_frames(resize_frames(frames, size), processing),
-            patch_size=vision.patch_size,
-            merge_size=vision.spatial_merge_size,
-            temporal_patch_size=vision.temporal_patch_size,
-        )
-        seconds = self.default_seconds_per_frame if seconds_per_frame is None else seconds_per_frame
+        tensors, (t, h, w) = patches_and_grid(config, frames, size, processing)
         return VideoInputs(
-            {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([[t, h, w]])},
+            tensors,
             token_ids=(config.video_token_id,) * (t * h * w // vision.spatial_merge_size**2),
             placeholder_id=config.video_token_id,
             seconds_per_grid=seconds * vision.temporal_patch_size,
@@ -115,3 +70,14 @@ class Qwen25VL(Family):
             **time,
         )
         return positions[:, 0]
+
+
+def patches_and_grid(
+    config: Any, frames: Tensor, size: tuple[int, int], processing: VideoProcessing
+) -> tuple[dict[str, Tensor], tuple[int, int, int]]:
+    """The tensors of the vision call, and the grid of patches in numbers."""
+    vision = config.vision_config
+    packing = Packing(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    grid = packing.grid(len(frames), size)
+    patches = pixels_of(frames, size, processing, packing)
+    return {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([grid])}, grid

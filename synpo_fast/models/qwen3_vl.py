@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,40 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from synpo_fast.models.base import VideoFeatures, VideoInputs, concatenated, inner, token_ids_of
-from synpo_fast.models.qwen2_5_vl import Qwen25VL
-from synpo_fast.models.video_frames import (
-    HALF_MEAN,
-    HALF_STD,
-    VideoProcessing,
-    check_frames,
-    normalise_frames,
-    pack_patches,
-    processing_with,
-    resize_frames,
-    smart_resize_volume,
-)
-
-# As Qwen2.5-VL's, without a system prompt of its own.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['content'] is string -%}
-{{ message['content'] }}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'video' -%}
-{{ '<|vision_start|><|video_pad|><|vision_end|>' }}
-{%- elif part['type'] == 'text' -%}
-{{ part['text'] }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\\n' }}
-{%- endif -%}
-"""
+from synpo_fast.models.chat_template import chatml_template
+from synpo_fast.models.qwen2_5_vl import Qwen25VL, patches_and_grid
+from synpo_fast.models.video_frames import HALF_MEAN, HALF_STD, VideoProcessing, smart_resize_volume
 
 
 class Qwen3VL(Qwen25VL):
@@ -51,23 +20,14 @@ class Qwen3VL(Qwen25VL):
     model_types = ("qwen3_vl",)
     # Every row of the temporal grid brings a start and an end of its own, so those of the template go.
     video_markers = ("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
-    chat_template = CHAT_TEMPLATE
+    chat_template = chatml_template("<|vision_start|><|video_pad|><|vision_end|>")
 
-    def processing(self, config: Any, preprocessor: Mapping[str, Any] | None = None) -> VideoProcessing:
-        defaults = VideoProcessing(HALF_MEAN, HALF_STD, min_pixels=128 * 32 * 32, max_pixels=768 * 32 * 32)
-        return processing_with(defaults, config, preprocessor)
+    def default_processing(self, config: Any) -> VideoProcessing:
+        return VideoProcessing(HALF_MEAN, HALF_STD, min_pixels=128 * 32 * 32, max_pixels=768 * 32 * 32)
 
-    def video_inputs(
-        self,
-        config: Any,
-        tokenizer: Any,
-        frames: Tensor,
-        *,
-        seconds_per_frame: float | None = None,
-        processing: VideoProcessing | None = None,
+    def _video_inputs(
+        self, config: Any, tokenizer: Any, frames: Tensor, seconds: float, processing: VideoProcessing
     ) -> VideoInputs:
-        check_frames(frames)
-        processing = processing or self.processing(config)
         vision = config.vision_config
         size = smart_resize_volume(
             *frames.shape[:3],
@@ -76,13 +36,7 @@ class Qwen3VL(Qwen25VL):
             min_pixels=processing.min_pixels,
             max_pixels=processing.max_pixels,
         )
-        patches, (t, h, w) = pack_patches(
-            normalise_frames(resize_frames(frames, size), processing),
-            patch_size=vision.patch_size,
-            merge_size=vision.spatial_merge_size,
-            temporal_patch_size=vision.temporal_patch_size,
-        )
-        seconds = self.default_seconds_per_frame if seconds_per_frame is None else seconds_per_frame
+        tensors, (_, h, w) = patches_and_grid(config, frames, size, processing)
         row = (
             config.vision_start_token_id,
             *(config.video_token_id,) * (h * w // vision.spatial_merge_size**2),
@@ -91,11 +45,7 @@ class Qwen3VL(Qwen25VL):
         pieces: list[str | Sequence[int]] = []
         for time in grid_times(len(frames), vision.temporal_patch_size, seconds):
             pieces += [f"<{time:.1f} seconds>", row]
-        return VideoInputs(
-            {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([[t, h, w]])},
-            token_ids=token_ids_of(tokenizer, pieces),
-            placeholder_id=config.video_token_id,
-        )
+        return VideoInputs(tensors, token_ids=token_ids_of(tokenizer, pieces), placeholder_id=config.video_token_id)
 
     def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:
         if not videos:

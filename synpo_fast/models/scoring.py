@@ -1,13 +1,95 @@
-"""From pairs to the token log-probs of their responses."""
+"""From pairs to tokens, and from tokens to the log-probs of their responses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from synpo_fast.data.pair import Pair
+from synpo_fast.data.pair_frames import pair_frames
+from synpo_fast.data.sampling import FrameSampling
+from synpo_fast.models.family import Family
 from synpo_fast.models.policy import Policy, Sample
+from synpo_fast.models.video_frames import VideoProcessing
+
+DEFAULT_SAMPLING = FrameSampling(fps=0.5, min_frames=8, max_frames=16)  # as SynPO was trained
+
+
+class TooLong(ValueError):
+    """A pair with more tokens than max_tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPair:
+    """sample.responses: chosen, then rejected if `preference`, then the ground truth if `has_ground_truth`."""
+
+    sample: Sample
+    id: str
+    preference: bool
+    has_ground_truth: bool
+
+
+@dataclass(frozen=True, eq=False)
+class PairEncoder:
+    """Turns pairs into tokens and pixels. It holds what that takes of a policy, weights not included, and can be pickled.
+
+    max_tokens bounds the prompt with its longest response. with_ground_truth: a pair's ground truth, where there is one,
+    is encoded as a further response.
+    """
+
+    family: Family
+    config: Any
+    tokenizer: Any
+    processing: VideoProcessing | None = None
+    max_tokens: int | None = None
+    with_ground_truth: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos_token: a response could not end")
+
+    @classmethod
+    def of(cls, policy: Policy, *, max_tokens: int | None = None, with_ground_truth: bool = False) -> "PairEncoder":
+        return cls(
+            policy.family, policy.base.config, policy.tokenizer, policy.processing, max_tokens, with_ground_truth
+        )
+
+    def __call__(self, pair: Pair, frames: Tensor | None, seconds_per_frame: float | None = None) -> EncodedPair:
+        """frames: uint8 [T, H, W, 3] as chosen, None for a text pair; seconds_per_frame: between two of them.
+
+        Nothing is ever cut: a cut response is another response, and a cut video is not that video. Raises TooLong for a
+        pair that is too long, ValueError for one whose responses are the same tokens.
+        """
+        video = None
+        if frames is not None:
+            video = self.family.video_inputs(
+                self.config, self.tokenizer, frames, seconds_per_frame=seconds_per_frame, processing=self.processing
+            )
+        prompt = self.family.prompt_ids(self.tokenizer, pair.prompt, None if video is None else video.token_ids)
+        preference = pair.loss == "preference"
+        has_ground_truth = self.with_ground_truth and pair.ground_truth is not None
+        texts = [pair.chosen, *([pair.rejected] if preference else [])]
+        if has_ground_truth and pair.ground_truth is not None:
+            texts.append(pair.ground_truth)
+        responses = tuple(self._response_ids(text) for text in texts)
+        if preference and responses[0] == responses[1]:
+            raise ValueError(
+                f"pair {pair.id!r}: chosen and rejected are the same tokens, so there is nothing to prefer"
+            )
+        self._check_length(pair, len(prompt), max(len(response) for response in responses))
+        return EncodedPair(Sample(tuple(prompt), responses, video, pair.id), pair.id, preference, has_ground_truth)
+
+    def _response_ids(self, text: str) -> tuple[int, ...]:
+        return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id)
+
+    def _check_length(self, pair: Pair, prompt: int, response: int) -> None:
+        if self.max_tokens is not None and prompt + response > self.max_tokens:
+            raise TooLong(
+                f"pair {pair.id!r} needs {prompt + response} tokens ({prompt} of them prompt and video), "
+                f"more than max_tokens={self.max_tokens}; raise it, sample fewer frames, or drop such pairs"
+            )
 
 
 @dataclass(frozen=True)
@@ -24,55 +106,35 @@ def encode_pairs(
     pairs: Sequence[Pair],
     *,
     video_root: str | Path | None = None,
+    sampling: FrameSampling = DEFAULT_SAMPLING,
     max_tokens: int | None = None,
     drop_too_long: bool = False,
 ) -> EncodedPairs:
-    """Tokens of every pair. max_tokens bounds the prompt with its longer response.
-
-    Nothing is ever cut: a cut response is another response, and a cut video is not that video. A pair that is too long
-    is a ValueError, or with drop_too_long is left out and counted.
-    """
+    """Tokens of every pair; a pair above max_tokens raises TooLong, or with drop_too_long is left out and counted."""
+    encoder = PairEncoder.of(policy, max_tokens=max_tokens)
     samples, kept, dropped = [], [], []
     for index, pair in enumerate(pairs):
-        sample = encode_pair(policy, pair, video_root=video_root)
-        longest = len(sample.prompt) + max(len(response) for response in sample.responses)
-        if max_tokens is not None and longest > max_tokens:
+        try:
+            encoded = encoder(pair, *pair_frames(pair, sampling, video_root=video_root))
+        except TooLong:
             if not drop_too_long:
-                raise ValueError(
-                    f"pair {pair.id!r} needs {longest} tokens ({len(sample.prompt)} of them prompt and video), "
-                    f"more than max_tokens={max_tokens}; raise it, sample fewer frames, or drop such pairs"
-                )
+                raise
             dropped.append(index)
             continue
-        samples.append(sample)
+        samples.append(encoded.sample)
         kept.append(index)
     return EncodedPairs(samples, kept, dropped)
 
 
-def encode_pair(policy: Policy, pair: Pair, *, video_root: str | Path | None = None) -> Sample:
-    """The prompt with its video's placeholders, and both responses closed by EOS."""
-    if isinstance(pair.video, (str, Path)):
-        raise ValueError(
-            f"pair {pair.id!r}: video {str(pair.video)!r} under {video_root} must be decoded first; "
-            "pass its frames as a uint8 tensor [T, H, W, 3]"
-        )
-    video = None
-    if pair.video is not None:
-        video = policy.family.video_inputs(
-            policy.base.config, policy.tokenizer, pair.video, processing=policy.processing
-        )
-    prompt = policy.family.prompt_ids(policy.tokenizer, pair.prompt, None if video is None else video.token_ids)
-    responses = tuple(_response_ids(policy, text) for text in (pair.chosen, pair.rejected))
-    if pair.loss == "preference" and responses[0] == responses[1]:
-        raise ValueError(f"pair {pair.id!r}: chosen and rejected are the same tokens, so there is nothing to prefer")
-    return Sample(tuple(prompt), responses, video, pair.id)
-
-
-def _response_ids(policy: Policy, text: str) -> tuple[int, ...]:
-    eos = policy.tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError("the tokenizer has no eos_token: a response could not end")
-    return (*policy.tokenizer(text, add_special_tokens=False)["input_ids"], eos)
+def encode_pair(
+    policy: Policy,
+    pair: Pair,
+    *,
+    video_root: str | Path | None = None,
+    sampling: FrameSampling = DEFAULT_SAMPLING,
+) -> Sample:
+    """The prompt with its video's placeholders, and its responses closed by EOS."""
+    return PairEncoder.of(policy)(pair, *pair_frames(pair, sampling, video_root=video_root)).sample
 
 
 def score_pairs(
@@ -80,10 +142,17 @@ def score_pairs(
     pairs: Sequence[Pair],
     *,
     video_root: str | Path | None = None,
+    sampling: FrameSampling = DEFAULT_SAMPLING,
     share_prefix: bool = True,
     pack: bool = True,
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each pair (chosen_logps, rejected_logps): 1-D fp32, one value per response token, EOS included, with autograd."""
-    encoded = encode_pairs(policy, pairs, video_root=video_root)
-    logps = policy(encoded.samples, share_prefix=share_prefix, pack=pack)
-    return [(chosen, rejected) for chosen, rejected in logps]
+    """For each pair (chosen_logps, rejected_logps): 1-D fp32, one value per response token, EOS included, with autograd.
+
+    Videos given by path, or as clips, are decoded here, frames chosen by `sampling`: by default one every two seconds, at
+    least 8 and at most 16. An "sft" pair has no rejected response: its rejected_logps is empty.
+    """
+    encoded = encode_pairs(policy, pairs, video_root=video_root, sampling=sampling)
+    scored = []
+    for chosen, *rejected in policy(encoded.samples, share_prefix=share_prefix, pack=pack):
+        scored.append((chosen, rejected[0] if rejected else chosen.new_empty(0)))
+    return scored

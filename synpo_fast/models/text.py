@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,17 +47,11 @@ class Text(Family):
 
         return AutoModelForCausalLM
 
-    def processing(self, config: Any, preprocessor: Mapping[str, Any] | None = None) -> VideoProcessing:
+    def default_processing(self, config: Any) -> VideoProcessing:
         raise ValueError(f"model_type {config.model_type!r} is a text model: it takes no video")
 
-    def video_inputs(
-        self,
-        config: Any,
-        tokenizer: Any,
-        frames: Tensor,
-        *,
-        seconds_per_frame: float | None = None,
-        processing: VideoProcessing | None = None,
+    def _video_inputs(
+        self, config: Any, tokenizer: Any, frames: Tensor, seconds: float, processing: VideoProcessing
     ) -> VideoInputs:
         raise ValueError(f"model_type {config.model_type!r} is a text model: it takes no video")
 

@@ -1,8 +1,6 @@
-"""uint8 frames -> resized, normalised and packed pixels, as the families' own processors make them, without torchvision.
+"""How frames become pixels, as the families' own processors do it, without torchvision: the size and the numbers.
 
-Resizing is bicubic with antialiasing on uint8 values, rounded to uint8, as torchvision does it on a CPU. On other devices
-the same filter runs in fp32 and is rounded: single values may differ by 1 of 255. Pillow's bicubic differs by 1 too.
-Then (x / 255 - mean) / std in fp32.
+The work itself, resizing, normalising and packing, is ops/video_patches. Pillow's bicubic differs from it by 1 of 255.
 """
 
 from __future__ import annotations
@@ -12,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from synpo_fast.ops.video_patches import Packing, video_patches
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -70,9 +68,11 @@ def processing_with(defaults: VideoProcessing, config: Any, preprocessor: Mappin
     return replace(defaults, **changes)
 
 
-def check_frames(frames: Tensor) -> None:
-    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(f"frames must be uint8 [T, H, W, 3], none of them 0, got {frames.dtype} {list(frames.shape)}")
+def pixels_of(
+    frames: Tensor, size: tuple[int, int], processing: VideoProcessing, packing: Packing | None = None
+) -> Tensor:
+    """uint8 [T, H, W, 3] -> fp32 [T, 3, height, width], or rows of patches; on the frames' device."""
+    return video_patches(frames, size=size, mean=processing.mean, std=processing.std, packing=packing)
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -103,46 +103,6 @@ def smart_resize_volume(
     if volume < min_pixels:
         return _grown(height, width, math.sqrt(min_pixels / (num_frames * height * width)), factor)
     return new_height, new_width
-
-
-def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [T, H, W, 3] -> uint8 [T, 3, height, width]."""
-    frames = frames.permute(0, 3, 1, 2)
-    if frames.shape[-2:] == size:
-        return frames
-    if frames.device.type == "cpu":
-        return F.interpolate(frames, size, mode="bicubic", antialias=True)
-    resized = F.interpolate(frames.float(), size, mode="bicubic", antialias=True)
-    return resized.round().clamp(0, 255).to(torch.uint8)
-
-
-def normalise_frames(frames: Tensor, processing: VideoProcessing) -> Tensor:
-    """uint8 [T, 3, H, W] -> fp32, (x / 255 - mean) / std with the division by 255 folded into mean and std."""
-    mean = torch.tensor(processing.mean, device=frames.device).view(3, 1, 1) * 255
-    std = torch.tensor(processing.std, device=frames.device).view(3, 1, 1) * 255
-    return (frames.float() - mean) / std
-
-
-def pack_patches(
-    frames: Tensor, *, patch_size: int, merge_size: int, temporal_patch_size: int
-) -> tuple[Tensor, tuple[int, int, int]]:
-    """fp32 [T, 3, H, W] -> patches [t * h * w, 3 * temporal_patch_size * patch_size^2] and the grid (t, h, w).
-
-    Rows: time, then blocks of merge_size x merge_size patches in reading order, then the patches of a block in reading
-    order. Columns: channel, time within the patch, row, column. A T that temporal_patch_size does not divide is padded by
-    repeating the last frame.
-    """
-    padding = -len(frames) % temporal_patch_size
-    if padding:
-        frames = torch.cat([frames, frames[-1:].expand(padding, -1, -1, -1)])
-    T, C, H, W = frames.shape
-    t, h, w = T // temporal_patch_size, H // patch_size, W // patch_size
-    assert h * patch_size == H and w * patch_size == W and h % merge_size == 0 and w % merge_size == 0
-    blocks = frames.reshape(
-        t, temporal_patch_size, C, h // merge_size, merge_size, patch_size, w // merge_size, merge_size, patch_size
-    )
-    patches = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return patches.reshape(t * h * w, C * temporal_patch_size * patch_size**2), (t, h, w)
 
 
 def _check_aspect_ratio(height: int, width: int) -> None:

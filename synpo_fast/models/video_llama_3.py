@@ -2,46 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner, token_ids_of
-from synpo_fast.models.video_frames import (
-    HALF_MEAN,
-    HALF_STD,
-    VideoProcessing,
-    check_frames,
-    normalise_frames,
-    pack_patches,
-    processing_with,
-    resize_frames,
-    smart_resize,
-)
+from synpo_fast.models.chat_template import chatml_template
+from synpo_fast.models.video_frames import HALF_MEAN, HALF_STD, VideoProcessing, pixels_of, smart_resize
+from synpo_fast.ops.video_patches import Packing
 
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['content'] is string -%}
-{{ message['content'] }}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'video' -%}
-{{ '<|video_pad|>\\n' }}
-{%- elif part['type'] == 'text' -%}
-{{ part['text'] }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\\n' }}
-{%- endif -%}
-"""
-
+CHUNK_BYTES = 32 << 20  # of differences at a time: those of a long video take as much as its pixels
 MERGE_SIZE = 2  # of videos; the config does not say it, the preprocessor does
 REPEATED = 0.1  # a patch repeats the one before it when its pixels differ by less than this many of 255, on average
 
@@ -51,26 +23,17 @@ class VideoLlama3(Family):
     model_types = ("video_llama_3",)
     video_markers = ("<|video_pad|>",)
     placeholder_token = "<|video_pad|>"
-    chat_template = CHAT_TEMPLATE
+    chat_template = chatml_template("<|video_pad|>\\n")
     default_seconds_per_frame = 1.0
 
-    def processing(self, config: Any, preprocessor: Mapping[str, Any] | None = None) -> VideoProcessing:
-        defaults = VideoProcessing(
+    def default_processing(self, config: Any) -> VideoProcessing:
+        return VideoProcessing(
             HALF_MEAN, HALF_STD, min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28, drop_repeated_tokens=True
         )
-        return processing_with(defaults, config, preprocessor)
 
-    def video_inputs(
-        self,
-        config: Any,
-        tokenizer: Any,
-        frames: Tensor,
-        *,
-        seconds_per_frame: float | None = None,
-        processing: VideoProcessing | None = None,
+    def _video_inputs(
+        self, config: Any, tokenizer: Any, frames: Tensor, seconds: float, processing: VideoProcessing
     ) -> VideoInputs:
-        check_frames(frames)
-        processing = processing or self.processing(config)
         patch_size = config.vision_config.patch_size
         size = smart_resize(
             frames.shape[1],
@@ -79,16 +42,12 @@ class VideoLlama3(Family):
             min_pixels=processing.min_pixels,
             max_pixels=max(1, processing.max_pixels // len(frames)),
         )
-        patches, (t, h, w) = pack_patches(
-            normalise_frames(resize_frames(frames, size), processing),
-            patch_size=patch_size,
-            merge_size=MERGE_SIZE,
-            temporal_patch_size=1,
-        )
+        packing = Packing(patch_size, MERGE_SIZE)
+        t, h, w = packing.grid(len(frames), size)
+        patches = pixels_of(frames, size, processing, packing)
         kept = torch.ones(t, h * w // MERGE_SIZE**2, dtype=torch.bool)
         if processing.drop_repeated_tokens:
             kept = kept_tokens(patches.view(*kept.shape, -1)).cpu()
-        seconds = self.default_seconds_per_frame if seconds_per_frame is None else seconds_per_frame
         pieces: list[str | Sequence[int]] = []
         for index, num_tokens in enumerate(kept.sum(1).tolist()):
             pieces += [f"{',' if index else ''}Time {index * seconds:.1f}s:", (config.video_token_id,) * num_tokens]
@@ -120,6 +79,10 @@ class VideoLlama3(Family):
 def kept_tokens(merged_patches: Tensor) -> Tensor:
     """fp32 [T, P, C], normalised -> bool [T, P]: all of the first frame, then what changes, at least one of each frame."""
     kept = torch.ones(merged_patches.shape[:2], dtype=torch.bool, device=merged_patches.device)
-    kept[1:] = (merged_patches[1:] - merged_patches[:-1]).abs().mean(-1) * 255 > REPEATED
+    step = max(1, CHUNK_BYTES // (4 * merged_patches[0].numel()))
+    for start in range(1, len(kept), step):
+        now = merged_patches[start : start + step]
+        change = (now - merged_patches[start - 1 : start - 1 + len(now)]).abs_().mean(-1)
+        kept[start : start + step] = change * 255 > REPEATED
     kept[:, 0] |= ~kept.any(1)
     return kept

@@ -1,0 +1,192 @@
+"""Frames on the CPU with PyAV, whose wheel brings its own FFmpeg: only the stretches that are needed, only those converted.
+
+A wanted frame needs the packets from the keyframe before it. So wanted frames are gathered into runs, each from a keyframe
+to the last packet that is wanted; the decoder is then drained, which gives frames held back for reordering without
+decoding what follows. Between runs the file is seeked, or its packets dropped where the way is short. Pictures that no
+other refers to are not decoded unless wanted (H.264, HEVC). A frame is known by its presentation time, so a seek that
+lands elsewhere can not give a wrong frame: what the runs did not bring is decoded from the start of the file.
+
+Frames are converted by FFmpeg's swscale with the settings of VideoFrame.to_ndarray(format="rgb24"): the same bits.
+"""
+
+import logging
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from synpo_fast.data.container import check_deadline, codec_name, open_video
+from synpo_fast.data.video_info import VideoError, VideoInfo
+
+REORDER = 16  # pictures that may stand on the other side of a keyframe in the file than on the screen
+SEEK_GAP = 32  # frames; shorter ways are read and dropped, which costs less than a seek
+SKIPS_UNREFERRED = ("h264", "hevc")
+
+log = logging.getLogger(__name__)
+
+
+def decode(path: Path, info: VideoInfo, indices: Sequence[int], *, device: torch.device, deadline: float) -> Tensor:
+    """The frames at indices, on the CPU whatever the device. See synpo_fast.data.decode for the contract."""
+    frames = _Frames(path, info, indices)
+    if info.by_order:
+        _decode_by_order(frames, deadline)
+    else:
+        _decode_by_time(frames, deadline)
+    frames.check_complete()
+    return frames.out
+
+
+class _Frames:
+    """The output: wanted frames are converted as they come, each once, into the places that asked for them."""
+
+    def __init__(self, path: Path, info: VideoInfo, indices: Sequence[int]) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        self.path, self.info = path, info
+        self.places: dict[int, list[int]] = {}
+        for place, index in enumerate(indices):
+            self.places.setdefault(index, []).append(place)
+        self.missing = set(self.places)
+        self.out = torch.empty((len(indices), info.height, info.width, 3), dtype=torch.uint8)
+        self.pixels = self.out.numpy()
+        self.convert = VideoReformatter()
+        self.turns = info.rotation // 90
+        self.stored = (info.width, info.height) if self.turns % 2 == 0 else (info.height, info.width)
+
+    def put(self, index: int, frame: Any) -> None:
+        if (frame.width, frame.height) != self.stored:
+            width, height = self.stored
+            raise VideoError(self.path, f"frame {index} is {frame.width}x{frame.height}, the first is {width}x{height}")
+        if frame.is_corrupt:
+            raise VideoError(self.path, f"frame {index} is damaged")
+        picture = self.convert.reformat(frame, format="rgb24", threads=1)
+        plane = picture.planes[0]
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(frame.height, plane.line_size)
+        upright = rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
+        first, *others = self.places[index]
+        self.pixels[first] = np.rot90(upright, self.turns)
+        for place in others:
+            self.pixels[place] = self.pixels[first]
+        self.missing.discard(index)
+
+    def check_complete(self) -> None:
+        if self.missing:
+            raise VideoError(
+                self.path,
+                f"{len(self.missing)} of {len(self.places)} frames can not be decoded, the first of them {min(self.missing)}",
+            )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Wanted frames decoded in one go. start: index of the keyframe to begin at; None is the start of the file."""
+
+    start: int | None
+    wanted: tuple[int, ...]
+
+
+def plan_runs(wanted: Sequence[int], keyframes: Sequence[int], *, every_frame_is_key: bool = False) -> list[Run]:
+    """Wanted frames, rising, cut where a later keyframe spares decoding what lies between.
+
+    A run goes on over a keyframe that is at most REORDER frames after its last wanted one: that keyframe's packet may have
+    been passed. Where every frame is a keyframe runs are cut only where a seek pays, since a run drops what is not wanted.
+    """
+    runs: list[Run] = []
+    for index in wanted:
+        at = bisect_right(keyframes, index) - 1
+        start = keyframes[at] if at >= 0 else None
+        if runs:
+            last = runs[-1].wanted[-1]
+            joined = start is None or start <= last + (SEEK_GAP if every_frame_is_key else REORDER)
+            if joined:
+                runs[-1] = Run(runs[-1].start, (*runs[-1].wanted, index))
+                continue
+        runs.append(Run(start, (index,)))
+    return runs
+
+
+def _decode_by_time(frames: _Frames, deadline: float) -> None:
+    from av.error import FFmpegError
+
+    with open_video(frames.path, deadline) as (container, stream):
+        intra = stream.codec_context.codec.intra_only
+        skip = codec_name(stream) in SKIPS_UNREFERRED
+        at, problem = 0, ""
+        try:
+            for run in plan_runs(sorted(frames.missing), frames.info.keyframes, every_frame_is_key=intra):
+                if run.start is not None and run.start > at + SEEK_GAP:
+                    container.seek(_pts(frames.info, run.start), stream=stream)
+                if not _decode_run(frames, run, _pictures(frames, container, stream, run, deadline, intra, skip)):
+                    problem = f"decoding can not begin at frame {run.start}"
+                    break
+                at = run.wanted[-1]
+        except FFmpegError as error:
+            problem = f"{error.strerror} after a seek"
+    if frames.missing:
+        problem = problem or "a seek missed frames"
+        log.warning("%s: %s; decoding %d frames from its start", frames.path, problem, len(frames.missing))
+        run = Run(None, tuple(sorted(frames.missing)))
+        with open_video(frames.path, deadline) as (container, stream):
+            _decode_run(frames, run, _pictures(frames, container, stream, run, deadline, False, False))
+
+
+def _decode_run(frames: _Frames, run: Run, pictures: Iterator[Any]) -> bool:
+    """Keeps the wanted ones. False where the keyframe itself does not come out: it is a point from which a picture builds
+    up over several frames (H.264 with intra refresh), and the frames after it are not to be trusted either."""
+    wanted = {_pts(frames.info, index): index for index in run.wanted}
+    start = None if run.start is None else _pts(frames.info, run.start)
+    for picture in pictures:
+        if start is not None and picture.pts is not None and picture.pts >= start:
+            if picture.pts > start:
+                return False
+            start = None
+        index = wanted.get(picture.pts)
+        if index is not None and index in frames.missing:
+            frames.put(index, picture)
+    return True
+
+
+def _pictures(
+    frames: _Frames, container: Any, stream: Any, run: Run, deadline: float, only_wanted: bool, skip_unreferred: bool
+) -> Iterator[Any]:
+    """Decodes from the run's keyframe until all its wanted packets are in, then drains and resets the decoder."""
+    info, context = frames.info, stream.codec_context
+    unsent = {_pts(info, index) for index in run.wanted}
+    start = None if run.start is None else _pts(info, run.start)
+    for packet in container.demux(stream):
+        check_deadline(frames.path, deadline, f"frame {run.wanted[0]} was looked for")
+        if start is not None and packet.pts != start:
+            if packet.is_keyframe and packet.pts is not None and packet.pts > start:
+                return  # the seek went too far
+            continue
+        start = None
+        is_wanted = packet.pts in unsent
+        if packet.size == 0 or (only_wanted and not is_wanted):
+            continue
+        if skip_unreferred:
+            context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+        yield from context.decode(packet)
+        unsent.discard(packet.pts)
+        if not unsent:
+            break
+    yield from context.decode(None)
+    context.flush_buffers()
+
+
+def _decode_by_order(frames: _Frames, deadline: float) -> None:
+    with open_video(frames.path, deadline) as (container, stream):
+        for index, frame in enumerate(container.decode(stream)):
+            check_deadline(frames.path, deadline, f"frame {index} was decoded")
+            if index in frames.missing:
+                frames.put(index, frame)
+                if not frames.missing:
+                    return
+
+
+def _pts(info: VideoInfo, index: int) -> int:
+    return info.first_pts + round(info.timestamps[index] / info.time_base)

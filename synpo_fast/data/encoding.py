@@ -1,0 +1,80 @@
+"""One pair from its file to tokens and pixels, and who does it when no worker process does."""
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from synpo_fast.data.pair import Pair
+from synpo_fast.data.pair_frames import pair_frames
+from synpo_fast.data.sampling import FrameSampling
+from synpo_fast.models.scoring import EncodedPair, PairEncoder, TooLong
+
+
+@dataclass(frozen=True)
+class BadPair:
+    """A pair that can not be trained on, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class PairReader:
+    """pair -> EncodedPair or BadPair, after a second attempt: a file system may fail once.
+
+    What is not an error of the data is raised: a mistake in the set-up or in the code.
+    """
+
+    encoder: PairEncoder
+    sampling: FrameSampling
+    video_root: str | Path | None
+    backend: str
+    device: torch.device
+    deadline_s: float
+
+    def __call__(self, pair: Pair) -> EncodedPair | BadPair:
+        deadline = time.monotonic() + self.deadline_s
+        for last in (False, True):
+            try:
+                frames, seconds = pair_frames(
+                    pair,
+                    self.sampling,
+                    video_root=self.video_root,
+                    backend=self.backend,
+                    device=self.device,
+                    deadline_s=deadline - time.monotonic(),
+                )
+                return self.encoder(pair, frames, seconds)
+            except TooLong as error:
+                return BadPair(pair.id, str(error))
+            except (ValueError, OSError, MemoryError) as error:
+                if last or time.monotonic() > deadline:
+                    return BadPair(pair.id, str(error) or type(error).__name__)
+        raise AssertionError("the last attempt returns")
+
+
+class ReadOnDemand:
+    """Reads a pair when its result is asked for, in the caller's process."""
+
+    def __init__(self, reader: PairReader) -> None:
+        self.reader = reader
+        self.process_ids: list[int] = []
+
+    def submit(self, pair: Pair) -> "Future[Any]":
+        return _Deferred(self.reader, pair)
+
+    def close(self) -> None:
+        pass
+
+
+class _Deferred(Future):  # the result is made when it is asked for, so that nothing waits in memory
+    def __init__(self, reader: PairReader, pair: Pair) -> None:
+        super().__init__()
+        self.reader, self.pair = reader, pair
+
+    def result(self, timeout: float | None = None) -> Any:
+        return self.reader(self.pair)

@@ -1,0 +1,163 @@
+"""What every importer is built from: a row that notes which of its keys were used, and the rules for prompts and videos."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from synpo_fast.data.manifest import relative_path
+from synpo_fast.data.pair import Pair
+
+VIDEO_SUFFIXES = frozenset(
+    [".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif", ".3gp", ".ogv"]
+)
+
+
+class Refused(ValueError):
+    """A row that is not imported. Rows are counted by reason; detail is what differs from row to row."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+class SourceRow:
+    """One row of the source. A null value counts as a key left out."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.content = {key: value for key, value in content.items() if value is not None}
+        self.used: set[str] = set()
+
+    def get(self, key: str) -> Any:
+        self.used.add(key)
+        return self.content.get(key)
+
+    def text(self, key: str) -> str:
+        value = self.get(key)
+        if value is None:
+            raise Refused(f"no {key}")
+        if not isinstance(value, str):
+            raise Refused(f"{key} is not text", f"{value!r:.60}")
+        return value
+
+    def number(self, key: str) -> float | None:
+        value = self.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise Refused(f"{key} is not a number", f"{value!r:.60}")
+        return value
+
+    def id(self, key: str = "id") -> str:
+        """ "" where there is none: the id is then made from file name and row."""
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, (str, int, type(None))):
+            raise Refused(f"{key} is neither text nor a whole number", f"{value!r:.60}")
+        return "" if value is None else str(value).strip()
+
+    def refuse(self, *keys: str, because: str) -> None:
+        """Keys that, unless empty, mean something this importer can not honour."""
+        for key in keys:
+            if self.get(key):
+                raise Refused(f"has {key}: {because}")
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """video_root: where the videos are; needed for absolute paths and for names without a suffix, and then all are looked for.
+    rejected: of several rejected responses in a row, "first" makes one pair, "all" one for each.
+    system: a system message is "refuse"d, "fold"ed into the prompt (before it, an empty line between) or "drop"ped.
+    """
+
+    video_root: Path | None = None
+    rejected: str = "first"
+    system: str = "refuse"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("rejected", ("first", "all")), ("system", ("refuse", "fold", "drop"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.video_root is not None and not self.video_root.is_dir():
+            raise ValueError(f"video_root {self.video_root} is not a folder")
+
+    def video(self, name: object) -> str:
+        """What a row calls its video, as a path relative to the root."""
+        if isinstance(name, dict) and name.keys() <= {"path", "bytes"}:  # a Video column of Hugging Face datasets
+            if name.get("bytes") is not None:
+                raise Refused("the video is stored inside the row; only paths are imported")
+            name = name.get("path")
+        if isinstance(name, list) and len(name) == 1:
+            name = name[0]
+        if isinstance(name, list):
+            raise Refused("several videos in a row: this format shows them apart, a pair shows one")
+        if not isinstance(name, str) or not name.strip():
+            raise Refused("the video is not named by a path", f"{name!r:.60}")
+        if "://" in name:
+            raise Refused("the video is an address, not a file", name)
+        path = self._below_root(name)
+        try:
+            path = relative_path("video", path)
+        except ValueError as error:
+            raise Refused("unusable video path", str(error)) from error
+        return path if self.video_root is None else self._existing(path)
+
+    def _below_root(self, name: str) -> str:
+        if not PurePosixPath(name).is_absolute():
+            return PurePosixPath(name).as_posix()  # without "./" and "//"
+        if self.video_root is None:
+            raise Refused("the video path is absolute: give the video root", name)
+        for root in (self.video_root.absolute(), self.video_root.resolve()):
+            if PurePosixPath(name).is_relative_to(root.as_posix()):
+                return PurePosixPath(name).relative_to(root.as_posix()).as_posix()
+        raise Refused("the video path is outside the video root", name)
+
+    def _existing(self, path: str) -> str:
+        assert self.video_root is not None
+        if os.path.exists(self.video_root / path):
+            return path
+        found = self._by_name.get(path, [])
+        if len(found) > 1:
+            raise Refused("several files have the name of the video", f"{path}: {', '.join(sorted(found)[:3])}")
+        if not found:
+            raise Refused("the video is not below the video root", path)
+        return found[0]
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        """Video files by path without suffix and by stem: the tree is walked once, not once a row."""
+        assert self.video_root is not None
+        names: dict[str, list[str]] = {}
+        for folder, _, files in os.walk(self.video_root):
+            for file in files:
+                path = PurePosixPath(Path(folder, file).relative_to(self.video_root).as_posix())
+                if path.suffix.lower() in VIDEO_SUFFIXES:
+                    for name in {path.with_suffix("").as_posix(), path.stem}:
+                        names.setdefault(name, []).append(path.as_posix())
+        return names
+
+
+def clean_prompt(text: str, *, num_videos: int, tags: Sequence[str] = ("<video>",), system: str = "") -> str:
+    """The text without the tag that stands for its video. One tag for one video, or none: anything else is refused.
+
+    system: a text to put before it, with an empty line between.
+    """
+    for tag in ("<video>", "<image>", "<audio>"):
+        if tag not in tags and tag in text:
+            raise Refused(f"{tag} in the prompt")
+    count = sum(text.count(tag) for tag in tags)
+    if count > num_videos:
+        raise Refused("more tags than videos in the prompt", f"{count} for {num_videos}")
+    for tag in tags:
+        before, found, after = text.partition(tag)
+        if found:
+            text = before + (after.removeprefix("\n") if not before.strip() else after)
+    return f"{system}\n\n{text.strip()}" if system else text.strip()
+
+
+def make_pair(**fields: Any) -> Pair:
+    """A Pair; what it can not hold is a refusal."""
+    name = f"pair {fields.get('id', '')!r}: "
+    try:
+        return Pair(**fields)
+    except ValueError as error:
+        raise Refused(str(error).removeprefix(name)) from error

@@ -1,0 +1,258 @@
+"""The manifest: one preference pair a row, as JSON Lines, Parquet, or a folder that Hugging Face datasets wrote.
+
+    {"id": "...", "video": "relative/path.mp4", "prompt": "...", "chosen": "...", "rejected": "...",
+     "chosen_score": 12.1, "rejected_score": 6.4, "ground_truth": "...", "loss": "preference",
+     "clips": [{"path": "...", "start": 0.0, "end": 9.5}], "reference_clips": [0], "meta": {...}}
+
+prompt, chosen and rejected are required, except that a row with loss "sft" needs no rejected. A row has a video, or clips, or
+neither, which makes it a text pair. Videos are relative to a root the reader of frames is given, and may not leave it; here
+that is checked in the text alone, since the files may be elsewhere. Whatever can not be right is an error that names file,
+line and reason: a wrong pair trains as quietly as a right one.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from synpo_fast.data.pair import Clip, Pair
+from synpo_fast.data.row_files import read_rows
+
+logger = logging.getLogger(__name__)
+
+SHOWN_ROWS = 20
+SCORE_SLACK = 1e-9
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that is not a pair, and why."""
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+class ManifestError(ValueError):
+    """Rows that are not pairs: bad_rows holds all of them, the message the first ones."""
+
+    def __init__(self, path: str | Path, bad_rows: list[BadRow], message: str = "") -> None:
+        shown = [str(row) for row in bad_rows[:SHOWN_ROWS]]
+        if len(bad_rows) > len(shown):
+            shown.append(f"... and {len(bad_rows) - len(shown)} more")
+        super().__init__("\n".join([message or f"{path}: {len(bad_rows)} bad rows", *shown]))
+        self.path, self.bad_rows = str(path), bad_rows
+
+
+def read_manifest(path: str | Path, *, on_bad: str = "raise") -> list[Pair]:
+    """The pairs of a manifest, in its order. on_bad: "raise" a ManifestError at bad rows, or "skip" them with a warning each."""
+    if on_bad not in ("raise", "skip"):
+        raise ValueError(f"on_bad must be 'raise' or 'skip', got {on_bad!r}")
+    pairs, bad_rows = read_manifest_rows(path)
+    if bad_rows and (on_bad == "raise" or not pairs):
+        raise ManifestError(path, bad_rows, f"{path}: {len(bad_rows)} of {len(pairs) + len(bad_rows)} rows are bad")
+    for row in bad_rows:
+        logger.warning("skipped %s", row)
+    return pairs
+
+
+def read_manifest_rows(path: str | Path) -> tuple[list[Pair], list[BadRow]]:
+    """(pairs, bad rows). ManifestError for what is no manifest at all: an empty file, a damaged or unknown one."""
+    pairs: list[Pair] = []
+    bad_rows: list[BadRow] = []
+    first_use: dict[str, int] = {}
+    if Path(path).suffix.lower() == ".csv":
+        raise ManifestError(path, [], f"{path}: a manifest is not CSV; bring it in with `synpo-fast pairs import`")
+    try:
+        for row in read_rows(path):
+            try:
+                if row.content is None:
+                    raise ValueError(row.error)
+                pair = pair_from_row(row.content, default_id=f"{Path(row.file).stem}-{row.line}")
+                if pair.id in first_use:
+                    raise ValueError(f"id {pair.id!r} is already used in line {first_use[pair.id]}")
+            except ValueError as error:
+                bad_rows.append(BadRow(row.file, row.line, str(error)))
+            else:
+                first_use[pair.id] = row.line
+                pairs.append(pair)
+    except ValueError as error:
+        raise ManifestError(path, [], str(error)) from error
+    if not pairs and not bad_rows:
+        raise ManifestError(path, [], f"{path} has no rows")
+    return pairs, bad_rows
+
+
+def pair_from_row(row: dict[str, Any], *, default_id: str = "") -> Pair:
+    """One row as a Pair; ValueError with the reason. A null value counts as a key left out."""
+    given = {key: value for key, value in row.items() if value is not None}
+    for key in given:
+        if key not in PARSERS:
+            close = get_close_matches(key, PARSERS, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(PARSERS)}"
+            raise ValueError(f"unknown key {key!r}{hint} (anything else belongs under 'meta')")
+    values = {key: PARSERS[key](key, value) for key, value in given.items()}
+    values.pop("meta", None)
+    required = ("prompt", "chosen") if values.get("loss") == "sft" else ("prompt", "chosen", "rejected")
+    missing = [key for key in required if key not in values]
+    if missing:
+        raise ValueError(f"{' and '.join(repr(key) for key in missing)} missing")
+    return Pair(**{"id": default_id, "rejected": "", **values})
+
+
+def _text(key: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{key} must be text, got {value!r:.60}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{key} has half a surrogate pair at character {error.start + 1}") from error
+    return value
+
+
+def _id(key: str, value: object) -> str:
+    if not _text(key, value).strip():
+        raise ValueError("id is empty; leave it out to get one made from file name and line")
+    return str(value)
+
+
+def _number(key: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{key} must be a number, got {value!r:.60}")
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(f"{key} is too large: a number of {len(str(value))} digits") from error
+    if not math.isfinite(number):
+        raise ValueError(f"{key} must be finite, got {value}")
+    return number
+
+
+def relative_path(key: str, value: object) -> str:
+    """A path that stays below whatever root it is put behind; ValueError otherwise."""
+    path = _text(key, value)
+    if not path.strip() or "\0" in path:
+        raise ValueError(f"{key} must be a path, got {path!r:.60}")
+    if "://" in path:
+        raise ValueError(f"{key} must be a file below the video root, got the address {path!r:.60}")
+    parts = path.replace("\\", "/").split("/")  # a path that Windows would take elsewhere is refused everywhere
+    if not parts[0] or (parts[0][1:2] == ":" and parts[0][0].isalpha()):
+        raise ValueError(f"{key} must be relative to the video root, got {path!r:.60}")
+    if ".." in parts:
+        raise ValueError(f"{key} may not leave the video root, got {path!r:.60}")
+    return path
+
+
+def _clips(key: str, value: object) -> tuple[Clip, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{key} must be a list of at least one clip, got {value!r:.60}")
+    return tuple(_clip(f"{key}[{index}]", part) for index, part in enumerate(value))
+
+
+def _clip(key: str, value: object) -> Clip:
+    if not isinstance(value, dict) or "path" not in value or not value.keys() <= {"path", "start", "end"}:
+        raise ValueError(f"{key} must be an object of path and maybe start and end, got {value!r:.80}")
+    times = {name: _number(f"{key}.{name}", value[name]) for name in ("start", "end") if value.get(name) is not None}
+    return Clip(relative_path(f"{key}.path", value["path"]), **times)
+
+
+def _indices(key: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(isinstance(part, bool) or not isinstance(part, int) for part in value):
+        raise ValueError(f"{key} must be a list of whole numbers, got {value!r:.60}")
+    return tuple(value)
+
+
+def _meta(key: str, value: object) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} must be an object, got {value!r:.60}")
+
+
+PARSERS: dict[str, Callable[[str, object], Any]] = {
+    "id": _id,
+    "video": relative_path,
+    "prompt": _text,
+    "chosen": _text,
+    "rejected": _text,
+    "chosen_score": _number,
+    "rejected_score": _number,
+    "ground_truth": _text,
+    "clips": _clips,
+    "reference_clips": _indices,
+    "loss": _text,
+    "meta": _meta,
+}
+
+
+def row_from_pair(pair: Pair) -> dict[str, Any]:
+    """What pair_from_row turns back into the same pair. ValueError for frames held in memory: they have no path."""
+    if isinstance(pair.video, Tensor):
+        raise ValueError(f"pair {pair.id!r} holds frames {list(pair.video.shape)}; a manifest names video files")
+    row: dict[str, Any] = {"id": pair.id or None, "video": None if pair.video is None else Path(pair.video).as_posix()}
+    row |= {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    row |= {"chosen_score": pair.chosen_score, "rejected_score": pair.rejected_score}
+    row |= {"ground_truth": pair.ground_truth, "loss": None if pair.loss == "preference" else pair.loss}
+    clips = [{"path": clip.path, "start": clip.start, "end": clip.end} for clip in pair.clips]
+    row["clips"] = [{name: value for name, value in clip.items() if value is not None} for clip in clips] or None
+    row["reference_clips"] = list(pair.reference_clips) or None
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def write_manifest(path: str | Path, pairs: Iterable[Pair]) -> None:
+    """Writes JSON Lines: all of it or, after an error, nothing. ValueError for a pair that could not be read back."""
+    path, lines, seen = Path(path), [], set[str]()
+    if path.suffix.lower() != ".jsonl":
+        raise ValueError(f"a manifest is written as .jsonl, got {path}")
+    for pair in pairs:
+        row = row_from_pair(pair)
+        pair_from_row(row)
+        if pair.id and pair.id in seen:
+            raise ValueError(f"id {pair.id!r} is used twice")
+        seen.add(pair.id)
+        lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    if not lines:
+        raise ValueError(f"{path}: no pairs to write")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text("".join(lines), encoding="utf-8", newline="\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class ScoreGapFilter:
+    """What filter_by_score_gap kept, and how many it dropped for which reason."""
+
+    kept: list[Pair]
+    below: int
+    without_scores: int
+
+
+def filter_by_score_gap(pairs: Iterable[Pair], min_score_gap: float) -> ScoreGapFilter:
+    """Keeps pairs with chosen_score - rejected_score >= min_score_gap (SynPO: 4), and rows that only train on chosen.
+
+    Scores are sums of decimals such as 1.1, so a gap may fall short by a rounding error and still count.
+    """
+    if not math.isfinite(min_score_gap):
+        raise ValueError(f"min_score_gap must be finite, got {min_score_gap}")
+    kept, below, without_scores = [], 0, 0
+    for pair in pairs:
+        if pair.loss == "sft":
+            kept.append(pair)
+        elif pair.chosen_score is None or pair.rejected_score is None:
+            without_scores += 1
+        elif pair.chosen_score - pair.rejected_score < min_score_gap - SCORE_SLACK:
+            below += 1
+        else:
+            kept.append(pair)
+    return ScoreGapFilter(kept, below, without_scores)

@@ -1,0 +1,182 @@
+"""Rows of a file or folder, each with the place it came from: JSON Lines, a JSON list, CSV, Parquet, Hugging Face folders.
+
+A row that can not be read becomes a FileRow with an error in place of content, so that one bad line does not hide the next
+and a message can name file and line. Columnar formats have no lines: there `line` counts rows from 1. Parquet and Arrow need
+pyarrow alone, not the datasets package.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BOM = b"\xef\xbb\xbf"
+BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class FileRow:
+    """content is None where error says why."""
+
+    file: str
+    line: int
+    content: dict[str, Any] | None
+    error: str = ""
+
+
+def read_rows(path: str | Path) -> Iterator[FileRow]:
+    """Rows in the order of the file. ValueError for what can not be read at all, FileNotFoundError for what is not there."""
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"{path}: cannot tell its format by its name; expected {', '.join(READERS)} or a folder")
+    return reader(path)
+
+
+def _read_json(path: Path) -> Iterator[FileRow]:
+    """JSON Lines, or one list of objects: told apart by the first character, since both are called .json."""
+    with path.open("rb") as file:
+        for raw in file:
+            start = raw.removeprefix(BOM).lstrip()
+            if start:
+                yield from _read_json_list(path) if start.startswith(b"[") else _read_json_lines(path)
+                return
+
+
+def _read_json_lines(path: Path) -> Iterator[FileRow]:
+    with path.open("rb") as file:  # bytes: only "\n" ends a line, and one line of bad UTF-8 is one bad row
+        for line, raw in enumerate(file, 1):
+            raw = (raw.removeprefix(BOM) if line == 1 else raw).strip()
+            if raw:
+                yield _json_row(path, line, raw)
+
+
+def _json_row(path: Path, line: int, raw: bytes) -> FileRow:
+    try:
+        content = _loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return FileRow(str(path), line, None, f"not UTF-8: byte {error.start + 1} is {raw[error.start]:#04x}")
+    except json.JSONDecodeError as error:
+        return FileRow(str(path), line, None, f"not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a key given twice, a number too long, nesting too deep
+        return FileRow(str(path), line, None, f"not usable JSON: {error}")
+    return _object_row(path, line, content)
+
+
+def _object_row(path: Path, line: int, content: object) -> FileRow:
+    if not isinstance(content, dict):
+        return FileRow(str(path), line, None, f"a row must be a JSON object, got {type(content).__name__}")
+    return FileRow(str(path), line, content)
+
+
+def _read_json_list(path: Path) -> Iterator[FileRow]:
+    raw = path.read_bytes().removeprefix(BOM)
+    try:
+        rows = _loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 in line {raw.count(10, 0, error.start) + 1}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: not a JSON list: {error.msg} in line {error.lineno}, column {error.colno}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not usable JSON: {error}") from error
+    for line, content in enumerate(rows, 1):
+        yield _object_row(path, line, content)
+
+
+def _loads(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_without_repeats)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return content
+
+
+def _read_csv(path: Path) -> Iterator[FileRow]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for content in reader:
+                if None in content or None in content.values():
+                    yield FileRow(str(path), reader.line_num, None, "not as many cells as the header has names")
+                else:
+                    yield FileRow(str(path), reader.line_num, {name: cell for name, cell in content.items() if cell})
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not usable as CSV after line {reader.line_num}: {error}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[FileRow]:
+    pyarrow = _pyarrow()
+    from pyarrow import parquet
+
+    try:
+        yield from _batches(path, parquet.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not readable as Parquet: {error}") from error
+
+
+def _read_arrow(path: Path) -> Iterator[FileRow]:
+    """An Arrow file; datasets writes the stream form, other tools the one with an index at the end."""
+    pyarrow = _pyarrow()
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            indexed = file.read(6) == b"ARROW1"
+            file.seek(0)
+            source = pyarrow.ipc.open_file(file) if indexed else pyarrow.ipc.open_stream(file)
+            batches = (source.get_batch(i) for i in range(source.num_record_batches)) if indexed else source
+            yield from _batches(path, batches)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not readable as Arrow: {error}") from error
+
+
+def _batches(path: Path, batches: Any) -> Iterator[FileRow]:
+    line = 0
+    for batch in batches:
+        for content in batch.to_pylist():
+            line += 1
+            yield FileRow(str(path), line, content)
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ImportError("reading Parquet and Arrow needs pyarrow: pip install pyarrow") from error
+    return pyarrow
+
+
+def _read_folder(path: Path) -> Iterator[FileRow]:
+    """A folder of datasets.save_to_disk, or one of Parquet files; of several splits the caller must name one."""
+    if (path / "dataset_dict.json").exists():
+        splits = sorted(part.name for part in path.iterdir() if part.is_dir())
+        raise ValueError(f"{path} holds several splits ({', '.join(splits)}): give the folder of one of them")
+    if (path / "state.json").exists():
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state.get("_indices_data_files"):
+            raise ValueError(f"{path} holds a selection of rows: save it again with dataset.flatten_indices()")
+        files = [path / part["filename"] for part in state["_data_files"]]
+    else:
+        files = sorted(path.glob("data-*.arrow")) or sorted(path.glob("*.parquet"))
+    if not files:
+        raise ValueError(f"{path} is a folder with no data-*.arrow and no *.parquet file directly in it")
+    return (row for file in files for row in read_rows(file))
+
+
+READERS: dict[str, Callable[[Path], Iterator[FileRow]]] = {
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}

@@ -1,0 +1,55 @@
+"""What is known of a video, and the one error for a video that can not be used."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+class VideoError(ValueError):
+    """A video that can not be used. The message names the file and says what is wrong with it."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = str(path), reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.path, self.reason)  # it travels between processes
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """A video as a reader of frames sees it.
+
+    codec: FFmpeg's name, "images" for a folder of frames. width, height: of the frames as returned, rotation applied.
+    num_frames: how many there are. duration: in seconds, from the first frame's start to the last one's end.
+    timestamps: when each of all frames is shown, in seconds from the first frame, rising; [num_frames].
+    keyframes: indices of frames that decoding can start from.
+    rotation: degrees counter-clockwise that the container asks for: 0, 90, 180 or 270.
+    first_pts, time_base: frame i carries the container's timestamp first_pts + timestamps[i] / time_base, if by_order is
+        False. True says that the container's timestamps can not tell frames apart, so that they have to be counted.
+    backend, indices: who decoded, and which frames, in the order returned; empty when nothing was decoded.
+    """
+
+    path: str
+    codec: str
+    width: int
+    height: int
+    num_frames: int
+    duration: float
+    timestamps: tuple[float, ...]
+    keyframes: tuple[int, ...] = ()
+    rotation: int = 0
+    first_pts: int = 0
+    time_base: Fraction = Fraction(1)
+    by_order: bool = False
+    backend: str = ""
+    indices: tuple[int, ...] = ()
+
+    @property
+    def fps(self) -> float:
+        """The average rate."""
+        return self.num_frames / self.duration
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """When the returned frames are shown, in seconds."""
+        return tuple(self.timestamps[index] for index in self.indices)

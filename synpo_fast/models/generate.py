@@ -1,0 +1,86 @@
+"""Greedy captions from a policy, in plain torch: for a look at what the model says while it trains.
+
+The prompt runs once and leaves keys and values in a cache; then one token after another, each the likeliest. Positions go on
+from the prompt's last one, as they do in training. One sample at a time: nothing to pad, nothing to get wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synpo_fast.models.policy import Policy, Sample
+
+
+@torch.no_grad()
+def greedy_tokens(policy: Policy, sample: Sample, *, max_new_tokens: int, run_to_the_end: bool = False) -> list[int]:
+    """Tokens of the response, EOS not included. run_to_the_end goes on computing after EOS, so that the processes of a
+    sharded model call it equally often."""
+    from transformers import DynamicCache
+
+    eos = policy.tokenizer.eos_token_id
+    language_model = policy.family.language_model(policy.base)
+    was_training = policy.training
+    policy.eval()
+    try:
+        with _plain_attention(language_model):
+            embeddings, positions, extra = _prompt_inputs(policy, sample)
+            cache: Any = DynamicCache()
+            tokens: list[int] = []
+            ended = False
+            for _ in range(max_new_tokens):
+                output = language_model(
+                    inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=True, **extra
+                )
+                token = int(_logits(policy, output.last_hidden_state[:, -1]).argmax())
+                ended = ended or token == eos
+                if ended and not run_to_the_end:
+                    break
+                if not ended:
+                    tokens.append(token)
+                embeddings = policy.base.get_input_embeddings()(torch.tensor([[token]], device=policy.device))
+                positions = positions[..., -1:] + 1
+                extra = {}
+            return tokens
+    finally:
+        policy.train(was_training)
+
+
+def greedy_text(policy: Policy, sample: Sample, *, max_new_tokens: int, run_to_the_end: bool = False) -> str:
+    tokens = greedy_tokens(policy, sample, max_new_tokens=max_new_tokens, run_to_the_end=run_to_the_end)
+    return policy.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _prompt_inputs(policy: Policy, sample: Sample) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    device = policy.device
+    tokens = torch.tensor(sample.prompt, device=device)
+    embeddings = policy.base.get_input_embeddings()(tokens)
+    positions = policy.family.position_ids(policy.base, torch.tensor(sample.prompt), sample.video)
+    extra: dict[str, Any] = {}
+    if sample.video is not None:
+        (features,) = policy.encode_videos([sample])
+        assert features is not None
+        mask = tokens == sample.video.placeholder_id
+        embeddings = embeddings.index_copy(0, mask.nonzero()[:, 0], features.features.to(embeddings))
+        extra = policy.family.language_kwargs(mask[None], [features])
+    return embeddings[None], positions.to(device).unsqueeze(-2), extra
+
+
+def _logits(policy: Policy, hidden: Tensor) -> Tensor:
+    return policy.head().logits(hidden)
+
+
+@contextmanager
+def _plain_attention(language_model: Any) -> Iterator[None]:
+    """Packed rows have an attention of their own, which knows no cache."""
+    config = language_model.config
+    before = config._attn_implementation
+    config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

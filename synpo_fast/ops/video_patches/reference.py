@@ -1,0 +1,65 @@
+"""video_patches in plain torch: resize, normalise, place, a few frames at a time.
+
+On a CPU this is, bit for bit, what torchvision makes of uint8 frames, and the definition the kernel is tested against. On
+another device torch has no uint8 resize: the same filter runs in fp32 and is rounded once, not after each axis, so single
+values may differ by 1 of 255.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from synpo_fast.ops.video_patches.packing import Packing
+
+CHUNK_BYTES = 32 << 20  # of fp32 pixels at a time: all of a long video would take several times what comes out
+
+
+def video_patches_reference(
+    frames: Tensor,
+    size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    packing: Packing | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    num_frames, period = len(frames), 1 if packing is None else packing.temporal_patch_size
+    padded = -(-num_frames // period) * period
+    if packing is None:
+        pixels = torch.empty(num_frames, 3, *size, dtype=dtype, device=frames.device)
+    else:
+        t, h, w = packing.grid(num_frames, size)
+        pixels = torch.empty(t * h * w, packing.num_columns, dtype=dtype, device=frames.device)
+    places = pixels if packing is None else _places(pixels, size, packing)
+    step = max(1, CHUNK_BYTES // (12 * size[0] * size[1]) // period) * period
+    for start in range(0, padded, step):
+        stop = min(start + step, padded)
+        chunk = normalise_frames(resize_frames(frames[start:stop], size), mean, std)
+        if stop > num_frames:
+            chunk = torch.cat([chunk, chunk[-1:].expand(stop - num_frames, -1, -1, -1)])
+        target = places[start // period : stop // period]
+        target.copy_(chunk.reshape(target.shape))
+    return pixels
+
+
+def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [T, H, W, 3] -> uint8 [T, 3, height, width]: bicubic (a = -0.5), widened where it shrinks (antialiasing)."""
+    frames = frames.permute(0, 3, 1, 2)
+    if frames.shape[-2:] == size:
+        return frames
+    if frames.device.type == "cpu":
+        return F.interpolate(frames, size, mode="bicubic", antialias=True)
+    resized = F.interpolate(frames.float(), size, mode="bicubic", antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def normalise_frames(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [T, 3, H, W] -> fp32, (x / 255 - mean) / std with the division by 255 folded into mean and std."""
+    levels = torch.tensor([mean, std], dtype=torch.float32, device=frames.device).view(2, 3, 1, 1) * 255
+    return frames.float().sub_(levels[0]).div_(levels[1])
+
+
+def _places(pixels: Tensor, size: tuple[int, int], packing: Packing) -> Tensor:
+    """The rows of patches seen as frames: [t, temporal, 3, h / merge, merge, patch, w / merge, merge, patch]."""
+    P, M = packing.patch_size, packing.merge_size
+    blocks = pixels.view(-1, size[0] // (P * M), size[1] // (P * M), M, M, 3, packing.temporal_patch_size, P, P)
+    return blocks.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)

@@ -1,0 +1,56 @@
+"""Launches the kernel of video_patches: one launch, no wait for the device, three small tables copied from pinned memory."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from synpo_fast.ops.video_patches import triton_kernels as kernels
+from synpo_fast.ops.video_patches.packing import Packing
+from synpo_fast.ops.video_patches.reference import normalise_frames
+from synpo_fast.ops.video_patches.taps import column_taps, row_taps
+
+BLOCK_Y, BLOCK_X = 8, 128
+MAX_PROGRAMS = 65_536  # a program with more to do takes further tiles
+
+
+@functools.lru_cache(maxsize=64)
+def level_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+    """[3, 256]: what each of a channel's 256 levels becomes. So normalising is the reference's, whatever the device."""
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).expand(1, 3, 1, 256)
+    table = normalise_frames(levels, mean, std).to(dtype).view(3, 256)
+    return table.pin_memory() if pinned else table
+
+
+def video_patches_forward(
+    frames: Tensor,
+    size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    packing: Packing | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    num_frames, in_height, in_width, _ = frames.shape
+    height, width = size
+    if packing is None:
+        pixels = torch.empty(num_frames, 3, height, width, dtype=dtype, device=frames.device)
+        places = (height, width, 1, 1)  # one patch as large as the frame
+    else:
+        t, h, w = packing.grid(num_frames, size)
+        num_frames = t * packing.temporal_patch_size
+        pixels = torch.empty(t * h * w, packing.num_columns, dtype=dtype, device=frames.device)
+        places = (packing.patch_size, packing.patch_size, packing.merge_size, packing.temporal_patch_size)
+    if (in_width - 1) * frames.stride(2) + 2 * frames.stride(3) >= 2**31:  # offsets within a row are int32
+        frames = frames.contiguous()
+    pinned = frames.device.type == "cuda"
+    columns, rows = column_taps(in_width, width, pinned), row_taps(in_height, height, BLOCK_Y, pinned)
+    levels = level_table(mean, std, dtype, pinned)
+    on_gpu = [table.to(frames.device, non_blocking=True) for table in (columns.table, rows.table, levels)]
+    num_tiles = num_frames * -(-height // BLOCK_Y) * -(-width // BLOCK_X)
+    with torch.cuda.device_of(frames):
+        kernels._video_patches_forward_kernel[(min(num_tiles, MAX_PROGRAMS),)](
+            frames, *on_gpu, pixels, frames.shape[0], in_width - 1, height, width, *frames.stride(),
+            columns.num_taps, rows.num_taps, columns.precision, rows.precision, *places, num_tiles,
+            BLOCK_Y=BLOCK_Y, BLOCK_X=BLOCK_X, num_warps=4,
+        )  # fmt: skip
+    return pixels
