@@ -32,7 +32,7 @@ class FrozenCopy:
         self.policy, self.share_prefix = copy.deepcopy(policy).requires_grad_(False).eval(), share_prefix
 
     def __call__(self, samples: Sequence[Sample]) -> Logps:
-        return _score(self.policy, samples, self.share_prefix)
+        return detached_logps(self.policy, samples, self.share_prefix)
 
 
 class PreviousRound(FrozenCopy):
@@ -59,7 +59,7 @@ class AdapterOff:
         self.policy.eval()
         try:
             with self.policy.model.disable_adapter():  # type: ignore[operator]
-                return _score(self.policy, samples, self.share_prefix)
+                return detached_logps(self.policy, samples, self.share_prefix)
         finally:
             self.policy.train(was_training)
 
@@ -137,7 +137,8 @@ class AnchorClip:
 
 
 @torch.no_grad()
-def _score(policy: Policy, samples: Sequence[Sample], share_prefix: bool) -> Logps:
+def detached_logps(policy: Policy, samples: Sequence[Sample], share_prefix: bool = True) -> Logps:
+    """Log-probs under the policy as it is, without autograd."""
     return [[logps.detach() for logps in sample] for sample in policy(samples, share_prefix=share_prefix)]
 
 

@@ -1,6 +1,10 @@
 """LoRA adapters on a policy's language model. The only importer of peft."""
 
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from synpo_fast.models.policy import Policy
 
@@ -35,3 +39,47 @@ def add_lora(
     model: Any = get_peft_model(policy.base, config, autocast_adapter_dtype=False)
     policy.model = model
     return policy
+
+
+def save_adapter(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:
+    """Writes what peft loads, from whole tensors by the names of the policy's parameters."""
+    model: Any = policy.model
+    prefix = "policy.model."
+    names = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    model.save_pretrained(str(folder), state_dict=names, safe_serialization=True)
+
+
+def load_adapter(policy: Policy, folder: Path) -> None:
+    """Puts a saved adapter's weights into the policy's adapter. Raises ValueError if they do not fit."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        raise ValueError(f"{folder} holds no adapter: was it trained with use_peft=false?")
+    saved = load_file(file)
+    model: Any = policy.model
+    try:
+        result: Any = set_peft_model_state_dict(model, saved)
+    except RuntimeError as error:
+        raise ValueError(f"the adapter in {folder} has other shapes than this run's: {error}") from error
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"the adapter in {folder} does not fit this run's lora_target_modules: {len(missing)} tensors are missing, "
+            f"{len(result.unexpected_keys)} have no place"
+        )
+
+
+def load_adapter_model(adapter: Path, model_name_or_path: str | None, dtype: torch.dtype) -> tuple[Any, Any, str]:
+    """(peft model, tokenizer, name of the base model): the base is the one the adapter names, unless another is given."""
+    from peft import PeftConfig, PeftModel
+
+    from synpo_fast.models.loading import load_policy
+
+    base = model_name_or_path or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{adapter} does not say which model it belongs to: give model_name_or_path")
+    policy = load_policy(base, dtype=dtype, device="cpu")
+    model: Any = policy.model
+    return PeftModel.from_pretrained(model, str(adapter)), policy.tokenizer, base

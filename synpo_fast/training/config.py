@@ -1,0 +1,259 @@
+"""Every option of a training run: one dataclass, names as in Hugging Face's and TRL's trainers.
+
+A run is described by, in this order: the defaults below, a packaged recipe (`--recipe NAME`), a YAML file (`--config FILE`),
+and options of the command line. config_sources.py reads those; here is what an option means and which combinations make no
+sense. All of it is checked before a model is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from synpo_fast.losses import LOSSES
+
+REFERENCES = ("auto", "adapter_off", "frozen_copy", "precomputed")
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+REPORTERS = ("tensorboard", "wandb")
+LOSS_OPTIONS = ("alpha", "beta", "gamma", "link", "variant", "label_smoothing")
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    metadata = {"help": text, "choices": choices}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Raises ValueError that says what to do, for a value out of range and for options that contradict each other."""
+
+    # Model
+    model_name_or_path: str = option("", "hub name, folder, or tiny:<family> for a small random model")
+    model_options: dict[str, Any] = option(dict, "sizes of a tiny: model, as key=value,key=value")
+    trust_remote_code: bool = option(False, "run code that comes with the model")
+    attn_implementation: str = option(
+        "auto", "auto, sdpa, eager, synpo_fast_segments or synpo_fast_varlen; auto: segments on a CPU, varlen on a GPU"
+    )
+    freeze_vision: bool = option(True, "vision tower and projector do not train")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward: less memory, more time")
+    liger_kernels: bool = option(False, "Liger's norms, rotary and MLP (GPU)")
+    bf16: bool | None = option(
+        None, "train in bfloat16 with fp32 master weights; default: on a GPU, unless fp16 is set"
+    )
+    fp16: bool = option(False, "train in float16 with dynamic loss scaling and fp32 master weights")
+    use_cpu: bool = option(False, "do not use a GPU even if there is one")
+
+    # Adapter
+    use_peft: bool = option(True, "train a LoRA adapter on the language model; false: full fine-tuning")
+    lora_r: int = option(128, "rank of the adapter")
+    lora_alpha: int = option(64, "scale of the adapter")
+    lora_dropout: float = option(0.05, "dropout in front of the adapter")
+    lora_target_modules: tuple[str, ...] = option(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "layers of the language model that get an adapter",
+    )
+
+    # Data
+    train_file: str = option("", "manifest of pairs: JSONL, Parquet, or a datasets folder")
+    eval_file: str | None = option(None, "manifest of held-out pairs")
+    eval_split: float = option(0.0, "share of train_file held out for evaluation when there is no eval_file")
+    video_root: str | None = option(
+        None, "folder the manifest's video paths are relative to; default: the manifest's own"
+    )
+    video_backend: str = option("auto", "auto, pyav, dali, torchcodec or images")
+    num_frames: int | None = option(None, "frames of every video; default: by fps, min_frames and max_frames")
+    fps: float = option(0.5, "frames taken a second")
+    min_frames: int = option(8, "at least so many frames of a video")
+    max_frames: int = option(16, "at most so many frames of a video")
+    max_length: int | None = option(None, "a pair with more tokens is skipped and counted; nothing is ever cut")
+    min_score_gap: float | None = option(None, "leave out pairs whose scores are nearer than this")
+    allow_bad_rows: bool = option(False, "train although rows of the manifest are bad; default: stop and list them")
+    max_bad_share: float = option(0.05, "stop when more than this share of the pairs seen could not be used")
+    dataloader_num_workers: int = option(2, "processes that decode videos; 0: the training process does")
+    prefetch_steps: int = option(2, "steps decoded ahead")
+    feature_cache: str | None = option(
+        None, "folder that keeps the frozen vision tower's features between epochs and runs"
+    )
+
+    # Loss
+    loss_type: str = option("synpo", "the loss; sft is the NLL of the chosen response", (*LOSSES, "sft"))
+    alpha: float | None = option(None, "option of the loss (synpo)")
+    beta: float | None = option(None, "option of the loss (all but sft)")
+    gamma: float | None = option(None, "option of the loss (simpo)")
+    link: str | None = option(None, "option of the loss (synpo): sigmoid or logsigmoid")
+    variant: str | None = option(None, "option of the loss (dpo: sigmoid, hinge, ipo; cpo: sigmoid, hinge)")
+    label_smoothing: float | None = option(None, "option of the loss (dpo, simpo, cpo)")
+    auxiliary_nll: float = option(0.0, "weight of an NLL term added to the loss")
+    auxiliary_target: str = option(
+        "chosen", "whose NLL; with ground_truth every pair needs one", ("chosen", "ground_truth")
+    )
+    reference: str = option("auto", "where dpo's reference comes from; auto: adapter_off, or frozen_copy", REFERENCES)
+    share_prefix: bool = option(True, "run video and prompt once for both responses")
+    row_tokens: int | None = option(None, "bound of a packed row; default: a micro-batch is one row")
+
+    # Optimisation
+    per_device_train_batch_size: int = option(1, "pairs of a micro-batch")
+    gradient_accumulation_steps: int = option(1, "micro-batches of an optimiser step, on each device")
+    max_batch_tokens: int | None = option(None, "a micro-batch above this many tokens is split further")
+    num_train_epochs: float = option(1.0, "epochs; a part of one counts in steps, rounded up")
+    max_steps: int = option(-1, "optimiser steps, in place of num_train_epochs")
+    learning_rate: float = option(5e-6, "peak learning rate")
+    weight_decay: float = option(0.0, "decoupled weight decay, on matrices only")
+    adam_beta1: float = option(0.9, "Adam's first decay")
+    adam_beta2: float = option(0.999, "Adam's second decay")
+    adam_epsilon: float = option(1e-8, "Adam's epsilon")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not at all")
+    lr_scheduler_type: str = option("linear", "shape of the learning rate after the warm-up", SCHEDULES)
+    warmup_ratio: float = option(0.1, "share of all optimiser steps that warm up")
+    warmup_steps: int = option(0, "steps that warm up, in place of warmup_ratio")
+    seed: int = option(42, "order of the pairs, dropout, new weights")
+    max_nonfinite_steps: int = option(5, "stop after so many steps in a row whose loss or gradient is not finite")
+
+    # DeepSpeed
+    zero_stage: int = option(2, "what DeepSpeed shards: 0 nothing, 1 optimiser, 2 gradients too, 3 weights too")
+    offload_optimizer: bool = option(False, "keep optimiser state in host memory (ZeRO 1-3)")
+    deepspeed: str | None = option(
+        None, "DeepSpeed JSON whose entries are added; the ones this trainer sets are refused"
+    )
+    local_rank: int = option(-1, "set by the launcher")
+
+    # Output
+    output_dir: str = option("", "checkpoints, metrics and the resolved config go here")
+    resume: str | None = option(
+        None, "auto: from the newest good checkpoint of output_dir if there is one; or a folder"
+    )
+    overwrite_output_dir: bool = option(False, "start anew in a folder that holds checkpoints, and delete those")
+    save_steps: int = option(100, "a checkpoint every so many steps, and at the end; 0: at the end only")
+    save_total_limit: int | None = option(3, "older checkpoints are deleted")
+    logging_steps: int = option(1, "a line of metrics every so many steps")
+    eval_steps: int = option(0, "evaluate every so many steps, and at the end; 0: at the end only")
+    per_device_eval_batch_size: int = option(4, "pairs of an evaluation step")
+    num_eval_captions: int = option(2, "captions written by the model at each evaluation")
+    max_new_tokens: int = option(256, "length of those captions")
+    diagnostics: int = option(0, "every so many steps: gradient norms of chosen and rejected rewards apart; 0: never")
+    report_to: tuple[str, ...] = option((), "tensorboard and wandb; metrics.jsonl is always written")
+    run_name: str | None = option(None, "name of the run for W&B")
+    disable_tqdm: bool = option(False, "no progress bar")
+
+    def __post_init__(self) -> None:
+        for check in (_check_ranges, _check_choices, _check_loss, _check_reference, _check_output):
+            check(self)
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """What was set of the loss's options; the loss knows the defaults of the others."""
+        return {name: getattr(self, name) for name in LOSS_OPTIONS if getattr(self, name) is not None}
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss_type in LOSSES and LOSSES[self.loss_type].needs_reference
+
+    @property
+    def reference_kind(self) -> str:
+        """`reference` with auto resolved."""
+        if self.reference != "auto":
+            return self.reference
+        return "adapter_off" if self.use_peft else "frozen_copy"
+
+
+POSITIVE = (
+    "lora_r", "lora_alpha", "fps", "min_frames", "max_frames", "num_frames", "max_length", "prefetch_steps", "row_tokens",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_batch_tokens", "num_train_epochs", "learning_rate",
+    "adam_epsilon", "max_nonfinite_steps", "save_total_limit", "logging_steps", "per_device_eval_batch_size", "max_new_tokens",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "dataloader_num_workers", "auxiliary_nll", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps",
+    "num_eval_captions", "diagnostics", "seed",
+)  # fmt: skip
+SHARES = ("eval_split", "max_bad_share", "lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2")
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for name in POSITIVE:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+    for name in NOT_NEGATIVE:
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} may not be negative, got {getattr(config, name)}")
+    for name in SHARES:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {getattr(config, name)}")
+    if config.max_steps == 0 or config.max_steps < -1:
+        raise ValueError(f"max_steps must be above 0, or -1 to go by num_train_epochs, got {config.max_steps}")
+    if config.min_frames > config.max_frames:
+        raise ValueError(f"min_frames={config.min_frames} is above max_frames={config.max_frames}")
+    if config.zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {config.zero_stage}")
+
+
+def _check_choices(config: TrainConfig) -> None:
+    for item in fields(config):
+        choices, value = item.metadata["choices"], getattr(config, item.name)
+        if choices and value not in choices:
+            raise ValueError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
+    for name in config.report_to:
+        if name not in REPORTERS:
+            raise ValueError(f"report_to knows {', '.join(REPORTERS)}, got {name!r}")
+    if not config.model_name_or_path:
+        raise ValueError("model_name_or_path is missing: a hub name, a folder, or tiny:qwen2_5_vl to try things out")
+    if not config.train_file:
+        raise ValueError("train_file is missing: the manifest of pairs (synpo-fast pairs import makes one)")
+    if config.eval_file and config.eval_split:
+        raise ValueError(f"give eval_file or eval_split, not both, got {config.eval_file!r} and {config.eval_split}")
+    if config.fp16 and config.bf16:
+        raise ValueError("bf16 and fp16 are both set: choose one")
+    if config.zero_stage == 0 and (config.fp16 or config.bf16):
+        raise ValueError(
+            "zero_stage=0 keeps no fp32 master weights for bf16 or fp16: use 1, which on one device costs nothing"
+        )
+
+
+def _check_loss(config: TrainConfig) -> None:
+    known = LOSSES[config.loss_type].options if config.loss_type in LOSSES else {}
+    for name in config.loss_options:
+        if name not in known:
+            raise ValueError(f"loss_type={config.loss_type} has no option {name}; it has {', '.join(known) or 'none'}")
+    if config.loss_type == "sft" and config.auxiliary_nll:
+        raise ValueError("loss_type=sft is an NLL already: leave auxiliary_nll at 0")
+    if config.auxiliary_target != "chosen" and not config.auxiliary_nll:
+        raise ValueError(
+            f"auxiliary_target={config.auxiliary_target} has no effect while auxiliary_nll is 0: set its weight"
+        )
+
+
+def _check_reference(config: TrainConfig) -> None:
+    if config.reference != "auto" and not config.needs_reference:
+        raise ValueError(
+            f"loss_type={config.loss_type} reads no reference: leave reference at auto, got {config.reference}"
+        )
+    if not config.needs_reference:
+        return
+    if config.reference_kind == "adapter_off" and not config.use_peft:
+        raise ValueError("reference=adapter_off needs use_peft=true; else take frozen_copy or precomputed")
+    if config.reference_kind == "frozen_copy" and config.zero_stage == 3:
+        raise ValueError(
+            "reference=frozen_copy would hold a whole model on every device, which zero_stage=3 is there to avoid: "
+            "take adapter_off (with use_peft) or precomputed"
+        )
+
+
+def _check_output(config: TrainConfig) -> None:
+    if not config.output_dir:
+        raise ValueError("output_dir is missing: the folder for checkpoints and metrics")
+    if config.resume and config.overwrite_output_dir:
+        raise ValueError("resume keeps what overwrite_output_dir would delete: choose one")
+    if config.diagnostics and config.zero_stage == 3:
+        raise ValueError("diagnostics need whole gradients, which zero_stage=3 does not keep: use stage 2 or below")
+    if config.diagnostics and config.loss_type == "sft":
+        raise ValueError("diagnostics compare chosen and rejected rewards: loss_type=sft has none")
+    if config.zero_stage == 3 and config.row_tokens is not None:
+        raise ValueError("zero_stage=3 needs the same number of rows on every device: leave row_tokens unset")
+    if config.zero_stage == 3 and config.feature_cache:
+        raise ValueError("zero_stage=3 needs the vision tower run on every device alike: leave feature_cache unset")
+    if config.offload_optimizer and config.zero_stage == 0:
+        raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+    if config.feature_cache and not config.freeze_vision:
+        raise ValueError("feature_cache needs freeze_vision=true: a tower that trains has no lasting features")

@@ -1,0 +1,300 @@
+"""DeepSpeed behind six verbs: forward, backward, step, gather, save state, load state. The only importer of deepspeed.
+
+Accumulation is the caller's: DeepSpeed runs with managed_gradient_accumulation=false, where each backward adds gradients and
+step() is the boundary, so a step may have any number of micro-batches (the same on every rank). The loss is computed inside
+forward: what bypasses it is not synchronised. DeepSpeed averages gradients over ranks; a loss that is to be summed over them
+is multiplied by world_size.
+
+A step whose gradient is not finite changes nothing on any rank: ZeRO and the 16-bit optimisers see to that themselves; for
+plain fp32 at stage 0 it is done here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.optimizer import MOMENTS, AdamW
+
+# Entries of DeepSpeed's config that follow from this trainer's options.
+OURS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "managed_gradient_accumulation",
+    "optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "steps_per_print",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """applied: whether weights changed. grad_norm: over all ranks, before clipping; inf or nan if it was not finite."""
+
+    applied: bool
+    grad_norm: float
+
+
+def start_distributed(config: TrainConfig) -> torch.device:
+    """Joins the process group the launcher describes, or makes one of a single process. Returns this process's device."""
+    deepspeed = _deepspeed()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _use_gpu(config) else "cpu")
+    if "RANK" not in os.environ:  # without these DeepSpeed goes looking for MPI
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
+    device = torch.device("cpu")
+    if _use_gpu(config):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False, timeout=timedelta(minutes=30)
+        )
+    return device
+
+
+def stop_distributed() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _use_gpu(config: TrainConfig) -> bool:
+    return torch.cuda.is_available() and not config.use_cpu
+
+
+class Engine:
+    """One module trained by DeepSpeed. Make it after the module has its weights (a checkpoint's, when resuming)."""
+
+    def __init__(self, module: nn.Module, optimizer: AdamW, config: TrainConfig, *, dtype: torch.dtype) -> None:
+        self.optimizer, self.stage, self.dtype = optimizer, config.zero_stage, dtype
+        self.max_grad_norm = config.max_grad_norm
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        with _quiet():
+            self.deepspeed, *_ = _deepspeed().initialize(
+                model=module, optimizer=optimizer, config=deepspeed_config(config, dtype)
+            )
+        # Stage 0: no wrapper that clips, skips or tells the norm.
+        self.plain = self.deepspeed.optimizer is optimizer
+        assert self.plain == (self.stage == 0)
+        if self.stage == 3:  # its optimiser is handed one shard at a time
+            optimizer.make_states(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
+        else:
+            optimizer.make_states(parameter for group in optimizer.param_groups for parameter in group["params"])
+
+    @property
+    def module(self) -> Any:
+        return self.deepspeed.module
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.deepspeed(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> StepOutcome:
+        self.optimizer.set_learning_rate(learning_rate)
+        if self.plain:
+            return self._plain_step()
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        return StepOutcome(self.deepspeed.was_step_applied(), float("nan") if norm is None else float(norm))
+
+    def _plain_step(self) -> StepOutcome:
+        """DeepSpeed reduces gradients inside step(), so clipping and the look at the norm hook in between."""
+        seen: list[float] = []
+
+        def before(optimizer: Any, args: Any, kwargs: Any) -> None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            bound = self.max_grad_norm or float("inf")
+            seen.append(float(torch.nn.utils.clip_grad_norm_(parameters, bound)))
+            if not _is_finite(seen[0]):
+                for parameter in parameters:
+                    parameter.grad = None  # torch's step passes over these
+
+        hook = self.optimizer.register_step_pre_hook(before)
+        try:
+            self.deepspeed.step()
+        finally:
+            hook.remove()
+        self.deepspeed.zero_grad()
+        return StepOutcome(_is_finite(seen[0]), seen[0])
+
+    def loss_scale(self) -> float | None:
+        """Of fp16; None for other types."""
+        return float(self.deepspeed.optimizer.cur_scale) if self.dtype == torch.float16 else None
+
+    # ---- weights and state, whole, by name ----
+
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Whole weights inside (ZeRO-3 shards them)."""
+        context: Any = nullcontext()
+        if self.stage == 3:
+            context = _deepspeed().zero.GatheredParameters(parameters, modifier_rank=None)
+        with context:
+            yield
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Adam's moments and, where weights are 16-bit, their fp32 masters: whole, on the CPU, on rank 0; {} on the others.
+
+        All ranks call it: shards are gathered one parameter at a time.
+        """
+        self._link_states()
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.trained_parameters():
+            for key in self._kept_keys():
+                whole = self._whole(parameter, key)
+                if self.rank == 0:
+                    state[f"{name}.{key or 'master'}"] = whole.detach().to("cpu", torch.float32, copy=True).contiguous()
+        if self.rank == 0:
+            state["step"] = torch.tensor(self.optimizer.steps_taken)
+            if self.loss_scale() is not None:
+                state["loss_scale"] = torch.tensor(self.loss_scale())
+        return state
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """What optimizer_state returned, whatever the number of ranks and the stage were then. All ranks pass the whole."""
+        self._link_states()
+        for name, parameter in self.trained_parameters():
+            for key in self._kept_keys():
+                self._set_whole(parameter, key, _entry(state, f"{name}.{key or 'master'}", parameter))
+        self.optimizer.set_step(int(state["step"]))
+        if "loss_scale" in state and self.dtype == torch.float16:
+            scaler = getattr(self.deepspeed.optimizer, "loss_scaler", self.deepspeed.optimizer)
+            scaler.cur_scale = float(state["loss_scale"])
+
+    def _kept_keys(self) -> list[str | None]:
+        """None stands for the fp32 weights."""
+        return [*MOMENTS] if self.dtype == torch.float32 else [None, *MOMENTS]
+
+    def _link_states(self) -> None:
+        """ZeRO 1 and 2 map states to parameters at the first step, and with several parameter groups only the first one's."""
+        if self.stage in (1, 2):
+            self.deepspeed.optimizer._hp_optimizer_states_linked = False
+            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _whole(self, parameter: Any, key: str | None) -> Tensor:
+        if self.plain:
+            return parameter if key is None else self.optimizer.state[parameter][key]
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        whole = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+        assert whole is not None, (self.stage, key)
+        return whole
+
+    def _set_whole(self, parameter: Any, key: str | None, value: Tensor) -> None:
+        if self.plain:
+            target = parameter if key is None else self.optimizer.state[parameter][key]
+            target.data.copy_(value)
+        elif self.stage == 3:
+            # DeepSpeed's own setter refuses sizes that the ranks do not divide: the last shard is padded.
+            shard, _ = self.deepspeed.optimizer._get_fp32_opt_state_partition(parameter, True, optim_state_key=key)
+            part = value.flatten()[shard.numel() * self.rank :][: shard.numel()]
+            shard.data.zero_()
+            shard.data[: part.numel()].copy_(part)
+        else:
+            parameter.set_full_hp_param(value.to(parameter.device), key)
+
+
+def deepspeed_config(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's own config: what follows from the options, then the entries of the user's file."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage in (1, 2):
+        zero |= {"overlap_comm": False, "reduce_scatter": True}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's counters only
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,  # stage 0: Engine clips
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 60,
+    }
+    if config.zero_stage:
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}
+    if dtype == torch.bfloat16:
+        ours["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    elif dtype == torch.float16:
+        ours["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
+    return _merged(ours, _user_entries(config.deepspeed))
+
+
+def _user_entries(file: str | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        entries = json.loads(Path(file).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"deepspeed={file!r} can not be read as JSON: {error}") from error
+    clash = [name for name in OURS if name in entries and entries[name] != "auto"]
+    if clash or "stage" in entries.get("zero_optimization", {}):
+        raise ValueError(
+            f"deepspeed={file!r} sets {', '.join(clash) or 'zero_optimization.stage'}, which this trainer sets from its own "
+            "options (zero_stage, bf16, max_grad_norm, per_device_train_batch_size, ...): take it out"
+        )
+    return {name: value for name, value in entries.items() if name not in OURS}
+
+
+def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for name, value in more.items():
+        if isinstance(value, dict) and isinstance(result.get(name), dict):
+            value = _merged(result[name], value)
+        result[name] = value
+    return result
+
+
+def _entry(state: dict[str, Tensor], name: str, parameter: Any) -> Tensor:
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    if name not in state or tuple(state[name].shape) != shape:
+        found = "missing" if name not in state else f"of shape {tuple(state[name].shape)}"
+        raise ValueError(
+            f"the checkpoint's {name} is {found}, expected {shape}: it belongs to another model or adapter"
+        )
+    return state[name]
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed tells its whole configuration while it starts."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _deepspeed() -> Any:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError("training needs deepspeed: pip install 'synpo-fast[train]'") from error
+    return deepspeed

@@ -1,0 +1,227 @@
+"""The training loop, to be read from top to bottom.
+
+One step: take this rank's pairs, agree with the other ranks on how many micro-batches there are, run each forward and
+backward, step, and note the numbers. There are no callbacks: what happens every so many steps (log, evaluate, save) is an
+`if` in `train`, in the order in which it happens, because a checkpoint must know exactly what was done before it, and a
+reader should, too.
+
+Two things make a resumed run equal the uninterrupted one. What a step draws at random (dropout) is seeded by (seed, step,
+rank), and which pairs it sees follows from its number; so a checkpoint holds no generator and no loader, just weights,
+optimiser and the number. And a pair that can not be read leaves a gap in its own step and moves no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from synpo_fast.data.loader import PairLoader, StepBatch
+from synpo_fast.models.batching import micro_batches
+from synpo_fast.models.scoring import EncodedPair
+from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.diagnostics import reward_gradient_norms
+from synpo_fast.training.engine import Engine, StepOutcome
+from synpo_fast.training.evaluation_loop import Evaluator
+from synpo_fast.training.metrics import MetricsLog, Numbers, add_sums, means_of, summed_over_ranks
+from synpo_fast.training.optimizer import learning_rate_at, warmup_steps
+from synpo_fast.training.progress import Progress
+from synpo_fast.training.run_state import RunState, Saver
+
+
+class TrainingStopped(RuntimeError):
+    """The run can not go on; the message says why and what to do. The last checkpoint is as it was."""
+
+
+@dataclass
+class Run:
+    """Everything a run consists of, made by start.py."""
+
+    config: TrainConfig
+    engine: Engine
+    loader: PairLoader
+    state: RunState
+    saver: Saver
+    evaluator: Evaluator | None
+    log: MetricsLog
+    progress: Progress
+    device: torch.device
+    num_steps: int
+    spare: EncodedPair | None = None  # stands in, with weight 0, where this rank has fewer micro-batches than others
+    asked_to_stop: bool = field(default=False)
+
+
+def train(run: Run) -> RunState:
+    """Runs to the last step, or to the end of the step in which SIGTERM arrived; either way a checkpoint is left."""
+    config, state = run.config, run.state
+    signal.signal(signal.SIGTERM, lambda *_: setattr(run, "asked_to_stop", True))
+    for batch in _batches(run):
+        numbers = train_step(run, batch)
+        state.step += 1
+        state.epoch, state.step_in_epoch = _position_after(run, batch)
+        last = state.step == run.num_steps
+        stop = _any_rank(run, run.asked_to_stop)
+        if state.step % config.logging_steps == 0 or last or stop:
+            run.log.log(state.step, numbers)
+        run.progress.show(state.step, numbers)
+        _check_health(run, batch, numbers)
+        if run.evaluator is not None and (last or _is_due(state.step, config.eval_steps)) and not stop:
+            evaluation = run.evaluator.evaluate(run.engine, state.step)
+            run.log.log(state.step, evaluation)
+            run.progress.note(evaluation)
+        if last or stop or _is_due(state.step, config.save_steps):
+            run.saver.save(run.engine, state)
+        if last or stop:
+            state.stopped_early = stop and not last
+            break
+    return state
+
+
+def train_step(run: Run, batch: StepBatch) -> Numbers:
+    """One optimiser step on all ranks, and its numbers, summed over ranks."""
+    config, engine, step = run.config, run.engine, run.state.step
+    started = time.perf_counter()
+    micros, pairs_in_step = _agree_on_micro_batches(run, batch)
+    numbers: Numbers = {}
+    if config.diagnostics and step % config.diagnostics == 0:
+        numbers |= reward_gradient_norms(engine.module, [micro for micro, weight in micros if weight])
+    torch.manual_seed(_seed_of(config.seed, step, engine.rank))
+    sums: dict[str, torch.Tensor] = {}
+    for micro, weight in micros:
+        loss, more = engine.forward(micro, weight * engine.world_size / max(1, pairs_in_step))
+        engine.backward(loss)
+        if weight:
+            add_sums(sums, more)
+    rate = _learning_rate(run, step)
+    outcome = engine.step(rate) if micros else StepOutcome(False, 0.0)
+    return numbers | _numbers_of(run, batch, sums, outcome, rate, time.perf_counter() - started)
+
+
+def _agree_on_micro_batches(run: Run, batch: StepBatch) -> tuple[list[tuple[list[EncodedPair], float]], int]:
+    """This rank's micro-batches with weight 1, filled up with weight 0 to the number of the rank that has most; and how
+    many pairs the step has on all ranks. Empty if no rank has any."""
+    config = run.config
+    groups = micro_batches(
+        [pair.sample for pair in batch.pairs],
+        max_pairs=config.per_device_train_batch_size,
+        max_tokens=config.max_batch_tokens,
+    )
+    micros = [([batch.pairs[index] for index in group], 1.0) for group in groups]
+    if batch.pairs:
+        run.spare = batch.pairs[0]
+    facts = torch.tensor([len(batch.pairs), len(micros), run.spare is not None], device=run.device)
+    every = [torch.zeros_like(facts) for _ in range(run.engine.world_size)]
+    dist.all_gather(every, facts)
+    rows = torch.stack(every).tolist()
+    most = max(row[1] for row in rows)
+    if most and not all(row[2] for row in rows):
+        _hand_out_a_spare(run, source=next(rank for rank, row in enumerate(rows) if row[2]))
+    assert run.spare is not None or not most
+    micros += [([run.spare], 0.0) for _ in range(most - len(micros)) if run.spare is not None]
+    return micros, sum(row[0] for row in rows)
+
+
+def _hand_out_a_spare(run: Run, source: int) -> None:
+    """Some rank has not had a good pair yet and still must take part in every forward and backward."""
+    parcel: list[Any] = [run.spare]
+    dist.broadcast_object_list(parcel, src=source, device=run.device)
+    run.spare = run.spare or parcel[0]
+
+
+def _numbers_of(
+    run: Run, batch: StepBatch, sums: dict[str, torch.Tensor], outcome: StepOutcome, rate: float, seconds: float
+) -> Numbers:
+    local = {"bad_pairs": len(batch.bad), "wanted_pairs": batch.wanted, "wait_s": batch.wait_s, "step_s": seconds}
+    for bad in batch.bad:
+        run.saver.note_bad(bad, batch.epoch)
+    sums = sums | {name: torch.tensor(float(value), device=run.device) for name, value in local.items()}
+    total = summed_over_ranks(sums, run.device)
+    state, ranks = run.state, run.engine.world_size
+    state.bad_pairs += int(total["bad_pairs"])
+    state.seen_pairs += int(total["wanted_pairs"])
+    state.num_tokens += int(total.get("tokens", 0))
+    finite = math.isfinite(outcome.grad_norm) and math.isfinite(total.get("loss", 0.0))
+    state.nonfinite_in_a_row = 0 if finite else state.nonfinite_in_a_row + 1
+    state.nonfinite_steps += 0 if finite else 1
+    step_s, wait_s = total["step_s"] / ranks, total["wait_s"] / ranks
+    numbers = {
+        **means_of(total),
+        "grad_norm": outcome.grad_norm,
+        "learning_rate": rate,
+        "epoch": batch.epoch + (batch.step + 1) / run.loader.steps_per_epoch,
+        "num_tokens": state.num_tokens,
+        "step_s": step_s + wait_s,
+        "data_wait_share": wait_s / (step_s + wait_s),
+        "pairs_per_s": total.get("pairs", 0.0) / (step_s + wait_s),
+        "tokens_per_s": total.get("tokens", 0.0) / (step_s + wait_s),
+        "skipped_pairs": state.bad_pairs,
+        "nonfinite_steps": state.nonfinite_steps,
+    }
+    scale = run.engine.loss_scale()
+    if scale is not None:
+        numbers["loss_scale"] = scale
+    if run.device.type == "cuda":
+        numbers["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return numbers
+
+
+def _check_health(run: Run, batch: StepBatch, numbers: Numbers) -> None:
+    """Every rank sees the same numbers, so all stop together."""
+    config, state = run.config, run.state
+    if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
+        raise TrainingStopped(
+            f"loss or gradient was not finite in {state.nonfinite_in_a_row} steps in a row (to step {state.step}): weights "
+            "were not touched by them. Lower learning_rate, or look at the data of those steps"
+        )
+    share = state.bad_pairs / max(1, state.seen_pairs)
+    # One bad video among the first few is no share to go by.
+    if share > config.max_bad_share and state.bad_pairs > max(1, config.max_bad_share * run.loader.pairs_per_step):
+        raise TrainingStopped(
+            f"{state.bad_pairs} of {state.seen_pairs} pairs could not be used, more than max_bad_share="
+            f"{config.max_bad_share}: {run.saver.bad_file} lists them. `synpo-fast pairs check` finds such videos beforehand"
+        )
+
+
+def _batches(run: Run) -> Iterator[StepBatch]:
+    """From the run's position on, epoch after epoch."""
+    epoch, step = run.state.epoch, run.state.step_in_epoch
+    while True:
+        yield from run.loader.steps(epoch, step)
+        epoch, step = epoch + 1, 0
+
+
+def _position_after(run: Run, batch: StepBatch) -> tuple[int, int]:
+    if batch.step + 1 == run.loader.steps_per_epoch:
+        return batch.epoch + 1, 0
+    return batch.epoch, batch.step + 1
+
+
+def _learning_rate(run: Run, step: int) -> float:
+    config = run.config
+    warmup = warmup_steps(
+        num_steps=run.num_steps, steps=config.warmup_steps, ratio=config.warmup_ratio, shape=config.lr_scheduler_type
+    )
+    return learning_rate_at(
+        step, peak=config.learning_rate, num_steps=run.num_steps, num_warmup=warmup, shape=config.lr_scheduler_type
+    )
+
+
+def _seed_of(seed: int, step: int, rank: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest(), "little")
+
+
+def _any_rank(run: Run, value: bool) -> bool:
+    flag = torch.tensor(float(value), device=run.device)
+    dist.all_reduce(flag)
+    return bool(flag > 0)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

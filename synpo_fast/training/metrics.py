@@ -1,0 +1,137 @@
+"""Numbers of a run, under TRL's names: metrics.jsonl always, TensorBoard and W&B when asked.
+
+A step's numbers are sums that add up over micro-batches and ranks; `means_of` turns them into what is shown. The JSONL file is
+appended to, flushed line by line, and cut back to the step a resumed run starts from, so that no step appears twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from synpo_fast.losses.metric_sums import metric_means
+from synpo_fast.training.config import TrainConfig
+
+Numbers = dict[str, float]
+
+
+def add_sums(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    for name, value in more.items():
+        total[name] = total[name] + value if name in total else value
+
+
+def summed_over_ranks(sums: Mapping[str, Tensor], device: torch.device) -> Numbers:
+    """One collective and one look from the host for all of a step's numbers. A rank may lack some: they count as 0."""
+    names: list[Any] = [sorted(sums)]
+    if dist.get_world_size() > 1:
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, names[0])
+        names = gathered
+    every = sorted(set().union(*names))
+    zero = torch.zeros((), device=device)
+    vector = torch.stack([sums.get(name, zero).double() for name in every]) if every else torch.zeros(0)
+    dist.all_reduce(vector)
+    return dict(zip(every, vector.tolist(), strict=True))
+
+
+def means_of(sums: Numbers) -> Numbers:
+    """What to show of added-up sums. `loss` is the mean over pairs."""
+    if not sums.get("pairs"):
+        return {}
+    return {"loss": sums["loss"] / sums["pairs"], **metric_means(sums)}
+
+
+class MetricsLog:
+    """Writes on one rank; on the others it does nothing."""
+
+    def __init__(self, output_dir: Path, config: TrainConfig, *, writes: bool, first_step: int) -> None:
+        self.file = output_dir / "metrics.jsonl"
+        self.writes = writes
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if not writes:
+            return
+        _cut_back(self.file, first_step)
+        self._stream = self.file.open("a", encoding="utf-8")
+        if "tensorboard" in config.report_to:
+            self._tensorboard = _tensorboard(output_dir, first_step)
+        if "wandb" in config.report_to:
+            self._wandb = _wandb(output_dir, config)
+
+    def log(self, step: int, numbers: Mapping[str, Any]) -> None:
+        if not self.writes:
+            return
+        # JSON has no nan and no inf: null, and the text beside it.
+        row = {name: None if _not_finite(value) else value for name, value in numbers.items()}
+        self._stream.write(json.dumps({"step": step, **row}) + "\n")
+        self._stream.flush()
+        scalars = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(_board(name), value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        if not self.writes:
+            return
+        self._stream.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut off is left out."""
+    rows: list[dict[str, Any]] = []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{file}:{number} is not JSON: {error}") from error
+    return rows
+
+
+def _cut_back(file: Path, first_step: int) -> None:
+    rows = [row for row in read_metrics(file) if row["step"] < first_step]
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(file)
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _board(name: str) -> str:
+    """TensorBoard makes a group of what stands before the slash."""
+    if name.startswith("eval_"):
+        return f"eval/{name.removeprefix('eval_')}"
+    return name if "/" in name else f"train/{name}"
+
+
+def _tensorboard(output_dir: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("report_to=tensorboard needs tensorboard: pip install 'synpo-fast[train]'") from error
+    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
+
+
+def _wandb(output_dir: Path, config: TrainConfig) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("report_to=wandb needs wandb: pip install wandb") from error
+    return wandb.init(name=config.run_name, dir=str(output_dir), config=asdict(config), resume="allow")

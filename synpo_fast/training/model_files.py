@@ -1,0 +1,82 @@
+"""The files of a checkpoint that others load: an adapter for peft, or a whole model for transformers, and what goes with it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synpo_fast.models.loading import DTYPES
+from synpo_fast.models.policy import Policy
+from synpo_fast.training.engine import Engine
+from synpo_fast.training.lora import load_adapter_model, save_adapter
+
+# What transformers' processors are made of, besides the tokenizer: copied as they are, since loading one needs torchvision.
+PROCESSOR_FILES = (
+    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.jinja",
+    "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+def whole_weights(engine: Engine, *, trained_only: bool) -> dict[str, Tensor]:
+    """Weights by name, on rank 0's CPU; {} on the others. All ranks call it: ZeRO-3 gathers one parameter at a time."""
+    weights: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
+        with engine.gathered([parameter]):
+            if engine.rank == 0:
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    if engine.rank == 0 and not trained_only:
+        buffers = {name: buffer.detach().cpu() for name, buffer in _persistent_buffers(engine.module)}
+        weights.update(buffers)
+    return weights
+
+
+def save_model_files(policy: Policy, folder: Path, weights: dict[str, Tensor], *, adapter: bool, source: str) -> None:
+    """`weights` as whole_weights returns them. `source`: where the model came from, for its processor's files."""
+    if adapter:
+        save_adapter(policy, folder, weights)
+    else:
+        model: Any = policy.model
+        prefix = "policy.model."
+        model.save_pretrained(
+            str(folder), state_dict={name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+        )
+    policy.tokenizer.save_pretrained(str(folder))
+    copy_processor_files(source, folder)
+
+
+def copy_processor_files(source: str, folder: Path) -> None:
+    if source.startswith("tiny:"):
+        return
+    from transformers.utils import cached_file
+
+    for name in PROCESSOR_FILES:
+        if (folder / name).exists():
+            continue
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            shutil.copyfile(found, folder / name)
+
+
+def merge_adapter(adapter: Path, out: Path, *, model_name_or_path: str | None = None, dtype: str | None = None) -> None:
+    """Base model + adapter -> one model in `out`, the sum done in fp32: in bf16 a small update would vanish in rounding."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    model, tokenizer, base = load_adapter_model(adapter, model_name_or_path, torch.float32)
+    merged = model.merge_and_unload()
+    if dtype is not None:
+        merged = merged.to(DTYPES[dtype])
+    merged.save_pretrained(str(out))
+    tokenizer.save_pretrained(str(out))
+    copy_processor_files(base, out)
+
+
+def _persistent_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
+    kept = set(module.state_dict(keep_vars=True)) if not hasattr(module, "ds_id") else set()
+    return ((name, buffer) for name, buffer in module.named_buffers() if name in kept)

@@ -1,0 +1,106 @@
+"""What the engine trains: samples in, the loss of a micro-batch and its metric sums out.
+
+Everything between pairs and loss happens in this one forward, because DeepSpeed (as DDP) only synchronises what went through
+its own forward, and because a head sharded by ZeRO-3 can only be read in there.
+
+The loss is a sum over the micro-batch's pairs times `scale`. With scale = world_size / (pairs of the whole step, on all ranks)
+and gradients that DeepSpeed averages over ranks, a step's gradient is that of the mean over all its pairs, however they were
+split into micro-batches and over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss
+from synpo_fast.losses.metric_sums import metric_sums
+from synpo_fast.models.policy import Logps, Policy
+from synpo_fast.models.scoring import EncodedPair
+from synpo_fast.references import Reference
+from synpo_fast.training.config import TrainConfig
+
+Sums = dict[str, Tensor]
+
+
+class PairModule(nn.Module):
+    """policy and a loss. `reference`, where the loss needs one, is asked under no_grad inside the same forward."""
+
+    def __init__(self, policy: Policy, config: TrainConfig) -> None:
+        super().__init__()
+        self.policy = policy
+        self.loss_type, self.options = config.loss_type, loss_options(config)
+        self.share_prefix = config.share_prefix
+        self.auxiliary: AuxiliaryNLL | None = None
+        if config.auxiliary_nll:
+            self.auxiliary = AuxiliaryNLL(target=config.auxiliary_target, weight=config.auxiliary_nll)
+        self._reference: list[Reference] = []  # in a list, or a frozen copy would be a submodule and be trained
+
+    @property
+    def reference(self) -> Reference | None:
+        return self._reference[0] if self._reference else None
+
+    @reference.setter
+    def reference(self, reference: Reference | None) -> None:
+        self._reference = [] if reference is None else [reference]
+
+    def forward(self, pairs: Sequence[EncodedPair], scale: float) -> tuple[Tensor, Sums]:
+        samples = [pair.sample for pair in pairs]
+        logps = self.policy(samples, share_prefix=self.share_prefix)
+        reference = None if self.reference is None else self.reference(samples)
+        output = self.loss_of_logps(pairs, logps, reference)
+        loss = output.losses.sum() * scale
+        # A loss that is not finite takes every gradient with it, so that the engine skips the step on all ranks.
+        loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+        with torch.no_grad():
+            return loss, self._sums(pairs, output)
+
+    def loss_of_logps(self, pairs: Sequence[EncodedPair], logps: Logps, reference: Logps | None) -> LossOutput:
+        """The loss of each pair from token log-probs, laid out as the samples' responses are."""
+        if self.loss_type == "sft":
+            # SynPO on pairs that are all marked "sft" is the NLL of the chosen responses.
+            return preference_loss("synpo", pair_logprobs(pairs, logps, all_sft=True))
+        ref = None if reference is None else pair_logprobs(pairs, reference)
+        return preference_loss(
+            self.loss_type, pair_logprobs(pairs, logps), ref, auxiliary=self.auxiliary, **self.options
+        )
+
+    def _sums(self, pairs: Sequence[EncodedPair], output: LossOutput) -> Sums:
+        device = output.losses.device
+        chosen = sum(len(pair.sample.responses[0]) for pair in pairs)
+        rejected = sum(len(pair.sample.responses[1]) for pair in pairs if pair.preference)
+        prompt = sum(len(pair.sample.prompt) for pair in pairs)
+        tokens = {"chosen_tokens": chosen, "rejected_tokens": rejected}
+        sums = metric_sums(output, {name: torch.tensor(float(n), device=device) for name, n in tokens.items()})
+        sums["loss"] = output.losses.sum().float()
+        sums["pairs"] = torch.tensor(float(len(pairs)), device=device)
+        sums["tokens"] = torch.tensor(float(prompt + chosen + rejected), device=device)
+        return sums
+
+
+def loss_options(config: TrainConfig) -> dict[str, Any]:
+    """The options that were set. An NLL inside a loss is taken pair by pair: a mean over a micro-batch's tokens would make
+    the loss depend on how a step is split."""
+    options = dict(config.loss_options)
+    if "nll_reduce" in LOSSES.get(config.loss_type, LOSSES["synpo"]).options:
+        options["nll_reduce"] = "token_mean"
+    return options
+
+
+def pair_logprobs(pairs: Sequence[EncodedPair], logps: Logps, *, all_sft: bool = False) -> PairLogprobs:
+    """Log-probs of each response of each pair -> the flat tensors that losses read."""
+    couples, truths, preference = [], [], []
+    for pair, responses in zip(pairs, logps, strict=True):
+        compared = pair.preference and not all_sft
+        couples.append((responses[0], responses[1] if compared else responses[0][:0]))
+        preference.append(compared)
+        if pair.has_ground_truth:
+            truths.append(responses[-1])
+    if truths and len(truths) != len(pairs):
+        raise ValueError(f"{len(pairs) - len(truths)} of {len(pairs)} pairs of a micro-batch have no ground truth")
+    return PairLogprobs.from_pairs(
+        couples, ground_truth=truths or None, preference=None if all(preference) else preference
+    )

@@ -1,0 +1,65 @@
+"""A progress bar for people, one line a logged step for files."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+SHOWN = ("loss", "rewards/margins", "grad_norm", "learning_rate", "pairs_per_s", "skipped_pairs")
+
+
+class Progress:
+    """Shows on one rank. A terminal gets a bar (unless told not to), anything else a line every `every` steps."""
+
+    def __init__(self, *, shows: bool, bar: bool, first_step: int, num_steps: int, every: int) -> None:
+        self.shows, self.num_steps, self.every = shows, num_steps, every
+        self.first_step, self.started = first_step, time.monotonic()
+        self._bar: Any = None
+        if shows and bar and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def show(self, step: int, numbers: Mapping[str, float]) -> None:
+        if not self.shows:
+            return
+        shown = {name.rsplit("/", 1)[-1]: f"{numbers[name]:.4g}" for name in SHOWN if name in numbers}
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix(shown)
+        elif step % self.every == 0 or step == self.num_steps:
+            facts = "  ".join(f"{name} {value}" for name, value in shown.items())
+            self.say(f"step {step}/{self.num_steps}  {facts}  left {_clock(self._left(step))}")
+
+    def note(self, numbers: Mapping[str, Any]) -> None:
+        """An evaluation's numbers and captions."""
+        if not self.shows:
+            return
+        facts = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, float))
+        self.say(f"evaluation: {facts}")
+        for row in numbers.get("eval_captions", []):
+            self.say(f"  {row['id']}: {row['caption'][:300]}")
+
+    def say(self, text: str) -> None:
+        if not self.shows:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _left(self, step: int) -> float:
+        done = max(1, step - self.first_step)
+        return (time.monotonic() - self.started) / done * (self.num_steps - step)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

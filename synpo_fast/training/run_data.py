@@ -1,0 +1,164 @@
+"""The pairs of a run: read, filtered, split, and put behind loaders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from synpo_fast.data.encoding import BadPair, PairReader
+from synpo_fast.data.loader import PairLoader
+from synpo_fast.data.manifest import filter_by_score_gap, read_manifest
+from synpo_fast.data.order import epoch_order
+from synpo_fast.data.pair import Pair
+from synpo_fast.data.sampling import FrameSampling
+from synpo_fast.models.policy import Policy
+from synpo_fast.models.scoring import EncodedPair, PairEncoder
+from synpo_fast.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+READ_SECONDS = 60.0  # for one pair: a network disk may be slow, a broken file must not stop the run
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """train_root, eval_root: where the videos of each lie. key: a digest of the training pairs in their order."""
+
+    train: list[Pair]
+    evaluation: list[Pair]
+    train_root: Path
+    eval_root: Path
+    key: str
+
+
+def read_data(config: TrainConfig) -> RunData:
+    """Raises ValueError for a manifest with bad rows (unless allow_bad_rows) and when nothing is left to train on."""
+    train = _read(config.train_file, config)
+    if config.min_score_gap is not None:
+        result = filter_by_score_gap(train, config.min_score_gap)
+        logger.warning(
+            "min_score_gap=%s keeps %d of %d pairs (%d below it, %d without scores)",
+            config.min_score_gap, len(result.kept), len(train), result.below, result.without_scores,
+        )  # fmt: skip
+        train = list(result.kept)
+    evaluation = _read(config.eval_file, config) if config.eval_file else []
+    if config.eval_split:
+        train, evaluation = split(train, config.eval_split, config.seed)
+    if not train:
+        raise ValueError(f"no pair of {config.train_file} is left to train on")
+    _check_uses(config, [*train, *evaluation])
+    root = Path(config.video_root) if config.video_root else None
+    return RunData(
+        train,
+        evaluation,
+        root or Path(config.train_file).resolve().parent,
+        root or Path(config.eval_file or config.train_file).resolve().parent,
+        data_key(train),
+    )
+
+
+def split(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """(training, held out): whole videos are held out, or the model would be asked about videos it has seen."""
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(str(pair.video or pair.clips or pair.id), []).append(pair)
+    names = sorted(groups)
+    wanted = max(1, round(share * len(pairs)))
+    held_out: list[Pair] = []
+    for index in epoch_order(len(names), seed=seed, epoch=0):
+        if len(held_out) < wanted:
+            held_out += groups[names[index]]
+    chosen = {id(pair) for pair in held_out}
+    return [pair for pair in pairs if id(pair) not in chosen], held_out
+
+
+def data_key(pairs: Sequence[Pair]) -> str:
+    facts = [(pair.id, str(pair.video), pair.prompt, pair.chosen, pair.rejected, pair.loss) for pair in pairs]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def sampling_of(config: TrainConfig) -> FrameSampling:
+    if config.num_frames is not None:
+        return FrameSampling(num_frames=config.num_frames)
+    return FrameSampling(fps=config.fps, min_frames=config.min_frames, max_frames=config.max_frames)
+
+
+def encoder_of(config: TrainConfig, policy: Policy) -> PairEncoder:
+    return PairEncoder.of(
+        policy, max_tokens=config.max_length, with_ground_truth=config.auxiliary_target == "ground_truth"
+    )
+
+
+def train_loader(config: TrainConfig, data: RunData, policy: Policy, rank: int, world_size: int) -> PairLoader:
+    return PairLoader(
+        data.train,
+        encoder_of(config, policy),
+        sampling=sampling_of(config),
+        video_root=data.train_root,
+        pairs_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        rank=rank,
+        world_size=world_size,
+        seed=config.seed,
+        num_workers=config.dataloader_num_workers,
+        prefetch_steps=config.prefetch_steps,
+        backend=config.video_backend,
+        deadline_s=READ_SECONDS,
+    )
+
+
+def ordered_loader(
+    config: TrainConfig, pairs: Sequence[Pair], root: Path, policy: Policy, rank: int, world_size: int
+) -> PairLoader:
+    """Each pair once, in the manifest's order: for evaluation and for a precomputed reference."""
+    return PairLoader(
+        pairs,
+        encoder_of(config, policy),
+        sampling=sampling_of(config),
+        video_root=root,
+        pairs_per_step=config.per_device_eval_batch_size,
+        rank=rank,
+        world_size=world_size,
+        shuffle=False,
+        num_workers=config.dataloader_num_workers,
+        prefetch_steps=config.prefetch_steps,
+        backend=config.video_backend,
+        deadline_s=READ_SECONDS,
+    )
+
+
+def read_some(config: TrainConfig, data: RunData, policy: Policy, count: int) -> list[tuple[Pair, EncodedPair]]:
+    """The first `count` good evaluation pairs: for sample captions."""
+    import torch
+
+    reader = PairReader(
+        encoder_of(config, policy), sampling_of(config), data.eval_root, config.video_backend, torch.device("cpu"),
+        READ_SECONDS,
+    )  # fmt: skip
+    found: list[tuple[Pair, EncodedPair]] = []
+    for pair in data.evaluation[: 4 * count]:
+        encoded = reader(pair) if len(found) < count else None
+        if encoded is not None and not isinstance(encoded, BadPair):
+            found.append((pair, encoded))
+    return found
+
+
+def _read(file: str, config: TrainConfig) -> list[Pair]:
+    return read_manifest(file, on_bad="skip" if config.allow_bad_rows else "raise")
+
+
+def _check_uses(config: TrainConfig, pairs: Sequence[Pair]) -> None:
+    if config.auxiliary_target == "ground_truth":
+        missing = [pair.id for pair in pairs if pair.ground_truth is None]
+        if missing:
+            raise ValueError(
+                f"auxiliary_target=ground_truth, but {len(missing)} of {len(pairs)} pairs have none, {missing[0]!r} among them"
+            )
+    with_video = sum(1 for pair in pairs if pair.video is not None or pair.clips)
+    if config.zero_stage == 3 and 0 < with_video < len(pairs):
+        raise ValueError(
+            f"{with_video} of {len(pairs)} pairs have a video: zero_stage=3 needs the vision tower run on every device "
+            "alike, so all pairs with a video or none; use zero_stage=2, or two runs"
+        )

@@ -1,0 +1,152 @@
+"""The model of a run: loaded, given its adapter, its reference and, when resuming, the checkpoint's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from synpo_fast.data.feature_cache import FeatureCache
+from synpo_fast.models.digest import sample_key, tower_key, weights_key
+from synpo_fast.models.loading import load_policy
+from synpo_fast.models.policy import Policy
+from synpo_fast.references import AdapterOff, FrozenCopy, Precomputed, Reference, detached_logps
+from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.lora import add_lora, load_adapter
+from synpo_fast.training.pair_module import PairModule
+from synpo_fast.training.run_data import RunData, ordered_loader
+
+
+@dataclass(frozen=True, eq=False)
+class RunModel:
+    policy: Policy
+    module: PairModule
+    dtype: torch.dtype
+
+
+def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """bf16 on a GPU and fp32 on a CPU, unless the options say otherwise."""
+    if config.fp16:
+        if device.type == "cpu":
+            raise ValueError("fp16 needs a GPU: DeepSpeed has no fp16 on a CPU; use bf16, or neither for fp32")
+        return torch.float16
+    wanted = config.bf16 if config.bf16 is not None else device.type == "cuda" and config.zero_stage > 0
+    return torch.bfloat16 if wanted else torch.float32
+
+
+def build_model(config: TrainConfig, data: RunData, device: torch.device, checkpoint: Path | None) -> RunModel:
+    """The same on every rank. A reference is made of the model as training began, also when it goes on from a checkpoint."""
+    dtype = training_dtype(config, device)
+    policy = _load(config, config.model_name_or_path, device, dtype)
+    if config.use_peft:
+        torch.manual_seed(config.seed)  # the adapter's first weights
+        add_lora(
+            policy,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            targets=config.lora_target_modules,
+        )
+    if config.feature_cache:
+        policy.feature_store = FeatureCache(config.feature_cache, tower=tower_key(policy))
+    reference = make_reference(config, data, policy, device, dtype)
+    if checkpoint is not None and config.use_peft:
+        load_adapter(policy, checkpoint)
+    elif checkpoint is not None:
+        store = policy.feature_store
+        policy = _load(config, str(checkpoint), device, dtype, processing_of=policy)
+        policy.feature_store = store
+    policy.train()
+    module = PairModule(policy, config)
+    module.reference = reference
+    return RunModel(policy, module, dtype)
+
+
+def _load(
+    config: TrainConfig, name: str, device: torch.device, dtype: torch.dtype, processing_of: Policy | None = None
+) -> Policy:
+    policy = load_policy(
+        name,
+        dtype=dtype,
+        device=device,
+        attn_implementation=config.attn_implementation,
+        freeze_vision=config.freeze_vision,
+        gradient_checkpointing=config.gradient_checkpointing,
+        liger_kernels=config.liger_kernels,
+        row_tokens=config.row_tokens,
+        trust_remote_code=config.trust_remote_code,
+        seed=config.seed,
+        tiny_options=config.model_options or None,
+    )
+    if processing_of is not None:
+        policy.processing = processing_of.processing
+    return policy
+
+
+def make_reference(
+    config: TrainConfig, data: RunData, policy: Policy, device: torch.device, dtype: torch.dtype
+) -> Reference | None:
+    if not config.needs_reference:
+        return None
+    if config.reference_kind == "adapter_off":
+        return AdapterOff(policy, share_prefix=config.share_prefix)
+    if config.reference_kind == "frozen_copy":
+        # A copy of what was loaded: an adapter's copy, still at zero, is the base model.
+        return FrozenCopy(policy, share_prefix=config.share_prefix)
+    return precomputed_reference(config, data, policy, device)
+
+
+def precomputed_reference(config: TrainConfig, data: RunData, policy: Policy, device: torch.device) -> Reference:
+    """Reads output_dir/reference.pt, and makes it first if it is not there or was made with other weights or pairs."""
+    file = Path(config.output_dir) / "reference.pt"
+    key = f"{weights_key(policy)} {data.key}"
+    fresh = [_is_fresh(file, key) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(fresh, src=0)
+    if not fresh[0]:
+        _precompute(config, data, policy, file, key)
+    return Precomputed(file, weights_key=key)
+
+
+def _is_fresh(file: Path, key: str) -> bool:
+    return file.exists() and torch.load(file, weights_only=True)["weights"] == key
+
+
+def _precompute(config: TrainConfig, data: RunData, policy: Policy, file: Path, key: str) -> None:
+    """Each rank scores its share of all pairs, training and evaluation, with the weights as they are; rank 0 joins the shares."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    policy.eval()
+    entries: dict[str, list[torch.Tensor]] = {}
+    for pairs, root in ((data.train, data.train_root), (data.evaluation, data.eval_root)):
+        if not pairs:
+            continue
+        with ordered_loader(config, pairs, root, policy, rank, world_size) as loader:
+            for batch in loader.steps(0):
+                samples = [pair.sample for pair in batch.pairs]
+                scores = detached_logps(policy, samples, config.share_prefix) if samples else []
+                for sample, logps in zip(samples, scores, strict=True):
+                    entries[sample_key(sample)] = [values.cpu() for values in logps]
+    part = file.with_name(f"{file.name}.rank{rank}")
+    _save(part, {"weights": key, "entries": entries})
+    dist.barrier()
+    if rank == 0:
+        parts = [file.with_name(f"{file.name}.rank{other}") for other in range(world_size)]
+        joined: dict[str, list[torch.Tensor]] = {}
+        for each in parts:
+            joined |= torch.load(each, weights_only=True)["entries"]
+        _save(file, {"weights": key, "entries": joined})
+        _remove(parts)
+    dist.barrier()
+
+
+def _save(file: Path, content: object) -> None:
+    partial = file.with_name(file.name + ".partial")
+    torch.save(content, partial)
+    partial.replace(file)
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)

@@ -1,0 +1,103 @@
+"""Where a run stands, and how that is kept."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from synpo_fast.data.encoding import BadPair
+from synpo_fast.training.checkpoint import CheckpointError, write_checkpoint
+from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.engine import Engine
+from synpo_fast.training.model_files import save_model_files, whole_weights
+
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "triton", "av", "nvidia-dali-cuda130")
+
+
+@dataclass
+class RunState:
+    """step: optimiser steps done. epoch, step_in_epoch: of the next one. The rest counts what happened so far."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    seen_pairs: int = 0
+    bad_pairs: int = 0
+    num_tokens: int = 0
+    nonfinite_steps: int = 0
+    nonfinite_in_a_row: int = 0
+    stopped_early: bool = False
+
+
+@dataclass
+class Saver:
+    """Writes checkpoints and the list of pairs that could not be used."""
+
+    config: TrainConfig
+    facts: dict[str, Any]  # what must be the same for a resumed run to be the same run
+    last: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def bad_file(self) -> Path:
+        return self.folder / f"skipped_pairs.rank{dist.get_rank()}.jsonl"
+
+    def save(self, engine: Engine, state: RunState) -> None:
+        """All ranks call it; rank 0 writes. Raises CheckpointError on every rank if it could not."""
+        weights = whole_weights(engine, trained_only=self.config.use_peft)
+        optimizer_state = engine.optimizer_state()
+        problem: list[str | None] = [None]
+        if engine.rank == 0:
+            try:
+                self.last = write_checkpoint(
+                    self.folder,
+                    state.step,
+                    save_model=lambda folder: save_model_files(
+                        engine.module.policy,
+                        folder,
+                        weights,
+                        adapter=self.config.use_peft,
+                        source=self.config.model_name_or_path,
+                    ),
+                    optimizer_state=optimizer_state,
+                    trainer_state={"state": asdict(state), "facts": self.facts, "versions": versions()},
+                    keep=self.config.save_total_limit,
+                )
+            except CheckpointError as error:
+                problem = [str(error)]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise CheckpointError(problem[0])
+
+    def note_bad(self, bad: BadPair, epoch: int) -> None:
+        with self.bad_file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"id": bad.id, "reason": bad.reason, "epoch": epoch}) + "\n")
+
+
+def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError, naming what differs, where resuming would not continue the run that was saved."""
+    differing = [name for name in now if saved.get(name) != now[name]]
+    if differing:
+        what = "; ".join(f"{name} was {saved.get(name)!r}, now {now[name]!r}" for name in differing)
+        raise ValueError(f"can not resume from {folder}: {what}. Set it back, or start anew in another output_dir")
+
+
+def versions() -> dict[str, str]:
+    from importlib import metadata
+
+    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

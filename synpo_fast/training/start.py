@@ -1,0 +1,190 @@
+"""From a config to a run that is ready to train, and through it to its end.
+
+What is wrong with output folder, checkpoint or manifest is said before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from synpo_fast.data.loader import PairLoader
+from synpo_fast.training.checkpoint import (
+    check_writable,
+    list_checkpoints,
+    newest_checkpoint,
+    read_state,
+    remove_checkpoints,
+)
+from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.config_sources import dump_config
+from synpo_fast.training.engine import Engine, start_distributed, stop_distributed
+from synpo_fast.training.evaluation_loop import Evaluator
+from synpo_fast.training.loop import Run, train
+from synpo_fast.training.metrics import MetricsLog
+from synpo_fast.training.optimizer import make_optimizer
+from synpo_fast.training.progress import Progress
+from synpo_fast.training.run_data import RunData, ordered_loader, read_data, read_some, train_loader
+from synpo_fast.training.run_model import build_model, training_dtype
+from synpo_fast.training.run_state import RunState, Saver, check_same_run
+
+logger = logging.getLogger(__name__)
+
+
+def run_training(config: TrainConfig) -> RunState:
+    """Trains, and returns where the run stands at its end. Every process of a launch calls it."""
+    device = start_distributed(config)
+    try:
+        return train_in_group(config, device)
+    finally:
+        stop_distributed()
+
+
+def train_in_group(config: TrainConfig, device: torch.device) -> RunState:
+    """The same in a process group that is there already."""
+    loaders: list[PairLoader] = []
+    try:
+        training_dtype(config, device)
+        checkpoint = _prepare_output(config)
+        data = read_data(config)
+        run = _build(config, data, device, checkpoint, loaders)
+        if run.state.step >= run.num_steps:
+            run.progress.say(f"nothing to do: the run had all of its {run.num_steps} steps at {checkpoint}")
+            return run.state
+        try:
+            state = train(run)
+        finally:
+            run.progress.close()
+            run.log.close()
+        done = "stopped by SIGTERM at" if state.stopped_early else "finished at"
+        run.progress.say(f"{done} step {state.step} of {run.num_steps}; checkpoint: {run.saver.last}")
+        return state
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+def _build(
+    config: TrainConfig, data: RunData, device: torch.device, checkpoint: Path | None, loaders: list[PairLoader]
+) -> Run:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    facts = _facts(config, data, world_size)
+    optimizer_state, trainer_state = read_state(checkpoint) if checkpoint is not None else ({}, None)
+    if trainer_state is not None and checkpoint is not None:
+        check_same_run(trainer_state["facts"], facts, checkpoint)
+    model = build_model(config, data, device, checkpoint)
+    optimizer = make_optimizer(
+        model.module,
+        learning_rate=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        epsilon=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+    engine = Engine(model.module, optimizer, config, dtype=model.dtype)
+    state = RunState()
+    if trainer_state is not None:
+        engine.load_optimizer_state(optimizer_state)
+        state = RunState(**{**trainer_state["state"], "stopped_early": False})
+    loader = train_loader(config, data, model.policy, rank, world_size)
+    loaders.append(loader)
+    evaluator = None
+    if data.evaluation:
+        eval_loader = ordered_loader(config, data.evaluation, data.eval_root, model.policy, rank, world_size)
+        loaders.append(eval_loader)
+        captioned = read_some(config, data, model.policy, config.num_eval_captions)
+        evaluator = Evaluator(eval_loader, captioned, config.max_new_tokens, device)
+    num_steps = steps_of(config, loader.steps_per_epoch)
+    progress = Progress(
+        shows=rank == 0,
+        bar=not config.disable_tqdm,
+        first_step=state.step,
+        num_steps=num_steps,
+        every=config.logging_steps,
+    )
+    _announce(progress, config, data, model.policy, engine, num_steps, checkpoint)
+    log = MetricsLog(Path(config.output_dir), config, writes=rank == 0, first_step=state.step + 1)
+    saver = Saver(config, facts, checkpoint)
+    return Run(config, engine, loader, state, saver, evaluator, log, progress, device, num_steps)
+
+
+def steps_of(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimiser steps of the whole run."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(config.num_train_epochs * steps_per_epoch - 1e-9)
+
+
+def _prepare_output(config: TrainConfig) -> Path | None:
+    """Rank 0 makes the folder and chooses what to resume from; every rank gets the same answer, or the same ValueError."""
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = _choose_checkpoint(config)
+        except ValueError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise ValueError(answer[1])
+    return answer[0]
+
+
+def _choose_checkpoint(config: TrainConfig) -> Path | None:
+    folder = Path(config.output_dir)
+    check_writable(folder)
+    found: Path | None = None
+    if config.resume == "auto":
+        found = newest_checkpoint(folder)
+    elif config.resume is not None:
+        found = Path(config.resume)
+        if not found.is_dir():
+            raise ValueError(f"resume={config.resume!r} is not a folder: give a checkpoint-N folder, or auto")
+    elif config.overwrite_output_dir:
+        remove_checkpoints(folder)
+    elif list_checkpoints(folder):
+        raise ValueError(
+            f"output_dir={config.output_dir!r} holds checkpoints: go on with --resume auto, start anew with "
+            "--overwrite_output_dir, or take another folder"
+        )
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    return found
+
+
+def _facts(config: TrainConfig, data: RunData, world_size: int) -> dict[str, Any]:
+    """What decides a step's pairs and loss."""
+    return {
+        "training pairs": data.key,
+        "pairs of a step": config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size,
+        "seed": config.seed,
+        "model_name_or_path": config.model_name_or_path,
+        "use_peft": config.use_peft,
+        "loss_type": config.loss_type,
+    }
+
+
+def _announce(
+    progress: Progress,
+    config: TrainConfig,
+    data: RunData,
+    policy: Any,
+    engine: Engine,
+    num_steps: int,
+    start: Path | None,
+) -> None:
+    trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.trained_parameters())
+    every = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
+    dtype = str(engine.dtype).removeprefix("torch.")
+    progress.say(
+        f"{config.loss_type} on {len(data.train)} pairs ({len(data.evaluation)} held out), {num_steps} steps of "
+        f"{config.per_device_train_batch_size * config.gradient_accumulation_steps * engine.world_size} pairs; "
+        f"{policy.family.name}, {trained:,} of {every:,} parameters train, {dtype}, ZeRO {engine.stage}, "
+        f"{engine.world_size} process{'es' if engine.world_size > 1 else ''} on {policy.device.type}"
+    )
+    if start is not None:
+        progress.say(f"going on from {start}")
+    if config.needs_reference:
+        progress.say(f"reference: {config.reference_kind}")

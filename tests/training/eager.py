@@ -1,0 +1,85 @@
+"""The run again, in plain torch and another way round: each response in a row of its own, dense logits, the loss as the
+papers write it, torch's own AdamW, one process, one backward a step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synpo_fast.data import read_manifest
+from synpo_fast.data.decode import decode_frames, probe_video
+from synpo_fast.data.order import epoch_order
+from synpo_fast.models import load_policy
+from synpo_fast.models.layout import plan_rows
+from synpo_fast.models.policy import Sample
+from synpo_fast.models.scoring import PairEncoder
+from synpo_fast.training.lora import add_lora
+
+
+def eager_run(values: dict[str, Any], *, pairs_per_step: int = 4) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of each step, and the trained weights after the last, for options as in world.options."""
+    pairs = read_manifest(values["train_file"])
+    root = values["train_file"].rsplit("/", 1)[0]
+    policy = load_policy(values["model_name_or_path"], device="cpu", attn_implementation="sdpa")
+    if values.get("use_peft", True):
+        torch.manual_seed(values.get("seed", 42))
+        add_lora(policy, r=values["lora_r"], alpha=values["lora_alpha"], dropout=0.0)
+    encoder = PairEncoder.of(policy)
+    encoded = []
+    for pair in pairs:
+        info = probe_video(pair.video, root=root)
+        at = [int(x) for x in torch.linspace(0, info.num_frames - 1, values["num_frames"], dtype=torch.float64)]
+        frames, _ = decode_frames(pair.video, indices=at, root=root)
+        seconds = (info.timestamps[at[-1]] - info.timestamps[at[0]]) / (len(at) - 1)
+        encoded.append(encoder(pair, frames, seconds).sample)
+    with torch.no_grad():
+        first = [sums(policy, sample) for sample in encoded]  # the reference: the model as it is now
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": values["weight_decay"]},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=values["learning_rate"])
+    losses, steps = [], values["max_steps"]
+    warmup = math.ceil(values["warmup_ratio"] * steps)
+    order = [i for epoch in range(99) for i in epoch_order(len(pairs), seed=values.get("seed", 42), epoch=epoch)]
+    for step in range(steps):
+        chosen = order[step * pairs_per_step : (step + 1) * pairs_per_step]
+        loss = torch.stack([pair_loss(values, policy, encoded[i], first[i]) for i in chosen]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, values["max_grad_norm"])
+        rate = (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * values["learning_rate"]
+        optimizer.step()
+        losses.append(float(loss))
+    return losses, {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def pair_loss(values: dict[str, Any], policy: Any, sample: Sample, first: tuple[Tensor, Tensor]) -> Tensor:
+    kind = values.get("loss_type", "synpo")
+    chosen, rejected = token_logps(policy, sample, 0), token_logps(policy, sample, 1)
+    if kind == "synpo":
+        contrast = torch.sigmoid(30 * (chosen.mean().exp() - rejected.mean().exp()))
+        return -contrast - 0.2 * chosen.exp().mean()
+    if kind == "sft":
+        return -chosen.mean()
+    assert kind == "dpo"
+    return -torch.nn.functional.logsigmoid(0.1 * ((chosen.sum() - first[0]) - (rejected.sum() - first[1])))
+
+
+def sums(policy: Any, sample: Sample) -> tuple[Tensor, Tensor]:
+    return token_logps(policy, sample, 0).sum(), token_logps(policy, sample, 1).sum()
+
+
+def token_logps(policy: Any, sample: Sample, which: int) -> Tensor:
+    alone = Sample(sample.prompt, (sample.responses[which],), sample.video)
+    (row,) = plan_rows([alone.lengths])
+    hidden = policy.hidden_states(row, [alone], policy.encode_videos([alone]))
+    logits = policy.base.get_output_embeddings()(hidden[len(sample.prompt) - 1 :]).double()
+    labels = torch.tensor(alone.responses[0])
+    return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]

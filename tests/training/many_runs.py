@@ -1,0 +1,19 @@
+"""Started by tests, alone or under `deepspeed`: several training runs in one process group, which saves their start-up.
+
+many_runs.py FILE: a JSON list of option mappings, run one after another.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.engine import start_distributed, stop_distributed
+from synpo_fast.training.start import train_in_group
+
+if __name__ == "__main__":
+    (file,) = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    for values in json.loads(Path(file).read_text()):
+        config = TrainConfig(**values)
+        train_in_group(config, start_distributed(config))
+    stop_distributed()

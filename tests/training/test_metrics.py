@@ -1,0 +1,135 @@
+"""What is shown while a run trains, and what is kept of it."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.metrics import MetricsLog, means_of, read_metrics
+from synpo_fast.training.progress import Progress
+from tests.training.world import options
+
+
+def log_of(folder, first_step=1, **more):
+    config = TrainConfig(model_name_or_path="x", train_file="x", output_dir=str(folder), **more)
+    return MetricsLog(folder, config, writes=True, first_step=first_step)
+
+
+def test_rows_are_appended_and_cut_back_to_where_a_run_resumes(tmp_path):
+    log = log_of(tmp_path)
+    for step in range(1, 6):
+        log.log(step, {"loss": step / 10})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "lo')  # killed while writing
+    log = log_of(tmp_path, first_step=4)
+    log.log(4, {"loss": 9.0})
+    log.close()
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == [
+        (1, 0.1), (2, 0.2), (3, 0.3), (4, 9.0)
+    ]  # fmt: skip
+
+
+def test_values_that_are_not_finite_are_null_in_json(tmp_path):
+    log = log_of(tmp_path)
+    log.log(1, {"loss": math.nan, "grad_norm": math.inf, "learning_rate": 1e-5})
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 1, "loss": None, "grad_norm": None, "learning_rate": 1e-5
+    }  # fmt: skip
+
+
+def test_a_line_broken_in_the_middle_is_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not JSON"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    log = log_of(tmp_path, report_to=("tensorboard",))
+    log.log(3, {"loss": 0.5, "rewards/margins": 0.25, "eval_loss": 0.75, "eval_captions": [{"id": "a"}]})
+    log.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert found == {"train/loss": [(3, 0.5)], "rewards/margins": [(3, 0.25)], "eval/loss": [(3, 0.75)]}
+
+
+def test_means_of_nothing_are_nothing():
+    assert means_of({}) == {} and means_of({"pairs": 0.0}) == {}
+
+
+def test_a_run_logs_trl_names_evaluates_and_writes_captions(world, tmp_path, in_one_process, capsys):
+    values = options(
+        world, tmp_path / "out", max_steps=4, eval_steps=2, eval_split=0.25, num_eval_captions=2, max_new_tokens=6,
+        diagnostics=2, max_batch_tokens=150, gradient_accumulation_steps=2, per_device_train_batch_size=2,
+    )  # fmt: skip
+    in_one_process(values)
+    rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    for name in (
+        "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+        "nll_loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "pairs_per_s", "data_wait_share",
+    ):  # fmt: skip
+        assert all(isinstance(row[name], (int, float)) for row in steps), name
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "diagnostics/grad_norm_chosen" in row] == [1, 3]
+    evaluations = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [2, 4]
+    captions = evaluations[0]["eval_captions"]
+    assert len(captions) == 2 and all({"id", "caption", "chosen", "rejected", "prompt"} <= set(row) for row in captions)
+    shown = capsys.readouterr().err
+    assert "step 4/4" in shown and "evaluation:" in shown and "finished at step 4 of 4" in shown
+
+
+def test_evaluation_is_the_same_on_a_second_look_and_leaves_training_alone(world, tmp_path, in_one_process):
+    values = options(world, tmp_path / "a", max_steps=3, eval_split=0.25, lora_dropout=0.3, num_eval_captions=0)
+    in_one_process({**values, "eval_steps": 1})
+    in_one_process({**values, "output_dir": str(tmp_path / "b"), "eval_steps": 0})
+    losses = [
+        [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row] for name in ("a", "b")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_progress_for_files_has_a_line_a_step(capsys):
+    progress = Progress(shows=True, bar=True, first_step=2, num_steps=4, every=1)
+    progress.show(3, {"loss": 0.123456, "rewards/margins": 1.0, "pairs_per_s": 2.0})
+    progress.show(4, {"loss": 0.1})
+    progress.note({"eval_loss": 0.5, "eval_captions": [{"id": "a", "caption": "text"}]})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("step 3/4  loss 0.1235  margins 1") and "left 0:00" in lines[0]
+    assert lines[2] == "evaluation: eval_loss 0.5" and lines[3] == "  a: text"
+    Progress(shows=False, bar=True, first_step=0, num_steps=1, every=1).show(1, {"loss": 1.0})
+    assert capsys.readouterr().err == ""
+
+
+def test_diagnostics_are_the_gradients_of_the_mean_rewards(world, group):
+    """Against autograd on mean G(y) of all pairs at once, each response in a row of its own."""
+    from synpo_fast.data import read_manifest
+    from synpo_fast.models import load_policy
+    from synpo_fast.models.scoring import PairEncoder
+    from synpo_fast.training.diagnostics import reward_gradient_norms
+    from synpo_fast.training.pair_module import PairModule
+
+    policy = load_policy("tiny:text", device="cpu")
+    config = TrainConfig(model_name_or_path="x", train_file="x", output_dir="x", use_peft=False)
+    encoder = PairEncoder.of(policy)
+    texts = read_manifest(world / "pairs.jsonl")[:3]
+    pairs = [encoder(type(pair)(pair.prompt, pair.chosen, pair.rejected, id=pair.id), None) for pair in texts]
+    module = PairModule(policy, config)
+    found = reward_gradient_norms(module, [pairs[:2], pairs[2:]])
+    trained = [p for p in module.parameters() if p.requires_grad]
+    logps = policy([pair.sample for pair in pairs], share_prefix=False, pack=False)
+    for which, name in enumerate(("chosen", "rejected")):
+        reward = torch.stack([each[which].mean().exp() for each in logps]).mean()
+        gradients = torch.autograd.grad(reward, trained, retain_graph=True, allow_unused=True)
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
+        size = sum(p.numel() for p in trained)
+        assert found[f"diagnostics/grad_norm_{name}"] == pytest.approx(norm / size, rel=1e-4)
+        mean = sum(float(each[which].mean()) for each in logps) / 3
+        assert found[f"diagnostics/logps_mean/{name}"] == pytest.approx(mean, rel=1e-5)
