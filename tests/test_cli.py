@@ -13,9 +13,12 @@ from synpo_fast.cli import COMMANDS, main
 def test_every_command_that_is_listed_answers(name, capsys):
     _, module, function = COMMANDS[name]
     assert callable(getattr(importlib.import_module(module), function))
-    with pytest.raises(SystemExit) as raised:
-        main([name, "--help"])
-    assert raised.value.code == 0 and f"usage: synpo-fast {name}" in capsys.readouterr().out
+    try:
+        status = main([name, "--help"])
+    except SystemExit as end:  # argparse's way
+        status = end.code
+    shown = capsys.readouterr().out
+    assert status == 0 and shown.startswith("usage:") and f"synpo-fast {name}" in shown
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["--nope"]])
