@@ -37,7 +37,7 @@ BACKENDS: dict[str, tuple[str, str, str]] = {
     "images": ("synpo_fast.data.decode_images", "av", "pip install 'av>=18'"),
 }
 NVDEC_CODECS = {"h264": "H.264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9", "mpeg4": "MPEG-4"}  # no AV1 on Hopper
-GPU_SHARE = 0.25  # below this share of wanted frames, seeking on the CPU was taken to be cheaper than decoding through
+GPU_SHARE = 0.25  # a guess, not yet measured: below it PyAV, which seeks; DALI 2.4 decodes from the first frame on
 WHOLE_VIDEO_BYTES = 2**30
 DEADLINE_S = 30.0
 TIME_SLACK = 1e-6  # seconds: a time computed as 3 * 0.04 means the frame at 0.12
