@@ -6,6 +6,7 @@
 # SYNPO_FAST_NATIVE=0 leaves out building the C++ extension, which no GPU figure needs.
 # KERNELS_SECONDS (default 420) stops the kernel table from starting new cases. KERNELS_ARGS are added to its arguments,
 # and the later of two equal options counts: KERNELS_ARGS='--valid_rows 512 --shapes qwen2.5-7b'.
+# THROUGHPUT_ARGS are added to those of throughput.py: THROUGHPUT_ARGS='--sweep ratio --plot pictures'.
 set -uo pipefail
 
 out=${1:?usage: gpu_check.sh OUT [tests] [kernels] [throughput]}
@@ -53,11 +54,8 @@ case $steps in *' kernels '*)
 esac
 
 case $steps in *' throughput '*)
-  if [ -f benchmarks/throughput.py ]; then
-    run throughput python3 benchmarks/throughput.py --json "$out/throughput.json"
-  else
-    echo '== throughput: left out, benchmarks/throughput.py does not exist' | tee -a "$log"
-  fi ;;
+  # shellcheck disable=SC2086
+  run throughput python3 benchmarks/throughput.py --device cuda --json "$out/throughput.json" ${THROUGHPUT_ARGS:-} ;;
 esac
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -1,0 +1,84 @@
+"""What a step should cost by counting passes alone, and so what ratio theory predicts.
+
+    language model   2 FLOPs a weight and token, `Passes.language` times
+    vision tower     2 FLOPs a weight and patch, `Passes.vision` times a video
+    head             2 D V FLOPs a row, `Passes.head` times
+
+A backward through a frozen layer is one more forward (gradients to inputs). Attention's quadratic part and the adapter are
+left out: the counted FLOPs in the table have them. A row's `limit` is the first row's cost over its own: the ratio that a
+machine would show if every FLOP took the same time and nothing else took any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from benchmarks.steps.way import Passes
+from benchmarks.steps.workload import Workload
+
+
+@dataclass(frozen=True)
+class Unit:
+    """FLOPs of one forward pass: of the language model for a token, of the tower for all videos, of the head for a row."""
+
+    language: float
+    vision: float
+    head: float
+
+
+def unit_costs(workload: Workload) -> Unit:
+    policy = workload.policy
+    language_model = policy.family.language_model(policy.base)
+    vision = policy.family.vision_modules(policy.base)
+    patches = sum(
+        int(sample.video.tensors["video_grid_thw"].prod()) for sample in workload.samples if sample.video is not None
+    )
+    weights = sum(_matrix_weights(module) for module in vision) - sum(3 * _merger_weights(m) // 4 for m in vision)
+    head = policy.base.get_output_embeddings().weight.numel()
+    return Unit(2.0 * _matrix_weights(language_model), 2.0 * weights * patches, 2.0 * head)
+
+
+def _matrix_weights(module: nn.Module) -> int:
+    """Weights of linear layers, adapters aside: an embedding multiplies nothing."""
+    return sum(
+        layer.weight.numel()
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv3d) and "lora_" not in name
+    )
+
+
+def _merger_weights(tower: nn.Module) -> int:
+    """The projector runs once for four patches."""
+    merger = getattr(tower, "merger", None)
+    return 0 if merger is None else _matrix_weights(merger)
+
+
+def tokens_of(workload: Workload, rows: str) -> int:
+    """Tokens that the language model runs over for all pairs, seen as in Passes.rows."""
+    if rows == "padded":
+        return workload.batch["input_ids"].numel()
+    lengths = [(len(sample.prompt), [len(r) - 1 for r in sample.responses]) for sample in workload.samples]
+    if rows == "apart":
+        return sum(2 * prompt + sum(responses) for prompt, responses in lengths)
+    return sum(prompt + sum(responses) for prompt, responses in lengths)
+
+
+def expected_flops(workload: Workload, passes: Passes, unit: Unit) -> float:
+    return (
+        passes.language * tokens_of(workload, passes.rows) * unit.language
+        + passes.vision * unit.vision
+        + head_flops(workload, passes, unit)
+    )
+
+
+def head_flops(workload: Workload, passes: Passes, unit: Unit) -> float:
+    valid_only = passes.head_rows == "valid" or (passes.head_rows == "trl" and workload.device.type == "cuda")
+    valid = sum(len(response) for sample in workload.samples for response in sample.responses)
+    return passes.head * (valid if valid_only else workload.batch["input_ids"].numel()) * unit.head
+
+
+def tokens_only_limit(ratio: float, *, share_prefix: bool) -> float:
+    """The formula for tokens of the language model alone, adapter-off DPO over SynPO, at prefix / completion = ratio."""
+    return 3 * 2 * (ratio + 1) / (2 * (ratio + 2) if share_prefix else 4 * (ratio + 1))

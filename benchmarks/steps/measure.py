@@ -1,0 +1,161 @@
+"""One table: the ways checked against the truth, their memory taken, timed in turn, their FLOPs counted."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.common import median_ratio
+from benchmarks.contest import Options, run_contest
+from benchmarks.flops import count_flops
+from benchmarks.providers import Step
+from benchmarks.steps import FIRST
+from benchmarks.steps.agreement import errors, find_truth, why_wrong
+from benchmarks.steps.cost import expected_flops, head_flops, tokens_of, tokens_only_limit, unit_costs
+from benchmarks.steps.way import Forward, StepResult, Way, full_step
+from benchmarks.steps.workload import Workload
+
+GEMM = "gemm"
+# Square products large enough for the machine's full rate.
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+def compare(
+    workload: Workload,
+    ways: Sequence[Way],
+    options: Options,
+    *,
+    timer: Callable[[Callable[[], Any]], float] | None = None,
+) -> dict[str, Any]:
+    """{"workload", "gemm", "rows"} as they go into the JSON; the rows in the order of `ways`."""
+    dtype = workload.policy.base.dtype
+    truth = find_truth(workload, sorted({way.loss for way in ways}))
+    forwards: dict[str, Forward] = {}
+    runs: dict[str, Callable[[], StepResult]] = {}
+    losses: dict[str, float] = {}
+
+    def prepare(way: Way) -> Step:
+        forwards[way.name] = way.prepare(workload)
+        run: Any = full_step(workload, way, forwards[way.name])
+        runs[way.name] = run
+        return Step(run, forwards[way.name].setting)
+
+    def judge(result: StepResult) -> tuple[dict[str, float], str | None]:
+        losses[result.way.name] = float(result.loss)
+        found = errors(result, truth, workload)
+        return found, why_wrong(found, dtype)
+
+    contestants: dict[str, Callable[[], Step]] = {way.name: partial(prepare, way) for way in ways}
+    records = run_contest(
+        contestants | {GEMM: partial(gemm, workload)}, judge, floor=FIRST, options=options, timer=timer
+    )
+    *records, gemm_record = records
+    gemm_flops = 2.0 * GEMM_SIZE[options.device.type] ** 3
+    rate = gemm_flops / gemm_record["seconds"]["median"]
+    by_name = {record["name"]: record for record in records}
+    first = by_name.get(FIRST)
+    first_samples = first["seconds"]["samples"] if first and first["seconds"] else None
+    static, unit = workload.static_bytes(), unit_costs(workload)
+    first_cost = next((expected_flops(workload, way.passes, unit) for way in ways if way.name == FIRST), None)
+    rows = []
+    for way in ways:
+        record = by_name[way.name]
+        cost = expected_flops(workload, way.passes, unit)
+        held = forwards[way.name].held_bytes if way.name in forwards else 0
+        row = _row(way, record, workload, first_samples, rate, static + held)
+        row["limit"] = first_cost / cost if first_cost else None
+        if row["skipped"] is None:
+            row["loss"] = losses[way.name]
+            row["flops"] = count_flops(runs[way.name])
+            if way.ours and workload.device.type == "cuda":  # torch's counter sees no product inside a Triton kernel
+                row["flops"] += round(head_flops(workload, way.passes, unit))
+            row["gemm_share"] = row["flops"] / row["seconds"]["median"] / rate
+        rows.append(row)
+    workload.optimizer.zero_grad(set_to_none=True)
+    return {
+        "workload": describe(workload),
+        "gemm": {"size": GEMM_SIZE[options.device.type], "flops_per_s": rate},
+        "rows": rows,
+    }
+
+
+def _row(
+    way: Way,
+    record: dict[str, Any],
+    workload: Workload,
+    first: list[float] | None,
+    rate: float,
+    static_bytes: int,
+) -> dict[str, Any]:
+    """flops, gemm_share and loss are filled in by the caller for a row that ran."""
+    row: dict[str, Any] = {
+        "name": way.name,
+        "loss_name": way.loss,
+        "ours": way.ours,
+        "title": way.title,
+        "setting": record["setting"],
+        "seconds": record["seconds"],
+        "pairs_per_s": None,
+        "tokens_per_s": None,
+        "peak_memory_bytes": None,
+        "flops": None,
+        "gemm_share": None,
+        "ratio": None,
+        "ratio_low": None,
+        "ratio_high": None,
+        "loss": None,
+        "error": record["error"],
+        "skipped": record["skipped"],
+        "faulty": record["faulty"],
+    }
+    if record["seconds"] is None:
+        return row
+    median, samples = record["seconds"]["median"], record["seconds"]["samples"]
+    row["pairs_per_s"] = len(workload.samples) / median
+    row["tokens_per_s"] = workload.tokens / median
+    row["peak_memory_bytes"] = static_bytes + record["peak_extra_bytes"]
+    if first is not None:
+        row["ratio"] = median_ratio(first, samples)
+        row["ratio_low"], row["ratio_high"] = _quartiles([a / b for a, b in zip(first, samples, strict=True)])
+    return row
+
+
+def _quartiles(values: list[float]) -> tuple[float, float]:
+    if len(values) == 1:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def gemm(workload: Workload) -> Step:
+    """The machine's own rate, measured in the same rounds: a square product in the model's dtype."""
+    size = GEMM_SIZE[workload.device.type]
+    a, b, out = (torch.randn(size, size, device=workload.device).to(workload.policy.base.dtype) for _ in range(3))
+
+    def run() -> None:
+        torch.mm(a, b, out=out)
+
+    return Step(run, f"{size} x {size} x {size}", exact=False)
+
+
+def describe(workload: Workload) -> dict[str, Any]:
+    preset = workload.preset
+    parameters = list(workload.policy.parameters())
+    ratio = preset.prefix / preset.completion
+    return {
+        **asdict(preset),
+        "parameters": sum(p.numel() for p in parameters),
+        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "tokens": workload.tokens,
+        "language_tokens": {rows: tokens_of(workload, rows) for rows in ("padded", "apart", "shared")},
+        "prefix_over_completion": ratio,
+        "limit_tokens_only": {
+            "shared": tokens_only_limit(ratio, share_prefix=True),
+            "apart": tokens_only_limit(ratio, share_prefix=False),
+        },
+    }

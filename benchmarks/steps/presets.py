@@ -1,0 +1,189 @@
+"""What is trained in throughput.py: model shapes, and how many tokens and frames a pair has.
+
+cpu     Qwen2.5-VL made small: 29 M parameters in about the proportions of the 7B model (a visual token costs the tower a
+        third of what it costs the language model, the head is a tenth of it)
+text    the same language model without a tower, which TRL's own data pipeline can feed
+gpu     Qwen2.5-VL-7B from its published dimensions, random weights in bf16, built on the device
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from synpo_fast.models import Policy, load_policy
+from synpo_fast.models.family import FAMILIES
+from synpo_fast.training.lora import add_lora
+
+
+@dataclass(frozen=True)
+class Preset:
+    """prefix: tokens of the prompt, the video's included. completion: tokens of a response on average, EOS included;
+    lengths lie within `spread` of it. size: pixels a side of a square frame."""
+
+    name: str
+    family: str
+    shape: dict[str, int]
+    dtype: str
+    frames: int
+    size: int
+    prefix: int
+    completion: int
+    spread: float
+    pairs: int
+    lora_r: int
+    published: bool = False  # shape holds a published config's dimensions, not load_policy's sizes
+    checkpointing: bool = False
+    seconds_per_frame: float = 0.5
+
+
+_CPU_LANGUAGE = {
+    "hidden_size": 768,
+    "num_layers": 3,
+    "num_heads": 12,
+    "num_kv_heads": 2,
+    "intermediate_size": 2304,
+    "vocab_size": 3072,
+}
+# Qwen/Qwen2.5-VL-7B-Instruct, config.json
+_QWEN25_VL_7B = {
+    "hidden_size": 3584,
+    "num_layers": 28,
+    "num_heads": 28,
+    "num_kv_heads": 4,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+    "vision_hidden_size": 1280,
+    "vision_layers": 32,
+    "vision_heads": 16,
+    "vision_intermediate_size": 3420,
+}
+PRESETS = {
+    "cpu": Preset(
+        "cpu", "qwen2_5_vl", _CPU_LANGUAGE | {"vision_hidden_size": 256, "vision_layers": 2}, "float32",
+        frames=16, size=140, prefix=240, completion=48, spread=0.0, pairs=2, lora_r=16,
+    ),
+    "text": Preset(
+        "text", "text", _CPU_LANGUAGE, "float32",
+        frames=0, size=0, prefix=240, completion=48, spread=0.0, pairs=2, lora_r=16,
+    ),
+    "gpu": Preset(
+        "gpu", "qwen2_5_vl", _QWEN25_VL_7B, "bfloat16",
+        frames=16, size=378, prefix=1600, completion=300, spread=0.0, pairs=1, lora_r=128, published=True,
+    ),
+}  # fmt: skip
+
+
+def shrunk(preset: Preset, divisor: int) -> Preset:
+    """The same published shape with widths divided, few layers and a small vocabulary: the same code on a small machine."""
+    shape = {
+        "hidden_size": preset.shape["hidden_size"] // divisor // 28 * 28,
+        "num_layers": 2,
+        "num_heads": preset.shape["num_heads"] // 7,
+        "num_kv_heads": preset.shape["num_kv_heads"] // 4,
+        "intermediate_size": preset.shape["intermediate_size"] // divisor,
+        "vocab_size": 512,
+        "vision_hidden_size": 64,
+        "vision_layers": 8,
+        "vision_heads": 2,
+        "vision_intermediate_size": preset.shape["vision_intermediate_size"] // divisor,
+    }
+    return replace(preset, name=f"{preset.name}/{divisor}", shape=shape)
+
+
+def build_policy(preset: Preset, device: torch.device, seed: int = 0) -> Policy:
+    """A random model with LoRA whose adapter does something, the tower frozen, ready to train."""
+    dtype = getattr(torch, preset.dtype)
+    if preset.published:
+        policy = _published_qwen25_vl(preset.shape, device, dtype, seed)
+    else:
+        sizes: dict[str, Any] = dict(preset.shape)
+        policy = load_policy(f"tiny:{preset.family}", dtype=dtype, device=device, seed=seed, tiny_options=sizes)
+    if preset.checkpointing:
+        policy.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(seed + 1)
+    add_lora(policy, r=preset.lora_r, alpha=preset.lora_r, dropout=0.0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:  # 0 at the start: policy and reference would agree whatever became of the adapter
+            nn.init.normal_(parameter, std=0.05 / preset.lora_r**0.5)
+    return policy.train()
+
+
+def _published_qwen25_vl(shape: dict[str, int], device: torch.device, dtype: torch.dtype, seed: int) -> Policy:
+    """Built on the device in its dtype: no download, and no fp32 copy in host memory."""
+    from transformers import AutoModelForImageTextToText
+
+    from synpo_fast.models import attention
+    from synpo_fast.models.tiny import tiny_tokenizer
+
+    attention.register()
+    tokenizer, family = tiny_tokenizer("qwen2_5_vl"), FAMILIES["qwen2_5_vl"]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(qwen25_vl_config(shape, tokenizer), dtype=dtype)
+    implementation = attention.VARLEN if device.type == "cuda" else attention.SEGMENTS
+    policy = Policy(model.to(device), tokenizer, family, attn_implementation=implementation)
+    language_model: Any = family.language_model(policy.base)
+    language_model.config._attn_implementation = implementation
+    policy.freeze_vision()
+    return policy
+
+
+def qwen25_vl_config(shape: dict[str, int], tokenizer: Any) -> Any:
+    """Qwen2.5-VL's published config in these dimensions; token ids are those of the byte tokenizer."""
+    from transformers import Qwen2_5_VLConfig
+
+    token_ids = {
+        name: tokenizer.convert_tokens_to_ids(token)
+        for name, token in (
+            ("image_token_id", "<|image_pad|>"),
+            ("video_token_id", "<|video_pad|>"),
+            ("vision_start_token_id", "<|vision_start|>"),
+            ("vision_end_token_id", "<|vision_end|>"),
+        )
+    }
+    layers = shape["vision_layers"]
+    sections = _mrope_sections(shape["hidden_size"] // shape["num_heads"])
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": shape["vocab_size"],
+            "hidden_size": shape["hidden_size"],
+            "intermediate_size": shape["intermediate_size"],
+            "num_hidden_layers": shape["num_layers"],
+            "num_attention_heads": shape["num_heads"],
+            "num_key_value_heads": shape["num_kv_heads"],
+            "max_position_embeddings": 128000,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
+            "initializer_range": shape["hidden_size"] ** -0.5,
+            "use_sliding_window": False,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": layers,
+            "hidden_size": shape["vision_hidden_size"],
+            "intermediate_size": shape["vision_intermediate_size"],
+            "num_heads": shape["vision_heads"],
+            "out_hidden_size": shape["hidden_size"],
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "tokens_per_second": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [index for index in range(layers) if index % 8 == 7],  # 7, 15, 23, 31
+            "initializer_range": shape["vision_hidden_size"] ** -0.5,
+        },
+        tie_word_embeddings=False,
+        **token_ids,
+    )
+
+
+def _mrope_sections(head_dim: int) -> list[int]:
+    """16, 24, 24 of 64 as published, scaled."""
+    rest = head_dim // 2 * 3 // 8
+    return [head_dim // 2 - 2 * rest, rest, rest]

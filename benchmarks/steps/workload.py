@@ -1,0 +1,150 @@
+"""The pairs that every way of training gets: the same samples, also as the padded batch that TRL's collator makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.steps.presets import Preset, build_policy
+from synpo_fast.models import Policy, Sample
+from synpo_fast.models.family import VideoInputs
+
+IGNORE_INDEX = -100
+TEXT_TOKENS = 26  # of the byte tokenizer: the letters
+MARKERS = 2  # tokens around a video
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """batch: [2B, L], the chosen half first, padded on the right. optimizer: AdamW at learning rate 0, so that every step
+    does an optimiser's work and none changes what the next one computes."""
+
+    preset: Preset
+    policy: Policy
+    samples: list[Sample]
+    batch: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all pairs, each prompt counted once for each of its responses: what a dataset calls its tokens."""
+        return sum(len(s.prompt) + len(r) for s in self.samples for r in s.responses)
+
+    def static_bytes(self) -> int:
+        """Weights and optimiser state: held whatever the way."""
+        state = [value for entry in self.optimizer.state.values() for value in entry.values()]
+        tensors = [*self.policy.parameters(), *(value for value in state if isinstance(value, Tensor))]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def make_workload(preset: Preset, device: torch.device, *, seed: int = 0, policy: Policy | None = None) -> Workload:
+    """policy: one that was built before, for another batch of the same model."""
+    policy = build_policy(preset, device, seed) if policy is None else policy
+    samples = make_samples(policy, preset, seed)
+    batch = {name: tensor.to(device) for name, tensor in padded_batch(policy, samples).items()}
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    return Workload(preset, policy, samples, batch, torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0))
+
+
+def make_samples(policy: Policy, preset: Preset, seed: int) -> list[Sample]:
+    """Prompts of exactly `prefix` tokens (video, then text) and two responses that end in EOS.
+
+    Raises ValueError where the video alone is longer than the prefix.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    end = policy.tokenizer.eos_token_id
+    samples = []
+    for index in range(preset.pairs):
+        video = _video(policy, preset, generator) if preset.frames else None
+        before = _around_video(policy, video)
+        text = preset.prefix - len(before)
+        if text < 1:
+            raise ValueError(
+                f"{preset.frames} frames of {preset.size} px are {len(before)} tokens, which leaves no text in a prefix of "
+                f"{preset.prefix}; raise --prefix or lower --frames"
+            )
+        responses = [(*_draw(_length(preset, generator) - 1, generator), end) for _ in range(2)]
+        samples.append(Sample((*before, *_draw(text, generator)), tuple(responses), video, str(index)))
+    return samples
+
+
+def visual_tokens(preset: Preset) -> int:
+    """Tokens of a video of the preset: 28 px a token, two frames a step of time, as Qwen2.5-VL has it."""
+    return -(-preset.frames // 2) * round(preset.size / 28) ** 2
+
+
+def _video(policy: Policy, preset: Preset, generator: torch.Generator) -> VideoInputs:
+    shape = (preset.frames, preset.size, preset.size, 3)
+    frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    config = policy.base.config
+    processing = replace(policy.family.processing(config), min_pixels=28 * 28, max_pixels=768 * 28 * 28)
+    video = policy.family.video_inputs(
+        config, policy.tokenizer, frames, seconds_per_frame=preset.seconds_per_frame, processing=processing
+    )
+    # Pixels on the device, so that no way is charged for the copy; the grid on the host, where positions are computed.
+    tensors = {
+        name: tensor.to(policy.device, policy.base.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in video.tensors.items()
+    }
+    return replace(video, tensors=tensors)
+
+
+def _around_video(policy: Policy, video: VideoInputs | None) -> tuple[int, ...]:
+    if video is None:
+        return ()
+    start, end = policy.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
+    return (start, *video.token_ids, end)
+
+
+def _draw(count: int, generator: torch.Generator) -> tuple[int, ...]:
+    return tuple((64 + torch.randint(TEXT_TOKENS, (count,), generator=generator)).tolist())
+
+
+def _length(preset: Preset, generator: torch.Generator) -> int:
+    share = preset.spread * (2 * float(torch.rand((), generator=generator)) - 1)
+    return max(2, round(preset.completion * (1 + share)))
+
+
+def padded_batch(policy: Policy, samples: list[Sample], responses: tuple[int, ...] = (0, 1)) -> dict[str, Tensor]:
+    """What TRL's collators hand to the model: all chosen, then all rejected, and the videos once for each half."""
+    rows = [(sample, sample.responses[which]) for which in responses for sample in samples]
+    length = max(len(sample.prompt) + len(response) for sample, response in rows)
+    input_ids = torch.full((len(rows), length), policy.tokenizer.pad_token_id)
+    attention_mask, completion_mask = torch.zeros(2, len(rows), length, dtype=torch.long)
+    for row, (sample, response) in enumerate(rows):
+        end = len(sample.prompt) + len(response)
+        input_ids[row, :end] = torch.tensor([*sample.prompt, *response])
+        attention_mask[row, :end] = 1
+        completion_mask[row, len(sample.prompt) : end] = 1
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+    return batch | _video_tensors([sample.video for sample, _ in rows], input_ids)
+
+
+def _video_tensors(videos: list[VideoInputs | None], input_ids: Tensor) -> dict[str, Tensor]:
+    present = [video for video in videos if video is not None]
+    if not present:
+        return {}
+    tensors = {name: torch.cat([video.tensors[name] for video in present]) for name in present[0].tensors}
+    seconds = [video.seconds_per_grid for video in present]
+    return {
+        **tensors,
+        "second_per_grid_ts": torch.tensor(seconds),
+        # 2 marks a video's tokens; without these the model falls back to one-dimensional positions.
+        "mm_token_type_ids": 2 * (input_ids == present[0].placeholder_id).int(),
+    }
+
+
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: tensor for name, tensor in batch.items() if name != "completion_mask"}
+
+
+def labels_of(batch: dict[str, Tensor]) -> Tensor:
+    """[2B, L], not shifted."""
+    return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)

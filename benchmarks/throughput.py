@@ -1,0 +1,229 @@
+"""A training step on pairs: DPO and SimPO in TRL, DPO with Liger, SynPO as released, and synpo_fast gain by gain.
+
+    python benchmarks/throughput.py                       a 29 M model on a CPU (within 5 minutes), the 7B shape on a GPU
+    python benchmarks/throughput.py --json out.json --plot pictures
+    python benchmarks/throughput.py --sweep ratio frames valid --plot pictures
+    python benchmarks/throughput.py --preset gpu --largest_batch
+
+Forward, backward and optimiser step on the same pairs with the same weights. Every way is held against one truth before
+any speed is shown (steps/agreement.py). See README.md beside this file for what each row is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the memory profiler warns of blocks that are older than it
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+if __package__ in (None, ""):  # started by path: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.common import environment, format_bytes, format_seconds, format_table, gpu_state, write_json
+from benchmarks.contest import Options
+from benchmarks.steps import FIRST, WAYS
+from benchmarks.steps.largest_batch import largest_batch
+from benchmarks.steps.measure import compare
+from benchmarks.steps.presets import PRESETS, Preset, build_policy
+from benchmarks.steps.sweeps import SWEEPS, presets_along
+from benchmarks.steps.workload import MARKERS, make_workload, visual_tokens
+
+LARGEST_FOR = (FIRST, "synpo-released", "synpo-fast-unshared", "synpo-fast")
+
+
+def title(workload: dict[str, Any], gemm: dict[str, Any]) -> str:
+    video = f"{workload['frames']} frames of {workload['size']} px, " if workload["frames"] else ""
+    limit = workload["limit_tokens_only"]
+    return (
+        f"{workload['name']}: {workload['parameters'] / 1e6:.0f} M parameters, LoRA r={workload['lora_r']}, frozen tower, "
+        f"{workload['dtype']}; {workload['pairs']} pairs a step, {video}prefix {workload['prefix']}, completions "
+        f"{workload['completion']} (+-{workload['spread']:.0%})\n"
+        f"a bare product runs at {gemm['flops_per_s'] / 1e9:.0f} GFLOP/s; tokens of the language model alone predict "
+        f"{limit['shared']:.2f}x, with sharing off {limit['apart']:.2f}x"
+    )
+
+
+def table(record: dict[str, Any]) -> str:
+    header = [
+        "way", "step", "(low - high)", "pairs/s", "tokens/s", "peak memory", "GFLOP", "of GEMM", "speed-up", "(low - high)",
+        "theory", "loss", "setting",
+    ]  # fmt: skip
+    lines = []
+    for row in record["rows"]:
+        if row["skipped"] is not None:
+            lines.append([row["name"], *["-"] * 9, "", "-", row["skipped"]])
+            continue
+        seconds = row["seconds"]
+        ratios = ["-", "", "-"]
+        if row["ratio"] is not None:
+            ratios = [
+                f"{row['ratio']:.2f}x",
+                f"({row['ratio_low']:.2f} - {row['ratio_high']:.2f})",
+                f"{row['limit']:.2f}x",
+            ]
+        lines.append(
+            [
+                row["name"],
+                format_seconds(seconds["median"]),
+                f"({format_seconds(seconds['low'])} - {format_seconds(seconds['high'])})",
+                f"{row['pairs_per_s']:.3g}",
+                f"{row['tokens_per_s']:.0f}",
+                format_bytes(row["peak_memory_bytes"]),
+                f"{row['flops'] / 1e9:.0f}",
+                f"{row['gemm_share']:.0%}",
+                *ratios,
+                f"{row['loss']:.5f}",
+                row["setting"],
+            ]
+        )
+    return f"{title(record['workload'], record['gemm'])}\n\n{format_table(header, lines)}\n"
+
+
+def faults(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Ways that did not compute what the others do, and ours that crashed. A peer that can not run is no fault."""
+    return [
+        f"{row['name']}: {row['skipped']}"
+        for row in rows
+        if row["faulty"] and (row["ours"] or row["skipped"].startswith("WRONG"))
+    ]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), help="cpu on a CPU, gpu on a GPU; text: no video")
+    parser.add_argument("--frames", type=int, metavar="N", help="frames of a video")
+    parser.add_argument("--size", type=int, metavar="PX", help="pixels a side of a frame")
+    parser.add_argument("--prefix", type=int, metavar="N", help="tokens of a prompt, its video's included")
+    parser.add_argument("--completion", type=int, metavar="N", help="tokens of a response, on average")
+    parser.add_argument("--spread", type=float, metavar="SHARE", help="responses differ from it by up to this share")
+    parser.add_argument("--pairs", type=int, metavar="B", help="pairs in a step")
+    parser.add_argument("--lora_r", type=int, metavar="R")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in every way")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), metavar="NAME", help=", ".join(WAYS))
+    parser.add_argument("--rounds", type=int, metavar="K", help="timed rounds (default 5; 3 in a sweep)")
+    parser.add_argument("--budget", type=float, default=150.0, metavar="SECONDS", help="end the rounds after this")
+    parser.add_argument("--sweep", nargs="+", choices=list(SWEEPS), default=[], help="sweeps in place of the table")
+    parser.add_argument(
+        "--largest_batch", action="store_true", help="pairs until memory runs out, in place of the table"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="DIR", help="write pictures (needs matplotlib)")
+    args = parser.parse_args(argv)
+    args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    if args.largest_batch and args.device.type != "cuda":
+        parser.error("--largest_batch fills a GPU's memory and needs one")
+    if args.ways and FIRST not in args.ways:
+        args.ways = [FIRST, *args.ways]  # every ratio is to it
+    try:
+        args.preset = chosen_preset(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def chosen_preset(args: argparse.Namespace) -> Preset:
+    """The preset with what the command line changes. Frames or sizes alone lengthen or shorten the prompt with them."""
+    preset = PRESETS[args.preset or ("gpu" if args.device.type == "cuda" else "cpu")]
+    names = ("frames", "size", "prefix", "completion", "spread", "pairs", "lora_r", "dtype")
+    changes: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name, value in changes.items():
+        lowest = {"spread": 0.0, "frames": 0, "dtype": ""}.get(name, 1)
+        if value < lowest:
+            raise ValueError(f"--{name} must be at least {lowest}, not {value}")
+    if not 0 <= changes.get("spread", 0.0) < 1:
+        raise ValueError(f"--spread must lie in [0, 1), not {changes['spread']}")
+    if preset.family == "text" and (changes.get("frames") or changes.get("size")):
+        raise ValueError("preset 'text' takes no --frames and no --size")
+    if args.rounds is not None and args.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, not {args.rounds}")
+    text = preset.prefix - visual_tokens(preset)
+    preset = replace(preset, **changes, checkpointing=args.checkpointing)
+    if "prefix" not in changes and ("frames" in changes or "size" in changes):
+        preset = replace(preset, prefix=visual_tokens(preset) + text)
+    if preset.frames and visual_tokens(preset) + MARKERS >= preset.prefix:
+        raise ValueError(
+            f"{preset.frames} frames of {preset.size} px are {visual_tokens(preset)} tokens, which leaves no text in "
+            f"--prefix {preset.prefix}"
+        )
+    return preset
+
+
+def run_table(args: argparse.Namespace) -> dict[str, Any]:
+    options = Options(args.device, args.rounds or 5, args.budget, seed=args.seed)
+    workload = make_workload(args.preset, args.device, seed=args.seed)
+    return compare(workload, [WAYS[name] for name in args.ways or WAYS], options)
+
+
+def run_sweep(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One comparison a point, one pair a step; the model is built once."""
+    sweep = SWEEPS[name]
+    options = Options(args.device, args.rounds or 3, args.budget, seed=args.seed)
+    policy = build_policy(args.preset, args.device, args.seed)
+    points = []
+    for value, preset in presets_along(sweep, replace(args.preset, pairs=1), args.device.type):
+        workload = make_workload(preset, args.device, seed=args.seed, policy=policy)
+        record = compare(workload, [WAYS[way] for way in sweep.ways], options)
+        print(table(record), flush=True)
+        points.append({"value": value, **record})
+        gc.collect()
+    return {"name": name, "label": sweep.label, "points": points}
+
+
+def run_largest(args: argparse.Namespace) -> dict[str, int]:
+    policy = build_policy(args.preset, args.device, args.seed)
+    found = {}
+    for name in LARGEST_FOR:
+        found[name] = largest_batch(args.preset, policy, WAYS[name], args.device, seed=args.seed)
+        print(f"{name}: {found[name]} pairs", flush=True)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table, writes JSON and pictures; 1 if a way computed something else, or one of ours crashed."""
+    args = parse(argv)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # TRL asks transformers the old way
+    record: dict[str, Any] = {"environment": environment(args.device), "rows": []}
+    load, cores = record["environment"].get("load_average", [0.0])[0], record["environment"]["cores"]
+    if args.device.type == "cpu" and load > 0.5 * cores:
+        print(f"the machine is busy (load {load:.1f} on {cores} cores): ratios too may be off\n", file=sys.stderr)
+    if args.sweep:
+        record["sweeps"] = [run_sweep(name, args) for name in args.sweep]
+    elif args.largest_batch:
+        record["largest_batch"] = run_largest(args)
+    else:
+        record |= run_table(args)
+        print(table(record), flush=True)
+    if args.device.type == "cuda":
+        record["environment"]["gpu"]["after"] = gpu_state()
+    if args.json:
+        write_json(args.json, record)
+    if args.plot:
+        from benchmarks.plot_throughput import plot
+
+        for path in plot(record, Path(args.plot)):
+            print(f"wrote {path}")
+    points = [point for sweep in record.get("sweeps", []) for point in sweep["points"]]
+    found = faults([row for each in [record, *points] for row in each["rows"]])
+    for fault in found:
+        print(fault, file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

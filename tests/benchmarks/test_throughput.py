@@ -1,0 +1,312 @@
+"""benchmarks/throughput.py: every way agrees with the truth, a wrong one is caught, TRL's part is TRL's."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft", reason="the ways train an adapter")
+pytest.importorskip("trl", reason="TRL is what is compared with")
+
+from benchmarks import throughput
+from benchmarks.contest import Options
+from benchmarks.flops import count_flops
+from benchmarks.steps import FIRST, GAINS, WAYS, trl_trainers
+from benchmarks.steps import agreement as agreement_module
+from benchmarks.steps.cost import expected_flops, tokens_only_limit, unit_costs
+from benchmarks.steps.measure import compare
+from benchmarks.steps.presets import PRESETS, Preset, build_policy, qwen25_vl_config, shrunk
+from benchmarks.steps.way import Scores, full_step, use_attention
+from benchmarks.steps.workload import make_samples, make_workload, padded_batch
+
+CPU = torch.device("cpu")
+OPTIONS = Options(CPU, rounds=1, budget_seconds=1.0)
+LANGUAGE = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 301}
+# 3 frames: one is repeated to fill the tower's step of two. Responses of different lengths: rows with padding.
+TINY = Preset(
+    "tiny", "qwen2_5_vl", LANGUAGE | {"vision_hidden_size": 16, "vision_layers": 1}, "float32",
+    frames=3, size=56, prefix=23, completion=9, spread=0.5, pairs=3, lora_r=4,
+)  # fmt: skip
+TINY_TEXT = replace(TINY, name="tiny text", family="text", shape=LANGUAGE, frames=0, size=0)
+REQUIRED = {"trl-dpo-adapter-off", "synpo-released", "synpo-fast-unshared", "synpo-fast", "synpo-fast-dpo"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Tiny tensors gain nothing from threads. The machine's product rate is not what is tested."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr("benchmarks.steps.measure.GEMM_SIZE", {"cpu": 8})
+    monkeypatch.setattr("benchmarks.contest.peak_extra_memory", lambda call, device: {"peak": 1000})
+    yield
+    torch.set_num_threads(threads)
+
+
+def fixed_timer(call):
+    call()
+    return 0.5
+
+
+@pytest.mark.parametrize("preset", [TINY, TINY_TEXT], ids=["video", "text"])
+def test_every_way_runs_and_agrees_with_the_truth(preset):
+    workload = make_workload(preset, CPU)
+    assert len({len(response) for sample in workload.samples for response in sample.responses}) > 1
+    assert 0 in workload.batch["attention_mask"]
+    record = compare(workload, list(WAYS.values()), OPTIONS, timer=fixed_timer)
+    rows = {row["name"]: row for row in record["rows"]}
+    assert list(rows) == list(WAYS) and set(rows) >= REQUIRED and set(GAINS) <= set(rows)
+    for name, row in rows.items():
+        assert row["skipped"] is None, (name, row["skipped"])
+        assert row["ratio"] == 1.0 and row["pairs_per_s"] == 6.0 and row["tokens_per_s"] == 2 * workload.tokens
+        assert row["peak_memory_bytes"] > 1000 and row["flops"] > 0
+        assert {"low", "median", "high"} <= set(row["seconds"])
+    assert len({round(row["loss"], 4) for row in rows.values()}) == 3  # one for each of the losses
+    assert rows["trl-dpo-frozen-copy"]["peak_memory_bytes"] > rows[FIRST]["peak_memory_bytes"]
+    json.dumps(record, allow_nan=False)
+
+
+def off_by_one_token(way):
+    """A way whose head reads the row after the one that predicts."""
+
+    def prepare(workload):
+        forward = way.prepare(workload)
+
+        def loss(scores: Scores):
+            value = forward.loss(scores)
+            scores.tokens = [row.roll(1) for row in scores.responses()]
+            return value
+
+        return replace(forward, loss=loss)
+
+    return replace(way, prepare=prepare)
+
+
+def half_the_gradient(way):
+    """Right values, but the rejected half of the graph is cut: nothing but the gradient shows it."""
+
+    def prepare(workload):
+        forward = way.prepare(workload)
+
+        def loss(scores: Scores):
+            value = forward.loss(scores)
+            return 0.5 * value + 0.5 * value.detach()
+
+        return replace(forward, loss=loss)
+
+    return replace(way, prepare=prepare)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "said"),
+    [
+        ("synpo-fast", off_by_one_token, "log_probs"),
+        ("synpo-fast-dpo", half_the_gradient, "grad"),
+        (FIRST, half_the_gradient, "grad"),
+    ],
+)
+def test_a_wrong_way_fails_the_script_and_shows_no_speed(name, broken, said, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(PRESETS, "cpu", TINY)
+    monkeypatch.setitem(WAYS, name, broken(WAYS[name]))
+    file = tmp_path / "out.json"
+    assert throughput.main(["--device", "cpu", "--rounds", "1", "--ways", FIRST, name, "--json", str(file)]) == 1
+    row = next(row for row in json.loads(file.read_text())["rows"] if row["name"] == name)
+    assert row["skipped"].startswith("WRONG") and said in row["skipped"]
+    assert row["seconds"] is None and row["ratio"] is None and row["flops"] is None
+    assert name in capsys.readouterr().err
+
+
+def test_a_crash_of_ours_fails_the_script_and_one_of_a_peer_does_not(monkeypatch, capsys):
+    def crash(workload):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setitem(PRESETS, "cpu", TINY)
+    for name, code in (("liger-dpo", 0), ("synpo-fast", 1)):
+        with monkeypatch.context() as patch:
+            patch.setitem(WAYS, name, replace(WAYS[name], prepare=crash))
+            assert throughput.main(["--device", "cpu", "--rounds", "1", "--ways", FIRST, name]) == code
+        assert "RuntimeError: out of luck" in capsys.readouterr().out
+
+
+def test_a_reference_that_sees_the_adapter_is_caught():
+    """The truth's adapter does something, so that policy and reference differ."""
+    workload = make_workload(TINY, CPU)
+    truth = agreement_module.find_truth(workload, ["dpo"])
+    assert abs(float(truth.losses["dpo"]) - 0.693147) > 1e-3
+    forward = WAYS[FIRST].prepare(workload)
+    workload.policy.model.disable_adapter = torch.no_grad  # any context that switches nothing off
+    result = full_step(workload, WAYS[FIRST], forward)()
+    found = agreement_module.errors(result, truth, workload)
+    assert "loss" in agreement_module.why_wrong(found, torch.float32)
+
+
+def test_the_padded_batch_and_its_loss_are_what_trls_own_pipeline_makes(tmp_path):
+    """Text from a data set through TRL's tokenising and collator: the same batch, the same loss, the same work."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    workload = make_workload(TINY_TEXT, CPU)
+    tokenizer = workload.policy.tokenizer
+
+    def text(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    rows = [
+        {"prompt": text(s.prompt), "chosen": text(s.responses[0]), "rejected": text(s.responses[1])}
+        for s in workload.samples
+    ]
+    arguments = {**trl_trainers._arguments(workload, str(tmp_path)), "max_length": None}
+    trainer = DPOTrainer(
+        model=workload.policy.model,
+        args=DPOConfig(**arguments, train_sampling_strategy="sequential"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    trainer.model.delete_adapter("ref")
+    trainer.current_gradient_accumulation_steps = 1  # as train() sets it
+    (batch,) = trainer.get_train_dataloader()
+    assert set(batch) == set(workload.batch)
+    for name, tensor in workload.batch.items():
+        assert torch.equal(batch[name], tensor), name
+
+    use_attention(workload, "sdpa")
+
+    def trls_step():
+        workload.optimizer.zero_grad(set_to_none=True)
+        loss = trainer.training_step(trainer.model, batch)
+        workload.optimizer.step()
+        return loss
+
+    own_step = full_step(workload, WAYS[FIRST], WAYS[FIRST].prepare(workload))
+    assert float(trls_step()) == pytest.approx(float(own_step().loss), abs=1e-6)
+    assert count_flops(trls_step) == count_flops(own_step)
+
+
+def test_the_published_shape_is_the_7b_model():
+    from transformers import AutoModelForImageTextToText
+
+    from synpo_fast.models.tiny import tiny_tokenizer
+
+    config = qwen25_vl_config(PRESETS["gpu"].shape, tiny_tokenizer("qwen2_5_vl"))
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == 8_292_166_656  # as its repository states
+    assert config.vision_config.fullatt_block_indexes == [7, 15, 23, 31]
+    assert config.text_config.rope_parameters["mrope_section"] == [16, 24, 24]
+
+
+def test_the_gpu_preset_goes_the_same_way_on_a_cpu():
+    """A hundredth of the width, two layers, fp32; 84 px: windows and a full layer of the tower both take part."""
+    preset = replace(
+        shrunk(PRESETS["gpu"], 32),
+        dtype="float32", frames=4, size=84, prefix=40, completion=11, spread=0.2, lora_r=4, checkpointing=True,
+    )  # fmt: skip
+    workload = make_workload(preset, CPU)
+    names = (FIRST, "synpo-released", "synpo-fast")
+    record = compare(workload, [WAYS[name] for name in names], OPTIONS, timer=fixed_timer)
+    assert [row["skipped"] for row in record["rows"]] == [None] * 3
+
+
+def test_bf16_agrees_within_its_tolerance():
+    record = compare(
+        make_workload(replace(TINY, dtype="bfloat16"), CPU), [WAYS[FIRST], WAYS["synpo-fast"]], OPTIONS,
+        timer=fixed_timer,
+    )  # fmt: skip
+    assert [row["skipped"] for row in record["rows"]] == [None, None]
+
+
+def test_samples_have_the_lengths_asked_for():
+    policy = build_policy(TINY, CPU)
+    for spread, bounds in ((0.0, (9, 9)), (0.5, (4, 14))):
+        preset = replace(TINY, spread=spread, pairs=7)
+        samples = make_samples(policy, preset, seed=0)
+        assert (len({len(response) for sample in samples for response in sample.responses}) > 1) == (spread > 0)
+        for sample in samples:
+            assert len(sample.prompt) == 23 and sample.video.num_placeholders == 8
+            for response in sample.responses:
+                assert bounds[0] <= len(response) <= bounds[1] and response[-1] == policy.tokenizer.eos_token_id
+    with pytest.raises(ValueError, match="3 frames of 56 px are 10 tokens"):
+        make_samples(policy, replace(TINY, prefix=10), seed=0)
+
+
+def test_videos_stand_in_the_batch_as_often_as_rows():
+    workload = make_workload(TINY, CPU)
+    patches = [sample.video.tensors["pixel_values_videos"] for sample in workload.samples]
+    assert torch.equal(workload.batch["pixel_values_videos"], torch.cat(patches * 2))
+    assert len(workload.batch["video_grid_thw"]) == 6
+    chosen = padded_batch(workload.policy, workload.samples, (0,))
+    assert torch.equal(chosen["pixel_values_videos"], torch.cat(patches)) and len(chosen["input_ids"]) == 3
+
+
+@pytest.mark.parametrize("name", [FIRST, "synpo-released", "synpo-fast-unshared", "synpo-fast", "synpo-fast-dpo"])
+def test_the_cost_formula_is_near_the_counted_flops(name):
+    """Wide and short, so that attention, which the formula leaves out, is small; equal lengths, as the formula's P and C."""
+    shape = LANGUAGE | {"hidden_size": 256, "num_layers": 2, "vision_hidden_size": 64, "vision_layers": 2}
+    workload = make_workload(replace(TINY, shape=shape, spread=0.0, prefix=40, completion=8, lora_r=1), CPU)
+    way = WAYS[name]
+    step = full_step(workload, way, way.prepare(workload))
+    step()
+    counted, expected = count_flops(step), expected_flops(workload, way.passes, unit_costs(workload))
+    assert counted == pytest.approx(expected, rel=0.1)
+
+
+def test_the_cost_of_the_tower_is_near_what_it_runs():
+    """56 px: one window and one full layer of 16 patches, so that attention is small here too."""
+    shape = LANGUAGE | {"hidden_size": 64, "vision_hidden_size": 256, "vision_layers": 2}
+    workload = make_workload(replace(TINY, shape=shape, frames=4), CPU)
+    policy = workload.policy
+    counted = count_flops(lambda: policy.encode_videos(workload.samples))
+    assert counted == pytest.approx(unit_costs(workload).vision, rel=0.03)
+
+
+def test_the_formula_for_tokens_alone():
+    assert tokens_only_limit(5.0, share_prefix=True) == pytest.approx(18 / 7)  # 6 (P + C) / (2 (P + 2 C))
+    assert tokens_only_limit(5.0, share_prefix=False) == 1.5
+
+
+def test_the_script_prints_writes_and_draws(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="pictures are matplotlib's")
+    monkeypatch.setitem(PRESETS, "cpu", TINY)
+    file = tmp_path / "out.json"
+    arguments = ["--device", "cpu", "--rounds", "1", "--json", str(file), "--plot", str(tmp_path)]
+    ways = ["synpo-no-reference", "synpo-fast", "trl-dpo-precomputed"]
+    assert throughput.main([*arguments, "--ways", *ways]) == 0
+    record = json.loads(file.read_text())
+    assert record["rows"][0]["name"] == FIRST and record["environment"]["packages"]["trl"]
+    printed = capsys.readouterr().out
+    for row in record["rows"]:
+        assert f"{row['ratio']:.2f}x" in printed and row["setting"] in printed
+    for name in ("gains.png", "ways.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--frames", "-1"], "--frames must be at least 0, not -1"),
+        (["--spread", "1"], r"--spread must lie in [0, 1), not 1.0"),
+        (["--prefix", "100"], "leaves no text in --prefix 100"),
+        (["--preset", "text", "--frames", "4"], "takes no --frames"),
+        (["--rounds", "0"], "--rounds must be at least 1, not 0"),
+        (["--largest_batch"], "needs one"),
+        (["--sweep", "sideways"], "invalid choice"),
+    ],
+)
+def test_bad_arguments_are_refused_with_their_values(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        throughput.parse(["--device", "cpu", *arguments])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_more_frames_lengthen_the_prompt_with_them():
+    usual, more = (throughput.parse(["--device", "cpu", *extra]).preset for extra in ([], ["--frames", "32"]))
+    assert more.prefix - usual.prefix == 8 * 25 and more.frames == 32
+
+
+def test_the_readme_names_every_way_and_option():
+    text = (Path(throughput.__file__).parent / "README.md").read_text()
+    for name in WAYS:
+        assert f"`{name}`" in text, name
+    for option in ("--preset", "--spread", "--sweep", "--largest_batch", "--checkpointing", "--ways"):
+        assert option in text, option
