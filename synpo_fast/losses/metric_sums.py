@@ -45,8 +45,9 @@ def metric_sums(output: LossOutput, outputs: Mapping[str, Tensor]) -> dict[str, 
 
 
 def metric_means(sums: Mapping[str, float]) -> dict[str, float]:
-    """The metrics from added-up sums. empty_pairs is a count, and there only if it is not 0."""
-    means = {name: sums[name] / max(sums[weight], 1.0) for name, weight in WEIGHTS.items() if name in sums}
+    """The metrics from added-up sums. One with nothing to average (rewards where no pair was compared) is not there, nor is
+    the count empty_pairs where it is 0."""
+    means = {name: sums[name] / sums[weight] for name, weight in WEIGHTS.items() if name in sums and sums[weight] > 0}
     if sums["empty_pairs"] > 0:
         means["empty_pairs"] = sums["empty_pairs"]
     return means

@@ -129,10 +129,15 @@ class TrainConfig:
     save_total_limit: int | None = option(3, "older checkpoints are deleted")
     logging_steps: int = option(1, "a line of metrics every so many steps")
     eval_steps: int = option(0, "evaluate every so many steps, and at the end; 0: at the end only")
+    eval_on_start: bool = option(True, "evaluate before the first step too, where there are held-out pairs")
     per_device_eval_batch_size: int = option(4, "pairs of an evaluation step")
     num_eval_captions: int = option(2, "captions written by the model at each evaluation")
     max_new_tokens: int = option(256, "length of those captions")
     diagnostics: int = option(0, "every so many steps: gradient norms of chosen and rejected rewards apart; 0: never")
+    profile: int = option(
+        0, "measure so many rounds of steps, this loss and dpo in turn, in place of training: profile.json; 0: train"
+    )
+    report: bool = option(True, "write report.html at the end of the run")
     report_to: tuple[str, ...] = option((), "tensorboard and wandb; metrics.jsonl is always written")
     run_name: str | None = option(None, "name of the run for W&B")
     disable_tqdm: bool = option(False, "no progress bar")
@@ -165,7 +170,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "dataloader_num_workers", "auxiliary_nll", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps",
-    "num_eval_captions", "diagnostics", "seed",
+    "num_eval_captions", "diagnostics", "profile", "seed",
 )  # fmt: skip
 SHARES = ("eval_split", "max_bad_share", "lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2")
 
@@ -245,6 +250,11 @@ def _check_output(config: TrainConfig) -> None:
         raise ValueError("output_dir is missing: the folder for checkpoints and metrics")
     if config.resume and config.overwrite_output_dir:
         raise ValueError("resume keeps what overwrite_output_dir would delete: choose one")
+    if config.profile and (config.resume or config.overwrite_output_dir):
+        raise ValueError(
+            "profile measures the model as training begins and deletes nothing: leave resume and "
+            "overwrite_output_dir unset"
+        )
     if config.diagnostics and config.zero_stage == 3:
         raise ValueError("diagnostics need whole gradients, which zero_stage=3 does not keep: use stage 2 or below")
     if config.diagnostics and config.loss_type == "sft":

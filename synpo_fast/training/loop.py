@@ -62,6 +62,8 @@ def train(run: Run) -> RunState:
     """Runs to the last step, or to the end of the step in which SIGTERM arrived; either way a checkpoint is left."""
     config, state = run.config, run.state
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "asked_to_stop", True))
+    if run.evaluator is not None and config.eval_on_start and state.step == 0:
+        evaluate(run, run.evaluator)
     for batch in _batches(run):
         numbers = train_step(run, batch)
         state.step += 1
@@ -73,9 +75,7 @@ def train(run: Run) -> RunState:
         run.progress.show(state.step, numbers)
         _check_health(run, batch, numbers)
         if run.evaluator is not None and (last or _is_due(state.step, config.eval_steps)) and not stop:
-            evaluation = run.evaluator.evaluate(run.engine, state.step)
-            run.log.log(state.step, evaluation)
-            run.progress.note(evaluation)
+            evaluate(run, run.evaluator)
         if last or stop or _is_due(state.step, config.save_steps):
             run.saver.save(run.engine, state)
         if last or stop:
@@ -102,6 +102,12 @@ def train_step(run: Run, batch: StepBatch) -> Numbers:
     rate = _learning_rate(run, step)
     outcome = engine.step(rate) if micros else StepOutcome(False, 0.0)
     return numbers | _numbers_of(run, batch, sums, outcome, rate, time.perf_counter() - started)
+
+
+def evaluate(run: Run, evaluator: Evaluator) -> None:
+    numbers = evaluator.evaluate(run.engine, run.state.step)
+    run.log.log(run.state.step, numbers)
+    run.progress.note(numbers)
 
 
 def _agree_on_micro_batches(run: Run, batch: StepBatch) -> tuple[list[tuple[list[EncodedPair], float]], int]:

@@ -50,6 +50,12 @@ def train_in_group(config: TrainConfig, device: torch.device) -> RunState:
     loaders: list[PairLoader] = []
     try:
         training_dtype(config, device)
+        if config.profile:
+            # Here, because torch's FLOP counter imports triton, which training on a CPU does without.
+            from synpo_fast.training.step_profile import profile_in_group
+
+            profile_in_group(config, device)
+            return RunState()
         checkpoint = _prepare_output(config)
         data = read_data(config)
         run = _build(config, data, device, checkpoint, loaders)
@@ -61,12 +67,24 @@ def train_in_group(config: TrainConfig, device: torch.device) -> RunState:
         finally:
             run.progress.close()
             run.log.close()
+        if config.report and dist.get_rank() == 0:
+            _write_report(run)
         done = "stopped by SIGTERM at" if state.stopped_early else "finished at"
         run.progress.say(f"{done} step {state.step} of {run.num_steps}; checkpoint: {run.saver.last}")
         return state
     finally:
         for loader in loaders:
             loader.close()
+
+
+def _write_report(run: Run) -> None:
+    """The run is done and saved: a page that can not be written is said, and is no reason to fail."""
+    from synpo_fast.training.report import write_report
+
+    try:
+        run.progress.say(f"report: {write_report([Path(run.config.output_dir)])}")
+    except (OSError, ValueError) as error:
+        logger.warning("report.html could not be written: %s", error)
 
 
 def _build(
@@ -107,7 +125,7 @@ def _build(
         every=config.logging_steps,
     )
     _announce(progress, config, data, model.policy, engine, num_steps, checkpoint)
-    log = MetricsLog(Path(config.output_dir), config, writes=rank == 0, first_step=state.step + 1)
+    log = MetricsLog(Path(config.output_dir), config, writes=rank == 0, first_step=state.step + 1 if checkpoint else 0)
     saver = Saver(config, facts, checkpoint)
     return Run(config, engine, loader, state, saver, evaluator, log, progress, device, num_steps)
 

@@ -79,7 +79,8 @@ def test_a_run_logs_trl_names_evaluates_and_writes_captions(world, tmp_path, in_
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if "diagnostics/grad_norm_chosen" in row] == [1, 3]
     evaluations = [row for row in rows if "eval_loss" in row]
-    assert [row["step"] for row in evaluations] == [2, 4]
+    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    assert (tmp_path / "out" / "report.html").stat().st_size > 1000
     captions = evaluations[0]["eval_captions"]
     assert len(captions) == 2 and all({"id", "caption", "chosen", "rejected", "prompt"} <= set(row) for row in captions)
     shown = capsys.readouterr().err

@@ -1,0 +1,105 @@
+"""A run's numbers at its start and end; those of several runs beside each other, and what differs in their configs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from synpo_fast.training.report_charts import short
+from synpo_fast.training.report_data import Row, RunRecord, number_in
+from synpo_fast.training.report_profile import table
+from synpo_fast.training.report_series import ends, finite, points_of
+
+# metric -> (name on the page, factor, unit)
+MEASURES = {
+    "loss": ("loss", 1, ""),
+    "rewards/margins": ("reward margin", 1, ""),
+    "rewards/accuracies": ("pairs ranked right", 100, " %"),
+    "rewards/chosen": ("reward, chosen", 1, ""),
+    "rewards/rejected": ("reward, rejected", 1, ""),
+    "logps/chosen": ("log-prob, chosen", 1, ""),
+    "logps/rejected": ("log-prob, rejected", 1, ""),
+    "nll_loss": ("NLL of chosen", 1, ""),
+}
+
+
+def numbers_markup(run: RunRecord) -> str:
+    """Tiles of how the run went, and its start and end, in training and on held-out pairs."""
+    tiles = "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in _facts(run))
+    rows = []
+    for name, (label, factor, unit) in MEASURES.items():
+        train = points_of(run.steps, name, factor)
+        held_out = points_of(run.evaluations, f"eval_{name}", factor)
+        if finite(train) or finite(held_out):
+            cells = [*ends(train), held_out[0][1] if held_out else None, held_out[-1][1] if held_out else None]
+            rows.append([label, *(short(value, unit) for value in cells)])
+    if not rows:
+        return f'<div class="tiles">{tiles}</div>'
+    first, last = (run.evaluations[0]["step"], run.evaluations[-1]["step"]) if run.evaluations else (0, 0)
+    when = [f"held out, step {first:,}", f"held out, step {last:,}"] if run.evaluations else ["held out", ""]
+    head = ["", "training, start", "training, end", *when]
+    return f'<div class="tiles">{tiles}</div><div class="card">{table(head, rows, "numbers stack")}</div>'
+
+
+def _facts(run: RunRecord) -> list[tuple[str, str]]:
+    waits = finite(points_of(run.steps, "data_wait_share", 100))
+    speeds = finite(points_of(run.steps, "pairs_per_s"))
+    tokens = finite(points_of(run.steps, "tokens_per_s"))
+    return [
+        ("steps", f"{run.steps[-1]['step']:,}" if run.steps else short(None)),
+        ("epochs", short(last_number(run.steps, "epoch"), digits=3)),
+        ("pairs a second, median", short(statistics.median(speeds) if speeds else None, digits=3)),
+        ("tokens a second, median", short(statistics.median(tokens) if tokens else None, digits=3)),
+        ("of a step waiting for data, median", short(statistics.median(waits) if waits else None, " %", 2)),
+        ("tokens in all", _count(last_number(run.steps, "num_tokens"))),
+        ("pairs skipped", short(last_number(run.steps, "skipped_pairs"))),
+        ("steps not finite", short(max(finite(points_of(run.steps, "nonfinite_steps")), default=None))),
+    ]
+
+
+def _count(value: float | None) -> str:
+    """Large counts in words a reader knows."""
+    if value is None or abs(value) < 1e6:
+        return short(value)
+    return f"{value / 1e6:,.3g} M" if value < 1e9 else f"{value / 1e9:,.4g} G"
+
+
+def compared_markup(runs: Sequence[RunRecord]) -> str:
+    rows = []
+    for name, (label, factor, unit) in MEASURES.items():
+        trained = [ends(points_of(run.steps, name, factor))[1] for run in runs]
+        held_out = [ends(points_of(run.evaluations[-1:], f"eval_{name}", factor))[1] for run in runs]
+        for kind, values in (("", trained), (", held out", held_out)):
+            if any(value is not None for value in values):
+                rows.append([label + kind, *(short(value, unit) for value in values)])
+    for facts in zip(*map(_facts, runs), strict=True):
+        rows.append([facts[0][0], *(value for _, value in facts)])
+    head = ["at the end", *(escape(run.name) for run in runs)]
+    return f'<div class="card">{table(head, rows, "numbers several stack")}</div>'
+
+
+def differences_markup(runs: Sequence[RunRecord]) -> str:
+    names = list({name: None for run in runs for name in run.config})
+    rows = []
+    for name in names:
+        values = [as_text(run.config[name]) if name in run.config else "not set" for run in runs]
+        if len(set(values)) > 1:
+            rows.append([escape(name), *map(escape, values)])
+    if not rows:
+        return '<p class="note">Nothing: the configs are the same.</p>'
+    return f'<div class="card">{table(["option", *(escape(run.name) for run in runs)], rows, "several")}</div>'
+
+
+def as_text(value: Any) -> str:
+    """As YAML writes it, so that defaults (tuples) and what was read (lists) look alike."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    if value is None or value == {}:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def last_number(rows: Sequence[Row], name: str) -> float | None:
+    return next((number_in(row[name]) for row in reversed(rows) if name in row), None)
