@@ -12,7 +12,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "main",
     ),
     "merge": ("add a trained adapter to its model, and save the sum", "synpo_fast.training.merge_cli", "main"),
-    "report": ("one page of charts, captions and numbers of a run, or of several", "synpo_fast.training.report", "main"),
+    "report": (
+        "one page of charts, captions and numbers of a run, or of several",
+        "synpo_fast.training.report",
+        "main",
+    ),
     "pairs": ("bring preference pairs into a manifest, and check one", "synpo_fast.data.pairs_cli", "main"),
 }
 

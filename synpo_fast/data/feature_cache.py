@@ -6,6 +6,7 @@ changed are simply not found. A stale feature can not be returned.
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ class FeatureCache:
 
     def put(self, video: VideoInputs, features: VideoFeatures) -> None:
         file = self._file(video)
-        partial = file.with_suffix(".partial")
+        partial = file.with_suffix(f".{os.getpid()}.partial")  # other processes may write the same
         deepstack = [tensor.detach().cpu() for tensor in features.deepstack]
         torch.save({"features": features.features.detach().cpu(), "deepstack": deepstack}, partial)
         partial.replace(file)
@@ -54,6 +55,6 @@ class FeatureCache:
 
 
 def _write(file: Path, content: bytes) -> None:
-    partial = file.with_suffix(".partial")
+    partial = file.with_suffix(f".{os.getpid()}.partial")  # other processes may write the same
     partial.write_bytes(content)
     partial.replace(file)

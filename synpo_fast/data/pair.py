@@ -58,7 +58,9 @@ class Pair:
         if self.clips and self.video is not None:
             raise ValueError(f"{name}: give video or clips, not both")
         if any(not 0 <= index < len(self.clips) for index in self.reference_clips):
-            raise ValueError(f"{name}: reference_clips {self.reference_clips} point outside its {len(self.clips)} clips")
+            raise ValueError(
+                f"{name}: reference_clips {self.reference_clips} point outside its {len(self.clips)} clips"
+            )
         if self.loss == "preference" and self.chosen == self.rejected:
             raise ValueError(f"{name}: chosen and rejected are the same text, so there is nothing to prefer")
         video = self.video

@@ -50,7 +50,7 @@ def load_policy(
         model, tokenizer, family = _pretrained(name_or_path, dtype, trust_remote_code)
     model.to(device=device, dtype=dtype)
     policy = Policy(model, tokenizer, family, attn_implementation=implementation, row_tokens=row_tokens)
-    if not name_or_path.startswith("tiny:"):
+    if not name_or_path.startswith("tiny:") and family.placeholder_token:
         policy.processing = family.processing(model.config, _preprocessor(name_or_path))
     if policy.can_share:
         _check_layers(model.config, family.name)

@@ -186,6 +186,9 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in SHARES:
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {getattr(config, name)}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(config, name) == 1:
+            raise ValueError(f"{name} must be below 1, got 1")
     if config.max_steps == 0 or config.max_steps < -1:
         raise ValueError(f"max_steps must be above 0, or -1 to go by num_train_epochs, got {config.max_steps}")
     if config.min_frames > config.max_frames:
@@ -265,5 +268,9 @@ def _check_output(config: TrainConfig) -> None:
         raise ValueError("zero_stage=3 needs the vision tower run on every device alike: leave feature_cache unset")
     if config.offload_optimizer and config.zero_stage == 0:
         raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+    if config.use_peft and not config.freeze_vision:
+        raise ValueError(
+            "freeze_vision=false has no effect beside an adapter, which trains alone: set use_peft=false too"
+        )
     if config.feature_cache and not config.freeze_vision:
         raise ValueError("feature_cache needs freeze_vision=true: a tower that trains has no lasting features")

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,13 +46,14 @@ class StepOutcome:
 
 def start_distributed(config: TrainConfig) -> torch.device:
     """Joins the process group the launcher describes, or makes one of a single process. Returns this process's device."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _use_gpu(config) else "cpu")  # deepspeed reads it when imported
     deepspeed = _deepspeed()
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _use_gpu(config) else "cpu")
     if "RANK" not in os.environ:  # without these DeepSpeed goes looking for MPI
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
-        )
+        os.environ.update(launch_environment(os.environ))
     device = torch.device("cpu")
+    # Its shared-memory collectives for CPUs would be compiled now, and a process killed meanwhile leaves a lock that every
+    # later run waits for without end. gloo does as well here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if _use_gpu(config):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -61,6 +62,26 @@ def start_distributed(config: TrainConfig) -> torch.device:
             dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False, timeout=timedelta(minutes=30)
         )
     return device
+
+
+def launch_environment(given: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE and the rest where no launcher of torch or DeepSpeed has set them: Slurm's or Open MPI's, or those of
+    a process that is alone. Raises ValueError if there are several processes and no MASTER_ADDR to meet at."""
+    for rank, size, local in (
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ):
+        if int(given.get(size, "1")) > 1:
+            if "MASTER_ADDR" not in given:
+                raise ValueError(f"{size}={given[size]}, but MASTER_ADDR is not set: export the name of the first node")
+            return {
+                "RANK": given[rank],
+                "WORLD_SIZE": given[size],
+                "LOCAL_RANK": given[local],
+                "MASTER_PORT": given.get("MASTER_PORT", "29500"),
+            }
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    return {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
 
 
 def stop_distributed() -> None:
@@ -106,8 +127,12 @@ class Engine:
         if self.plain:
             return self._plain_step()
         self.deepspeed.step()
-        norm = self.deepspeed.get_global_grad_norm()
-        return StepOutcome(self.deepspeed.was_step_applied(), float("nan") if norm is None else float(norm))
+        applied, norm = self.deepspeed.was_step_applied(), self.deepspeed.get_global_grad_norm()
+        if not applied and self.stage in (1, 2):
+            # With offloading DeepSpeed keeps what a skipped step left in its buffers, and no later gradient would be finite.
+            buffers = getattr(self.deepspeed.optimizer, "averaged_gradients", {})
+            buffers.update(dict.fromkeys(buffers))
+        return StepOutcome(applied, float("nan") if norm is None else float(norm))
 
     def _plain_step(self) -> StepOutcome:
         """DeepSpeed reduces gradients inside step(), so clipping and the look at the norm hook in between."""

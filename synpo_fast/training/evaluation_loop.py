@@ -34,11 +34,10 @@ class Evaluator:
             with torch.no_grad():
                 for batch in self.loader.steps(0):
                     bad += len(batch.bad)
-                    self.spare = batch.pairs[0] if batch.pairs else self.spare
                     if batch.pairs:
                         add_sums(sums, engine.forward(batch.pairs, 1.0)[1])
-                    elif engine.stage == 3 and self._spare(engine) is not None:
-                        engine.forward([self._spare(engine)], 0.0)
+                    elif engine.stage == 3 and self.spare is not None:
+                        engine.forward([self.spare], 0.0)
             captions = sample_captions(engine, self.captioned, max_new_tokens=self.max_new_tokens)
         finally:
             module.train()
@@ -49,8 +48,3 @@ class Evaluator:
         if captions:
             numbers["eval_captions"] = captions
         return numbers
-
-    def _spare(self, engine: Engine) -> EncodedPair | None:
-        if self.spare is None and self.captioned:
-            return self.captioned[0][1]
-        return self.spare

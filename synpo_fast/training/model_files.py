@@ -51,17 +51,31 @@ def save_model_files(policy: Policy, folder: Path, weights: dict[str, Tensor], *
     copy_processor_files(source, folder)
 
 
-def copy_processor_files(source: str, folder: Path) -> None:
-    if source.startswith("tiny:"):
-        return
-    from transformers.utils import cached_file
-
+def fetch_processor_files(source: str) -> None:
+    """Asks the hub once, when a run starts: a checkpoint is to wait for no network."""
     for name in PROCESSOR_FILES:
-        if (folder / name).exists():
-            continue
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        _processor_file(source, name, local_only=False)
+
+
+def copy_processor_files(source: str, folder: Path) -> None:
+    for name in PROCESSOR_FILES:
+        found = None if (folder / name).exists() else _processor_file(source, name, local_only=True)
         if found is not None:
             shutil.copyfile(found, folder / name)
+
+
+def _processor_file(source: str, name: str, *, local_only: bool) -> str | None:
+    if source.startswith("tiny:"):
+        return None
+    from transformers.utils import cached_file
+
+    return cached_file(
+        source,
+        name,
+        local_files_only=local_only,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
 
 
 def merge_adapter(adapter: Path, out: Path, *, model_name_or_path: str | None = None, dtype: str | None = None) -> None:

@@ -29,6 +29,7 @@ class ProfiledStep:
 
     micros: list[tuple[list[EncodedPair], float]]
     pairs: int
+    responses: int
     prompt_tokens: int
     response_tokens: int
     reading_s: float
@@ -80,11 +81,12 @@ def _profiled_step(config: TrainConfig, batch: StepBatch, reading_s: float) -> P
     micros = [([batch.pairs[index] for index in group], 1.0) for group in groups]
     prompt = sum(len(pair.sample.prompt) for pair in batch.pairs)
     response = sum(len(response) for pair in batch.pairs for response in pair.sample.responses)
-    ranks = every_rank((len(batch.pairs), prompt, response, len(micros)))
-    most = max(rank[3] for rank in ranks)
+    responses = sum(len(pair.sample.responses) for pair in batch.pairs)
+    ranks = every_rank((len(batch.pairs), responses, prompt, response, len(micros)))
+    most = max(rank[4] for rank in ranks)
     micros += [([batch.pairs[0]], 0.0) for _ in range(most - len(micros))]
-    pairs, prompts, responses = (sum(rank[place] for rank in ranks) for place in range(3))
-    return ProfiledStep(micros, pairs, prompts, responses, reading_s)
+    total = [sum(rank[place] for rank in ranks) for place in range(4)]
+    return ProfiledStep(micros, total[0], total[1], total[2], total[3], reading_s)
 
 
 def pairs_differ_between_ranks(steps: list[ProfiledStep]) -> bool:

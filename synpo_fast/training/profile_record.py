@@ -46,10 +46,12 @@ def baseline_of(times: Mapping[str, object]) -> str | None:
     return next((name for name in BASELINES if name in times), None)
 
 
-def limit(config: TrainConfig, prompt_tokens: float, response_tokens: float) -> dict[str, Any]:
-    """prompt_tokens: each pair's once. response_tokens: of both responses."""
+def limit(
+    config: TrainConfig, prompt_tokens: float, response_tokens: float, responses_of_a_pair: float = 2.0
+) -> dict[str, Any]:
+    """prompt_tokens: each pair's once. response_tokens: of all responses; a ground truth is a third one."""
     own = (2 if config.use_peft else 3) + int(config.gradient_checkpointing)
-    apart, shared = 2 * prompt_tokens + response_tokens, prompt_tokens + response_tokens
+    apart, shared = responses_of_a_pair * prompt_tokens + response_tokens, prompt_tokens + response_tokens
     return {
         "formula": f"{own + 1} * 2(P + C) / ({own} * (P + 2C)); unshared {own + 1} / {own}",
         "dpo_over_synpo_shared": (own + 1) * apart / (own * shared),

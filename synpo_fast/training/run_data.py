@@ -76,7 +76,11 @@ def split(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], l
 
 
 def data_key(pairs: Sequence[Pair]) -> str:
-    facts = [(pair.id, str(pair.video), pair.prompt, pair.chosen, pair.rejected, pair.loss) for pair in pairs]
+    facts = [
+        (pair.id, str(pair.video), [(clip.path, clip.start, clip.end) for clip in pair.clips], pair.prompt, pair.chosen,
+         pair.rejected, pair.ground_truth, pair.loss)
+        for pair in pairs
+    ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -157,8 +161,10 @@ def _check_uses(config: TrainConfig, pairs: Sequence[Pair]) -> None:
                 f"auxiliary_target=ground_truth, but {len(missing)} of {len(pairs)} pairs have none, {missing[0]!r} among them"
             )
     with_video = sum(1 for pair in pairs if pair.video is not None or pair.clips)
-    if config.zero_stage == 3 and 0 < with_video < len(pairs):
+    alike = config.zero_stage == 3 or (config.zero_stage > 0 and not config.freeze_vision)
+    if alike and 0 < with_video < len(pairs):
         raise ValueError(
-            f"{with_video} of {len(pairs)} pairs have a video: zero_stage=3 needs the vision tower run on every device "
-            "alike, so all pairs with a video or none; use zero_stage=2, or two runs"
+            f"{with_video} of {len(pairs)} pairs have a video: zero_stage={config.zero_stage} with freeze_vision="
+            f"{str(config.freeze_vision).lower()} needs the vision tower run on every device alike, so all pairs with a "
+            "video or none; use zero_stage=2 with a frozen tower, zero_stage=0, or two runs"
         )

@@ -17,7 +17,7 @@ from synpo_fast.references import AdapterOff, FrozenCopy, Precomputed, Reference
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.lora import add_lora, load_adapter
 from synpo_fast.training.pair_module import PairModule
-from synpo_fast.training.run_data import RunData, ordered_loader
+from synpo_fast.training.run_data import RunData, data_key, ordered_loader, sampling_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,11 @@ def build_model(config: TrainConfig, data: RunData, device: torch.device, checkp
     """The same on every rank. A reference is made of the model as training began, also when it goes on from a checkpoint."""
     dtype = training_dtype(config, device)
     policy = _load(config, config.model_name_or_path, device, dtype)
+    if config.zero_stage == 3 and not policy.can_share:
+        raise ValueError(
+            f"{policy.family.name} has linear-attention layers, so responses run as rows of their own, and zero_stage=3 "
+            "needs the same number of rows on every device: use zero_stage=2"
+        )
     if config.use_peft:
         torch.manual_seed(config.seed)  # the adapter's first weights
         add_lora(
@@ -102,7 +107,7 @@ def make_reference(
 def precomputed_reference(config: TrainConfig, data: RunData, policy: Policy, device: torch.device) -> Reference:
     """Reads output_dir/reference.pt, and makes it first if it is not there or was made with other weights or pairs."""
     file = Path(config.output_dir) / "reference.pt"
-    key = f"{weights_key(policy)} {data.key}"
+    key = f"{weights_key(policy)} {data.key} {data_key(data.evaluation)} {sampling_of(config)}"
     fresh = [_is_fresh(file, key) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(fresh, src=0)
     if not fresh[0]:

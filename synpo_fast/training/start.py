@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from synpo_fast.training.checkpoint import (
 )
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.config_sources import dump_config
-from synpo_fast.training.engine import Engine, start_distributed, stop_distributed
+from synpo_fast.training.engine import Engine, deepspeed_config, start_distributed, stop_distributed
 from synpo_fast.training.evaluation_loop import Evaluator
 from synpo_fast.training.loop import Run, train
 from synpo_fast.training.metrics import MetricsLog
+from synpo_fast.training.model_files import fetch_processor_files
 from synpo_fast.training.optimizer import make_optimizer
 from synpo_fast.training.progress import Progress
-from synpo_fast.training.run_data import RunData, ordered_loader, read_data, read_some, train_loader
+from synpo_fast.training.run_data import RunData, ordered_loader, read_data, read_some, sampling_of, train_loader
 from synpo_fast.training.run_model import build_model, training_dtype
 from synpo_fast.training.run_state import RunState, Saver, check_same_run
 
@@ -49,7 +51,7 @@ def train_in_group(config: TrainConfig, device: torch.device) -> RunState:
     """The same in a process group that is there already."""
     loaders: list[PairLoader] = []
     try:
-        training_dtype(config, device)
+        deepspeed_config(config, training_dtype(config, device))  # what is wrong with them is said here
         if config.profile:
             # Here, because torch's FLOP counter imports triton, which training on a CPU does without.
             from synpo_fast.training.step_profile import profile_in_group
@@ -95,6 +97,10 @@ def _build(
     optimizer_state, trainer_state = read_state(checkpoint) if checkpoint is not None else ({}, None)
     if trainer_state is not None and checkpoint is not None:
         check_same_run(trainer_state["facts"], facts, checkpoint)
+    if rank == 0:
+        kept = dump_config(replace(config, resume=None, overwrite_output_dir=False))  # to be started from again, safely
+        (Path(config.output_dir) / "config.yaml").write_text(kept, encoding="utf-8")
+        fetch_processor_files(config.model_name_or_path)
     model = build_model(config, data, device, checkpoint)
     optimizer = make_optimizer(
         model.module,
@@ -114,8 +120,14 @@ def _build(
     if data.evaluation:
         eval_loader = ordered_loader(config, data.evaluation, data.eval_root, model.policy, rank, world_size)
         loaders.append(eval_loader)
-        captioned = read_some(config, data, model.policy, config.num_eval_captions)
-        evaluator = Evaluator(eval_loader, captioned, config.max_new_tokens, device)
+        # Rank 0's, for all: under ZeRO-3 every rank writes the same captions, and has a pair to stand in with.
+        found: list[Any] = [None]
+        if rank == 0:
+            found = [read_some(config, data, model.policy, max(1, config.num_eval_captions))]
+        dist.broadcast_object_list(found, src=0, device=device)
+        captioned = found[0][: config.num_eval_captions]
+        spare = found[0][0][1] if found[0] else None
+        evaluator = Evaluator(eval_loader, captioned, config.max_new_tokens, device, spare)
     num_steps = steps_of(config, loader.steps_per_epoch)
     progress = Progress(
         shows=rank == 0,
@@ -143,7 +155,7 @@ def _prepare_output(config: TrainConfig) -> Path | None:
     if dist.get_rank() == 0:
         try:
             answer[0] = _choose_checkpoint(config)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             answer[1] = str(error)
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
@@ -161,6 +173,12 @@ def _choose_checkpoint(config: TrainConfig) -> Path | None:
         found = Path(config.resume)
         if not found.is_dir():
             raise ValueError(f"resume={config.resume!r} is not a folder: give a checkpoint-N folder, or auto")
+        newest = (list_checkpoints(folder) or [found])[-1]
+        if found.resolve().parent == folder.resolve() and newest.resolve() != found.resolve():
+            raise ValueError(
+                f"resume={config.resume!r}: {config.output_dir!r} holds later checkpoints, {newest.name} the last, which "
+                "would be taken for this run's. Delete them, or give another output_dir"
+            )
     elif config.overwrite_output_dir:
         remove_checkpoints(folder)
     elif list_checkpoints(folder):
@@ -168,7 +186,6 @@ def _choose_checkpoint(config: TrainConfig) -> Path | None:
             f"output_dir={config.output_dir!r} holds checkpoints: go on with --resume auto, start anew with "
             "--overwrite_output_dir, or take another folder"
         )
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     return found
 
 
@@ -181,6 +198,11 @@ def _facts(config: TrainConfig, data: RunData, world_size: int) -> dict[str, Any
         "model_name_or_path": config.model_name_or_path,
         "use_peft": config.use_peft,
         "loss_type": config.loss_type,
+        "loss options": config.loss_options,
+        "auxiliary": [config.auxiliary_nll, config.auxiliary_target],
+        "reference": config.reference_kind if config.needs_reference else None,
+        "adapter": [config.lora_r, config.lora_alpha, config.lora_dropout, sorted(config.lora_target_modules)],
+        "frames": repr(sampling_of(config)),
     }
 
 

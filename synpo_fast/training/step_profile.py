@@ -109,7 +109,7 @@ def _record(bench: Bench, times: Mapping[str, list[StageTimes]], losses: Mapping
         "environment": _environment(bench),
         "rounds": config.profile,
         "batch": batch,
-        "limit": limit(config, batch["prompt_tokens"], batch["response_tokens"]),
+        "limit": limit(config, batch["prompt_tokens"], batch["response_tokens"], batch["responses"] / batch["pairs"]),
         "ratio_base": base,
         "ways": ways,
         "config": {name: value for name, value in asdict(config).items() if name != "local_rank"},
@@ -118,9 +118,10 @@ def _record(bench: Bench, times: Mapping[str, list[StageTimes]], losses: Mapping
 
 def _batch_facts(used: Sequence[ProfiledStep], distinct: int) -> dict[str, Any]:
     """Means over the steps of the measured rounds; counts are of all ranks."""
-    names = ("pairs", "prompt_tokens", "response_tokens", "reading_s")
+    names = ("pairs", "responses", "prompt_tokens", "response_tokens", "reading_s")
     facts: dict[str, Any] = {name: sum(getattr(step, name) for step in used) / len(used) for name in names}
-    facts["prefix_to_completion"] = 2 * facts["prompt_tokens"] / facts["response_tokens"]
+    a_prompt, a_response = facts["prompt_tokens"] / facts["pairs"], facts["response_tokens"] / facts["responses"]
+    facts["prefix_to_completion"] = a_prompt / a_response
     return facts | {"distinct": distinct}
 
 

@@ -19,8 +19,8 @@ from synpo_fast.models.scoring import PairEncoder
 from synpo_fast.training.lora import add_lora
 
 
-def eager_run(values: dict[str, Any], *, pairs_per_step: int = 4) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of each step, and the trained weights after the last, for options as in world.options."""
+def eager_run(values: dict[str, Any], *, pairs_per_step: int = 4) -> tuple[list[float], dict[str, Tensor], list[float]]:
+    """Losses of each step, trained weights after the last, gradient norms before clipping; options as in world.options."""
     pairs = read_manifest(values["train_file"])
     root = values["train_file"].rsplit("/", 1)[0]
     policy = load_policy(values["model_name_or_path"], device="cpu", attn_implementation="sdpa")
@@ -43,7 +43,7 @@ def eager_run(values: dict[str, Any], *, pairs_per_step: int = 4) -> tuple[list[
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=values["learning_rate"])
-    losses, steps = [], values["max_steps"]
+    losses, norms, steps = [], [], values["max_steps"]
     warmup = math.ceil(values["warmup_ratio"] * steps)
     order = [i for epoch in range(99) for i in epoch_order(len(pairs), seed=values.get("seed", 42), epoch=epoch)]
     for step in range(steps):
@@ -51,13 +51,13 @@ def eager_run(values: dict[str, Any], *, pairs_per_step: int = 4) -> tuple[list[
         loss = torch.stack([pair_loss(values, policy, encoded[i], first[i]) for i in chosen]).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, values["max_grad_norm"])
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, values["max_grad_norm"])))
         rate = (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate * values["learning_rate"]
         optimizer.step()
         losses.append(float(loss))
-    return losses, {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+    return losses, {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}, norms
 
 
 def pair_loss(values: dict[str, Any], policy: Any, sample: Sample, first: tuple[Tensor, Tensor]) -> Tensor:

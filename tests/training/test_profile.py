@@ -209,7 +209,7 @@ def a_bench(**config):
     pair = EncodedPair(Sample((1, 2), ((3,), (4,))), "a", preference=True, has_ground_truth=False)
     engine = SimpleNamespace(dtype=torch.float32, module=SimpleNamespace(auxiliary=None))
     ways = ways_of(config, equal_batches=True, copied=True)
-    return Bench(config, engine, None, ways, [ProfiledStep([([pair], 1.0)], 1, 2, 2, 0.0)], CPU)
+    return Bench(config, engine, None, ways, [ProfiledStep([([pair], 1.0)], 1, 2, 2, 2, 0.0)], CPU)
 
 
 LOG_2 = math.log(2)
@@ -270,16 +270,16 @@ def test_steps_without_pairs_and_the_first_reading_are_left_out(group):
 
 
 def test_workers_hide_what_takes_less_time_than_computing():
-    step = ProfiledStep([], 1, 2, 2, reading_s=3.0)
+    step = ProfiledStep([], 1, 2, 2, 2, reading_s=3.0)
     assert [step.wait_s(computing, workers) for computing, workers in ((1.0, 2), (5.0, 2), (5.0, 0))] == [2.0, 0.0, 3.0]
 
 
 def test_ranks_with_fewer_micro_batches_are_filled_up_with_weight_0(group, monkeypatch):
-    other = (4, 40, 20, 4)  # pairs, prompt tokens, response tokens and micro-batches of another rank
+    other = (4, 8, 40, 20, 4)  # pairs, responses, prompt and response tokens, micro-batches of another rank
     monkeypatch.setattr(profile_batches, "every_rank", lambda own: [own, other] if isinstance(own, tuple) else [own])
     (step,) = read([2, 2], [0.0, 0.0], profile=1, per_device_train_batch_size=1)
     assert [(len(pairs), weight) for pairs, weight in step.micros] == [(1, 1.0), (1, 1.0), (1, 0.0), (1, 0.0)]
-    assert (step.pairs, step.prompt_tokens, len(step.samples)) == (6, 51, 2)
+    assert (step.pairs, step.responses, step.prompt_tokens, len(step.samples)) == (6, 12, 51, 2)
 
 
 # ---- the record ----
@@ -290,6 +290,9 @@ def test_the_limit_is_that_of_passes_per_token():
     found = limit(a_config(), 500, 200)
     assert found["dpo_over_synpo_shared"] == pytest.approx(36 / 14) and found["unshared"] == 1.5
     assert limit(a_config(gradient_checkpointing=True), 500, 200)["unshared"] == pytest.approx(4 / 3)
+    assert limit(a_config(), 500, 300, 3)["dpo_over_synpo_shared"] == pytest.approx(
+        3 * 1800 / (2 * 800)
+    )  # a ground truth
     assert limit(a_config(use_peft=False), 500, 200)["dpo_over_synpo_shared"] == pytest.approx(48 / 21)
 
 

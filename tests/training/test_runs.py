@@ -23,6 +23,10 @@ def losses_of(folder):
     return [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
 
 
+def norms_of(folder):
+    return [row["grad_norm"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+
+
 def weights_of(checkpoint, use_peft):
     file = checkpoint / ("adapter_model.safetensors" if use_peft else "model.safetensors")
     return load_file(file)
@@ -63,12 +67,14 @@ def test_stages_ranks_and_resumes_agree_with_the_eager_run(world, tmp_path, port
     one = [values("one", zero_stage=0), *(values(f"single-{s}", zero_stage=s, resume=half[s]) for s in STAGES)]
     launch(one, tmp_path, 1, port)
 
-    losses, weights = eager_run(values("one"))
+    losses, weights, norms = eager_run(values("one"))
+    assert min(norms) > 0.02  # every step is clipped, and the norm before it tells the scale of the gradient
     reference = weights_of(tmp_path / "one" / "checkpoint-000006", use_peft)
     names = ["one", *(f"{kind}-{stage}" for kind, stage in itertools.product(("two", "moved", "single"), STAGES))]
     for name in names:
         resumed = name.startswith(("moved", "single"))
         assert losses_of(tmp_path / name) == pytest.approx(losses[3:] if resumed else losses, abs=LOSS_TOLERANCE), name
+        assert norms_of(tmp_path / name) == pytest.approx(norms[3:] if resumed else norms, rel=2e-3), name
         found = weights_of(tmp_path / name / "checkpoint-000006", use_peft)
         assert_same_weights(found, reference, WEIGHT_TOLERANCE)
     # The weights of a run against the eager ones: names differ, so by value.
@@ -98,6 +104,7 @@ def test_the_first_ten_losses_are_those_of_the_eager_computation(world, tmp_path
     loss, _, reference = kind.partition("-")
     values = options(world, tmp_path / "out", loss_type=loss, max_steps=10)
     in_one_process({**values, **({"reference": reference} if reference else {})})
-    losses, _ = eager_run(values)
+    losses, _, norms = eager_run(values)
     assert losses_of(tmp_path / "out") == pytest.approx(losses, abs=LOSS_TOLERANCE)
+    assert norms_of(tmp_path / "out") == pytest.approx(norms, rel=2e-3)
     assert max(losses) - min(losses) > 1e-3  # it trains

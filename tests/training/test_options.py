@@ -1,0 +1,178 @@
+"""Options that change what a run does, and set-ups between which it must make no difference."""
+
+import json
+
+import pytest
+import torch
+
+from synpo_fast.training.checkpoint import newest_checkpoint
+from synpo_fast.training.engine import launch_environment
+from synpo_fast.training.metrics import read_metrics
+from tests.training.test_faults import final_weights, poison
+from tests.training.world import options
+
+
+def losses(folder):
+    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weight_decay": 0.0},
+        {"adam_beta1": 0.5},
+        {"adam_beta2": 0.5},
+        {"adam_epsilon": 0.1},
+        {"max_grad_norm": 0.0, "adam_epsilon": 1e-3},
+        {"lora_dropout": 0.5},
+        {"lora_alpha": 16},
+        {"warmup_steps": 3},
+        {"lr_scheduler_type": "constant"},
+        {"alpha": 3.0},
+        {"link": "logsigmoid"},
+        {"auxiliary_nll": 0.5},
+        {"num_frames": None, "fps": 1.0, "min_frames": 1, "max_frames": 3},
+        {"lora_target_modules": ("q_proj",)},
+        {"seed": 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_it_changes_the_run(world, tmp_path, in_one_process, change):
+    values = options(world, tmp_path / "a", max_steps=3, save_steps=0, report=False)
+    in_one_process(values)
+    in_one_process({**values, **change, "output_dir": str(tmp_path / "b")})
+    ends = [final_weights(tmp_path / name, 3) for name in ("a", "b")]
+    same = set(ends[0]) == set(ends[1]) and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert not same
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "zero_stage": 3},
+        {"max_batch_tokens": 60, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+        {"row_tokens": 60, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+        {"share_prefix": False},
+        {"attn_implementation": "eager"},
+        {"dataloader_num_workers": 1},
+        {"offload_optimizer": True},
+        {"offload_optimizer": True, "zero_stage": 3},
+        {"video_backend": "pyav"},
+    ],
+    ids=lambda change: "-".join(f"{name}={value}" for name, value in change.items())[:50],
+)
+def test_it_makes_no_difference_to_the_losses(world, tmp_path, in_one_process, change):
+    values = options(world, tmp_path / "a", max_steps=3, save_steps=0, report=False)
+    in_one_process(values)
+    in_one_process({**values, **change, "output_dir": str(tmp_path / "b")})
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), abs=2e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bf16_keeps_fp32_masters_and_resumes_bit_for_bit(world, tmp_path, in_one_process, zero_stage):
+    """At this learning rate no step moves a bf16 weight by itself: only masters add the steps up."""
+    values = options(
+        world, tmp_path / "a", bf16=True, zero_stage=zero_stage, learning_rate=2e-5, max_steps=6, save_total_limit=9,
+        lr_scheduler_type="constant", report=False,
+    )  # fmt: skip
+    in_one_process(values)
+    in_one_process({**values, "output_dir": str(tmp_path / "b"), "resume": str(tmp_path / "a" / "checkpoint-000003")})
+    ends = [final_weights(tmp_path / name, 6) for name in ("a", "b")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert {value.dtype for value in ends[0].values()} == {torch.bfloat16}
+    assert losses(tmp_path / "a")[3:] == losses(tmp_path / "b")
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_offloading_recovers_from_a_step_that_is_not_finite(world, tmp_path, in_one_process, monkeypatch, zero_stage):
+    poison(monkeypatch, {1})
+    values = options(
+        world, tmp_path / "out", max_steps=4, bf16=True, offload_optimizer=True, zero_stage=zero_stage, report=False
+    )
+    state = in_one_process(values)
+    assert (state.nonfinite_steps, state.nonfinite_in_a_row) == (1, 0)
+
+
+def test_features_are_kept_between_runs(world, tmp_path, in_one_process):
+    values = options(world, tmp_path / "a", max_steps=4, report=False, feature_cache=str(tmp_path / "features"))
+    in_one_process(values)
+    kept = sorted((tmp_path / "features").glob("*.pt"))
+    assert len(kept) == 8  # the videos
+    in_one_process({**values, "output_dir": str(tmp_path / "b")})
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert sorted((tmp_path / "features").glob("*.pt")) == kept
+
+
+def test_pairs_that_are_too_long_are_skipped_and_counted(world, tmp_path, in_one_process):
+    values = options(world, tmp_path / "out", max_steps=4, max_length=1, max_bad_share=1.0, report=False)
+    in_one_process(values)
+    rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert rows[-1]["skipped_pairs"] == 16 and "loss" not in rows[-1]
+    assert "max_tokens=1" in (tmp_path / "out" / "skipped_pairs.rank0.jsonl").read_text()
+
+
+def test_epochs_and_logging_steps(world, tmp_path, in_one_process):
+    values = options(world, tmp_path / "out", max_steps=-1, num_train_epochs=1.5, logging_steps=4, report=False)
+    state = in_one_process(values)
+    assert (state.step, state.epoch, state.step_in_epoch) == (6, 1, 2)  # 16 pairs, 4 a step
+    assert [row["step"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [4, 6]
+
+
+def test_resuming_an_older_checkpoint_beside_later_ones_is_refused(world, tmp_path, in_one_process):
+    values = options(world, tmp_path / "out", max_steps=2, save_steps=1, report=False)
+    in_one_process(values)
+    with pytest.raises(ValueError, match="holds later checkpoints, checkpoint-000002 the last"):
+        in_one_process({**values, "resume": str(tmp_path / "out" / "checkpoint-000001")})
+    with pytest.raises(ValueError, match="adapter was"):
+        in_one_process({**values, "resume": "auto", "lora_alpha": 64})
+    assert newest_checkpoint(tmp_path / "out").name == "checkpoint-000002"
+
+
+def test_the_kept_config_starts_the_same_run_and_deletes_nothing(world, tmp_path, in_one_process):
+    from synpo_fast.training.config_sources import resolve_config
+
+    values = options(world, tmp_path / "out", max_steps=1, report=False, overwrite_output_dir=True)
+    in_one_process(values)
+    kept = resolve_config(["--config", str(tmp_path / "out" / "config.yaml")])
+    assert not kept.overwrite_output_dir and kept.resume is None
+    assert kept.learning_rate == values["learning_rate"]
+
+
+def test_a_folder_of_a_text_model_trains(tmp_path, in_one_process):
+    from synpo_fast.data import Pair, write_manifest
+    from synpo_fast.models import load_policy
+
+    policy = load_policy("tiny:text", device="cpu")
+    policy.model.save_pretrained(str(tmp_path / "base"))
+    policy.tokenizer.save_pretrained(str(tmp_path / "base"))
+    write_manifest(tmp_path / "pairs.jsonl", [Pair("Say a.", f"yes {i}", f"no {i}", id=str(i)) for i in range(8)])
+    in_one_process(options(tmp_path, tmp_path / "out", max_steps=2, report=False))
+    assert len(losses(tmp_path / "out")) == 2
+
+
+def test_entries_of_a_deepspeed_file(world, tmp_path, in_one_process):
+    file = tmp_path / "ds.json"
+    for content, message in (
+        ({"train_batch_size": 8}, "sets train_batch_size"),
+        ({"zero_optimization": {"stage": 1}}, r"sets zero_optimization\.stage"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            in_one_process({**options(world, tmp_path / "no", deepspeed=str(file)), "model_name_or_path": "no/such"})
+    file.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    values = options(world, tmp_path / "a", max_steps=3, zero_stage=3, report=False)
+    in_one_process(values)
+    in_one_process({**values, "output_dir": str(tmp_path / "b"), "deepspeed": str(file)})
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), abs=2e-5)
+
+
+def test_processes_of_a_scheduler_find_each_other_or_say_what_is_missing():
+    slurm = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
+    with pytest.raises(ValueError, match="SLURM_STEP_NUM_TASKS=8, but MASTER_ADDR is not set"):
+        launch_environment(slurm)
+    found = launch_environment({**slurm, "MASTER_ADDR": "node1"})
+    assert found == {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
+    mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    assert launch_environment({**mpi, "MASTER_ADDR": "x", "MASTER_PORT": "5"})["MASTER_PORT"] == "5"
+    assert launch_environment({"SLURM_STEP_NUM_TASKS": "1"})["WORLD_SIZE"] == "1"
