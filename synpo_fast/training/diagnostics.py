@@ -67,7 +67,7 @@ def _rewards(module: PairModule, pairs: Sequence[EncodedPair]) -> tuple[tuple[Te
         return (geometric_mean(*halves[0]), geometric_mean(*halves[1])), logps
     if module.reference is None:
         return (segment_mean(*halves[0]), segment_mean(*halves[1])), logps
-    ref = pair_logprobs(pairs, module.reference(samples))
+    ref = pair_logprobs(pairs, module.reference_logps(samples))
     return (
         segment_sum(*halves[0]) - segment_sum(ref.chosen, ref.chosen_offsets),
         segment_sum(*halves[1]) - segment_sum(ref.rejected, ref.rejected_offsets),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss
 from synpo_fast.losses.metric_sums import metric_sums
-from synpo_fast.models.policy import Logps, Policy
+from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.models.scoring import EncodedPair
 from synpo_fast.references import Reference
 from synpo_fast.training.config import TrainConfig
@@ -50,13 +50,19 @@ class PairModule(nn.Module):
     def forward(self, pairs: Sequence[EncodedPair], scale: float) -> tuple[Tensor, Sums]:
         samples = [pair.sample for pair in pairs]
         logps = self.policy(samples, share_prefix=self.share_prefix)
-        reference = None if self.reference is None else self.reference(samples)
+        reference = None if self.reference is None else self.reference_logps(samples)
         output = self.loss_of_logps(pairs, logps, reference)
         loss = output.losses.sum() * scale
         # A loss that is not finite takes every gradient with it, so that the engine skips the step on all ranks.
         loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         with torch.no_grad():
             return loss, self._sums(pairs, output)
+
+    def reference_logps(self, samples: Sequence[Sample]) -> Logps:
+        """Where the policy is: precomputed ones come from a file, on the CPU."""
+        assert self.reference is not None
+        device = self.policy.device
+        return [[values.to(device) for values in each] for each in self.reference(samples)]
 
     def loss_of_logps(self, pairs: Sequence[EncodedPair], logps: Logps, reference: Logps | None) -> LossOutput:
         """The loss of each pair from token log-probs, laid out as the samples' responses are."""

@@ -150,6 +150,8 @@ def read_some(config: TrainConfig, data: RunData, policy: Policy, count: int) ->
 
 
 def _read(file: str, config: TrainConfig) -> list[Pair]:
+    if not Path(file).exists():
+        raise ValueError(f"there is no manifest {file!r}")
     return read_manifest(file, on_bad="skip" if config.allow_bad_rows else "raise")
 
 
