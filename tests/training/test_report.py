@@ -353,6 +353,6 @@ def test_a_run_of_the_trainer_has_everything_the_page_wants(world, tmp_path, in_
     )
     in_one_process(values)
     page = report(tmp_path / "out")
-    assert "To know first" not in page.text and "before, step 1" in page.text and "after, step 2" in page.text
+    assert "To know first" not in page.text and "before training" in page.text and "after, step 2" in page.text
     assert len(page.all("img")) == 4 and "Pull of each response on the weights" in page.charts()
     assert "deepspeed" in page.text and "No pair was skipped" in page.text
