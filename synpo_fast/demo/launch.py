@@ -1,0 +1,126 @@
+"""Runs the trainer as a user does, under the deepspeed launcher, and shows what it says as it goes.
+
+All it writes goes to log.txt in the run's folder; the lines about the training are shown too, and where nothing comes for some
+seconds, that it is still at work.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import synpo_fast
+from synpo_fast.training.checkpoint import newest_checkpoint
+
+QUIET_SECONDS = 5.0
+SHOW_SECONDS = 2.0  # at most one line of steps in this time
+SHOWN = (
+    "step ",
+    "evaluation",
+    "finished",
+    "stopped",
+    "going on",
+    "nothing to do",
+    "reference:",
+    "synpo on",
+    "dpo on",
+    "sft on",
+)
+
+
+class DemoError(RuntimeError):
+    """A step of the demo failed; the message ends with what it said last."""
+
+
+def train(out: Path, recipe: str, options: Mapping[str, Any]) -> Path:
+    """A training of one process, from the newest checkpoint in `out` if there is one. Returns its last checkpoint.
+
+    It takes a GPU if there is one. options: of the trainer, by name; max_steps among them. Raises DemoError if it fails.
+    """
+    done = newest_checkpoint(out)
+    if done is not None and done.name == f"checkpoint-{options['max_steps']:06d}":
+        print("  done before", flush=True)
+        return done
+    out.mkdir(parents=True, exist_ok=True)
+    words = [word for name, value in options.items() for word in (f"--{name}", _text(value))]
+    script = Path(synpo_fast.__file__).parent / "train.py"
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "1",
+        "--master_port",
+        str(_free_port()),
+    ]
+    command = [*launcher, str(script), "--recipe", recipe, "--output_dir", str(out), "--resume", "auto", *words]
+    log = out / "log.txt"
+    status = _run_and_show(command, log)
+    last = newest_checkpoint(out)
+    if status != 0 or last is None:
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
+        raise DemoError(f"the {recipe} training ended with status {status}; all it said is in {log}\n{tail}")
+    return last
+
+
+def _run_and_show(command: list[str], log: Path) -> int:
+    lines: queue.Queue[str | None] = queue.Queue()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        start_new_session=True,
+    )
+    reader = threading.Thread(target=_pass_on, args=(process, lines, log), daemon=True)
+    reader.start()
+    started = said = time.monotonic()
+    try:
+        while True:
+            try:
+                line = lines.get(timeout=QUIET_SECONDS)
+            except queue.Empty:
+                print(f"  ... at work for {time.monotonic() - started:.0f} s", flush=True)
+                continue
+            if line is None:
+                return process.wait()
+            steps = line.startswith("step ")
+            if line.startswith(SHOWN) and (not steps or time.monotonic() - said > SHOW_SECONDS):
+                print(f"  {line}", flush=True)
+                said = time.monotonic() if steps else said
+    finally:
+        if process.poll() is None:  # interrupted: the trainer, told so, saves a checkpoint and ends
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+
+
+def _pass_on(process: subprocess.Popen[str], lines: queue.Queue[str | None], log: Path) -> None:
+    assert process.stdout is not None
+    with log.open("a", encoding="utf-8") as file:
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            lines.put(line.rstrip())
+    lines.put(None)
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,45 @@
+"""What a child process says is kept, shown where it matters, and its failure is told."""
+
+import os
+import signal
+import sys
+import threading
+
+import pytest
+
+from synpo_fast.demo import launch
+
+
+def run(code, log):
+    return launch._run_and_show([sys.executable, "-c", code], log)
+
+
+def test_lines_of_the_training_are_shown_and_all_are_kept(tmp_path, capsys):
+    log = tmp_path / "log.txt"
+    code = "print('[INFO] noise'); print('sft on 5 pairs'); import sys; print('step 1/2  loss 3', file=sys.stderr)"
+    assert run(code, log) == 0
+    shown = capsys.readouterr().out
+    assert "sft on 5 pairs" in shown and "noise" not in shown
+    assert all(text in log.read_text() for text in ("noise", "sft on", "step 1/2"))
+
+
+def test_it_tells_that_it_is_at_work_while_nothing_comes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "QUIET_SECONDS", 0.1)
+    assert run("import time; time.sleep(0.6)", tmp_path / "log.txt") == 0
+    assert "at work for" in capsys.readouterr().out
+
+
+def test_an_interrupt_ends_the_child_too(tmp_path):
+    code = "import os, time; print('step', os.getpid(), flush=True); time.sleep(60)"
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        run(code, tmp_path / "log.txt")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "log.txt").read_text().split()[1]), 0)
+
+
+@pytest.mark.heavy
+def test_a_failure_names_the_log_and_shows_its_end(tmp_path):
+    options = {"train_file": tmp_path / "does-not-exist.jsonl", "max_steps": 1, "model_name_or_path": "tiny:text"}
+    with pytest.raises(launch.DemoError, match=r"sft training ended with status .*log\.txt(.|\n)*does-not-exist"):
+        launch.train(tmp_path / "run", "sft", options)
