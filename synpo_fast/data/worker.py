@@ -33,7 +33,7 @@ def _serve(connection: socket.socket, deadline_s: float) -> None:
     torch.set_num_threads(1)
     pickled_work = receive_message(connection)
     try:
-        work = pickle.loads(pickled_work)
+        work = pickle.loads(pickled_work)  # from the process that started this one, over its own socket pair
     except Exception:  # whatever an import in there may raise, the parent should show it
         send_message(connection, (RAISED, traceback.format_exc()))
         return

@@ -15,7 +15,9 @@ from synpo_fast.models.loading import load_policy
 from synpo_fast.models.policy import Policy
 from synpo_fast.references import AdapterOff, FrozenCopy, Precomputed, Reference, detached_logps
 from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.engine import Engine
 from synpo_fast.training.lora import add_lora, load_adapter
+from synpo_fast.training.optimizer import make_optimizer
 from synpo_fast.training.pair_module import PairModule
 from synpo_fast.training.run_data import RunData, data_key, ordered_loader, sampling_of
 
@@ -68,6 +70,17 @@ def build_model(config: TrainConfig, data: RunData, device: torch.device, checkp
     module = PairModule(policy, config)
     module.reference = reference
     return RunModel(policy, module, dtype)
+
+
+def build_engine(config: TrainConfig, model: RunModel) -> Engine:
+    optimizer = make_optimizer(
+        model.module,
+        learning_rate=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        epsilon=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+    return Engine(model.module, optimizer, config, dtype=model.dtype)
 
 
 def _load(

@@ -29,10 +29,9 @@ from synpo_fast.training.evaluation_loop import Evaluator
 from synpo_fast.training.loop import Run, train
 from synpo_fast.training.metrics import MetricsLog
 from synpo_fast.training.model_files import fetch_processor_files
-from synpo_fast.training.optimizer import make_optimizer
 from synpo_fast.training.progress import Progress
 from synpo_fast.training.run_data import RunData, ordered_loader, read_data, read_some, sampling_of, train_loader
-from synpo_fast.training.run_model import build_model, training_dtype
+from synpo_fast.training.run_model import build_engine, build_model, training_dtype
 from synpo_fast.training.run_state import RunState, Saver, check_same_run
 
 logger = logging.getLogger(__name__)
@@ -102,14 +101,7 @@ def _build(
         (Path(config.output_dir) / "config.yaml").write_text(kept, encoding="utf-8")
         fetch_processor_files(config.model_name_or_path)
     model = build_model(config, data, device, checkpoint)
-    optimizer = make_optimizer(
-        model.module,
-        learning_rate=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        epsilon=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-    engine = Engine(model.module, optimizer, config, dtype=model.dtype)
+    engine = build_engine(config, model)
     state = RunState()
     if trainer_state is not None:
         engine.load_optimizer_state(optimizer_state)

@@ -22,15 +22,13 @@ import torch.distributed as dist
 
 from synpo_fast.training.checkpoint import check_writable
 from synpo_fast.training.config import LOSS_OPTIONS, TrainConfig
-from synpo_fast.training.engine import Engine
-from synpo_fast.training.optimizer import make_optimizer
 from synpo_fast.training.profile_batches import ProfiledStep, every_rank, pairs_differ_between_ranks, read_steps
 from synpo_fast.training.profile_bench import WARM_UP, Bench
 from synpo_fast.training.profile_record import baseline_of, limit, table, way_record
 from synpo_fast.training.profile_ways import WaySwitch, make_references, ways_of
 from synpo_fast.training.progress import Progress
 from synpo_fast.training.run_data import RunData, read_data, train_loader
-from synpo_fast.training.run_model import build_model
+from synpo_fast.training.run_model import build_engine, build_model
 from synpo_fast.training.run_state import versions
 from synpo_fast.training.stage_clock import StageTimes
 
@@ -82,14 +80,7 @@ def _build(config: TrainConfig, data: RunData, device: torch.device) -> Bench:
     with train_loader(config, data, model.policy, dist.get_rank(), dist.get_world_size()) as loader:
         steps = read_steps(config, loader)
     references = make_references(config, model.policy, [step.samples for step in steps])
-    optimizer = make_optimizer(
-        model.module,
-        learning_rate=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        epsilon=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-    engine = Engine(model.module, optimizer, config, dtype=model.dtype)
+    engine = build_engine(config, model)
     equal = not pairs_differ_between_ranks(steps)
     ways = ways_of(config, equal_batches=equal, copied=references.copy is not None)
     return Bench(config, engine, WaySwitch(config, model.module, references), ways, steps, device)
