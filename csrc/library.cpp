@@ -3,6 +3,7 @@
 
 #include "linear_logprobs.h"
 #include "pair_loss.h"
+#include "yuv_to_rgb.h"
 
 TORCH_LIBRARY(synpo_fast_native, m) {
   // lp = log softmax(f(hidden W^T + bias))[label], f(z) = softcap * tanh(z * logit_scale / softcap). Every label is valid.
@@ -21,10 +22,15 @@ TORCH_LIBRARY(synpo_fast_native, m) {
   m.def(
       "synpo_pair_loss(Tensor logps, Tensor chosen_offsets, Tensor rejected_offsets, Tensor? mask, float alpha, "
       "float beta, bool logsigmoid) -> (Tensor, Tensor, Tensor, Tensor)");
+  // An 8-bit 4:2:0 picture, its planes as they lie in memory, into out [H, W, 3]. The weights are those of red and blue in luma.
+  m.def(
+      "yuv420_to_rgb(Tensor luma, Tensor blue, Tensor red, int luma_stride, int blue_stride, int red_stride, "
+      "Tensor(a!) out, float red_weight, float blue_weight, bool full_range, bool chroma_at_left) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(synpo_fast_native, CPU, m) {
   m.impl("linear_logprobs_forward", &synpo_fast::linear_logprobs_forward);
   m.impl("linear_logprobs_weight_grad", &synpo_fast::linear_logprobs_weight_grad);
   m.impl("synpo_pair_loss", &synpo_fast::synpo_pair_loss);
+  m.impl("yuv420_to_rgb", &synpo_fast::yuv420_to_rgb);
 }

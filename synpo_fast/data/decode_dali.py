@@ -31,22 +31,13 @@ import torch
 from torch import Tensor
 
 from synpo_fast.data.container import check_deadline, open_video
+from synpo_fast.data.rgb import BT601, LUMA_WEIGHTS
 from synpo_fast.data.video_info import VideoError, VideoInfo
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 CUDA_CODECS = (*CPU_CODECS, "h264", "hevc", "av1", "mpeg4")
 # What NVDEC's 8-bit 4:2:0 surfaces can hold; on a CPU, DALI converts any format.
 CUDA_PIXEL_FORMATS = ("yuv420p", "yuvj420p", "nv12")
-# Weights of red and blue in luma, by FFmpeg's AVColorSpace; None where BT.601 is right already.
-MATRICES: dict[int, tuple[float, float] | None] = {
-    2: None,  # unspecified: FFmpeg takes BT.601 as well
-    5: None,
-    6: None,
-    1: (0.2126, 0.0722),  # BT.709
-    7: (0.212, 0.087),  # SMPTE 240M
-    9: (0.2627, 0.0593),  # BT.2020
-}
-BT601 = (0.299, 0.114)
 ELSE = "take backend='pyav'"
 # Frames are corrected some at a time, which bounds the float copy.
 _CORRECTED_BYTES = 64 * 2**20
@@ -133,12 +124,12 @@ def _check_container(path: Path, info: VideoInfo, device: torch.device, deadline
         raise VideoError(path, f"has {num_packets} packets for {info.num_frames} frames, which DALI mixes up; {ELSE}")
     if device.type != "cpu" and pixels not in CUDA_PIXEL_FORMATS:
         raise VideoError(path, f"holds {pixels}; the dali backend takes 8-bit 4:2:0 on a GPU; {ELSE}")
-    if matrix not in MATRICES:
+    weights = LUMA_WEIGHTS.get(matrix)
+    if weights is None:
         raise VideoError(
             path, f"has colours of FFmpeg's matrix {matrix}, which can not be put right after DALI; {ELSE}"
         )
-    weights = MATRICES[matrix]
-    return None if weights is None else colour_correction(weights)
+    return None if weights == BT601 else colour_correction(weights)
 
 
 def colour_correction(weights: tuple[float, float]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from synpo_fast.data.container import MAX_PIXELS, check_deadline
+from synpo_fast.data.rgb import RgbWriter
 from synpo_fast.data.video_info import VideoError, VideoInfo
 from synpo_fast.data.video_path import image_files
 
@@ -85,5 +86,6 @@ def _read_image(file: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         raise VideoError(file, f"can not be decoded: {error.strerror}") from error
     if not frames or frames[0].is_corrupt:
         raise VideoError(file, "is damaged")
-    image: np.ndarray[Any, np.dtype[np.uint8]] = frames[0].to_ndarray(format="rgb24")
+    image = np.empty((frames[0].height, frames[0].width, 3), np.uint8)
+    RgbWriter(decoder).write(frames[0], image)
     return image

@@ -6,7 +6,7 @@ decoding what follows. Between runs the file is seeked, or its packets dropped w
 other refers to are not decoded unless wanted (H.264, HEVC). A frame is known by its presentation time, so a seek that
 lands elsewhere can not give a wrong frame: what the runs did not bring is decoded from the start of the file.
 
-Frames are converted by FFmpeg's swscale with the settings of VideoFrame.to_ndarray(format="rgb24"): the same bits.
+Frames become RGB in synpo_fast.data.rgb, each straight into its place.
 """
 
 import logging
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from synpo_fast.data.container import check_deadline, codec_name, open_video
+from synpo_fast.data.rgb import RgbWriter
 from synpo_fast.data.video_info import VideoError, VideoInfo
 
 REORDER = 16  # pictures that may stand on the other side of a keyframe in the file than on the screen
@@ -45,16 +46,14 @@ class _Frames:
     """The output: wanted frames are converted as they come, each once, into the places that asked for them."""
 
     def __init__(self, path: Path, info: VideoInfo, indices: Sequence[int]) -> None:
-        from av.video.reformatter import VideoReformatter
-
         self.path, self.info = path, info
         self.places: dict[int, list[int]] = {}
         for place, index in enumerate(indices):
             self.places.setdefault(index, []).append(place)
         self.missing = set(self.places)
-        self.out = torch.empty((len(indices), info.height, info.width, 3), dtype=torch.uint8)
-        self.pixels = self.out.numpy()
-        self.convert = VideoReformatter()
+        self.pixels = np.empty((len(indices), info.height, info.width, 3), np.uint8)  # NumPy asks for huge pages, torch not
+        self.out = torch.from_numpy(self.pixels)
+        self.rgb = RgbWriter(info.codec)
         self.turns = info.rotation // 90
         self.stored = (info.width, info.height) if self.turns % 2 == 0 else (info.height, info.width)
 
@@ -64,12 +63,13 @@ class _Frames:
             raise VideoError(self.path, f"frame {index} is {frame.width}x{frame.height}, the first is {width}x{height}")
         if frame.is_corrupt:
             raise VideoError(self.path, f"frame {index} is damaged")
-        picture = self.convert.reformat(frame, format="rgb24", threads=1)
-        plane = picture.planes[0]
-        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(frame.height, plane.line_size)
-        upright = rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
         first, *others = self.places[index]
-        self.pixels[first] = np.rot90(upright, self.turns)
+        if self.turns == 0:
+            self.rgb.write(frame, self.pixels[first])
+        else:
+            as_stored = np.empty((frame.height, frame.width, 3), np.uint8)
+            self.rgb.write(frame, as_stored)
+            self.pixels[first] = np.rot90(as_stored, self.turns)
         for place in others:
             self.pixels[place] = self.pixels[first]
         self.missing.discard(index)

@@ -1,4 +1,4 @@
-"""Every frame by its barcode, and bit for bit against a plain decode of the whole file by PyAV."""
+"""Every frame by its barcode, and against a plain decode of the whole file by PyAV, converted exactly."""
 
 import random
 import subprocess
@@ -9,6 +9,7 @@ from itertools import pairwise
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import Interpolation
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,12 +65,22 @@ def write(folder, clip, num_frames=60):
 
 
 def plain_decode(path):
+    exact = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
     with av.open(str(path)) as container:
-        return [np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90) for f in container.decode(video=0)]
+        return [
+            np.rot90(f.to_ndarray(format="rgb24", interpolation=exact), f.rotation // 90)
+            for f in container.decode(video=0)
+        ]
+
+
+def same_pictures(frames, truth):
+    """Up to rounding, which moves few values by one level; another frame, or chroma half a pixel off, moves many."""
+    error = np.abs(frames.numpy().astype(int) - truth)
+    return error.max() <= 1 and error.mean() < 0.05
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=name)
-def test_every_index_is_right_and_bit_equal_to_a_plain_decode(clip, tmp_path, caplog):
+def test_every_index_is_right_and_every_pixel_that_of_a_plain_decode(clip, tmp_path, caplog):
     path = write(tmp_path, clip)
     truth = np.stack(plain_decode(path))
     info = probe_video(path)
@@ -77,12 +88,13 @@ def test_every_index_is_right_and_bit_equal_to_a_plain_decode(clip, tmp_path, ca
     assert (info.height, info.width) == truth.shape[1:3] and info.rotation == clip[2].get("rotation", 0)
     frames, _ = decode_frames(path, info=info)
     assert [read_barcode(frame.numpy()) for frame in frames] == list(range(60))
-    assert np.array_equal(frames.numpy(), truth)
+    assert same_pictures(frames, truth)
+    whole = frames.numpy()
     rng = random.Random(0)
     for count in (1, 1, 1, 2, 3, 5, 9, 30):
         indices = [rng.randrange(60) for _ in range(count)]
         frames, _ = decode_frames(path, indices=indices, info=info)
-        assert np.array_equal(frames.numpy(), truth[indices]), indices
+        assert np.array_equal(frames.numpy(), whole[indices]), indices
     slow = "decoding" in caplog.text and "from its start" in caplog.text
     assert slow == (clip[2].get("options") == INTRA_REFRESH), "keyframes suffice, but where they are none"
 
@@ -224,7 +236,7 @@ def test_leading_frames_that_refer_to_a_cut_part_are_no_frames(tmp_path):
     truth = np.stack(plain_decode(cut))
     frames, info = decode_frames(cut)
     assert info.num_frames == len(truth) < num_packets
-    assert np.array_equal(frames.numpy(), truth)
+    assert same_pictures(frames, truth)
 
 
 @pytest.mark.parametrize("first", [1, 5, 19, 20, 33])
@@ -239,9 +251,9 @@ def test_an_edit_list_hides_frames_that_are_still_decoded(tmp_path, first):
     truth = np.stack(plain_decode(path))
     assert read_barcode(truth[0]) == first and len(truth) == 60 - first
     frames, info = decode_frames(path)
-    assert info.num_frames == len(truth) and np.array_equal(frames.numpy(), truth)
+    assert info.num_frames == len(truth) and same_pictures(frames, truth)
     for indices in ([0], [3, 1], [len(truth) - 1], [20, 0, 21]):
-        assert np.array_equal(decode_frames(path, indices=indices, info=info)[0].numpy(), truth[indices])
+        assert same_pictures(decode_frames(path, indices=indices, info=info)[0], truth[indices])
     assert info.timestamps[0] == 0 and info.timestamps[1] == pytest.approx(0.04)
 
 
@@ -253,7 +265,7 @@ def test_an_edit_list_that_ends_early_hides_the_end(tmp_path):
     path.write_bytes(content)
     truth = np.stack(plain_decode(path))
     frames, info = decode_frames(path)
-    assert info.num_frames == len(truth) == 25 and np.array_equal(frames.numpy(), truth)
+    assert info.num_frames == len(truth) == 25 and same_pictures(frames, truth)
 
 
 def test_a_keyframe_flag_that_lies_costs_time_but_no_frame(tmp_path, caplog):
@@ -263,7 +275,7 @@ def test_a_keyframe_flag_that_lies_costs_time_but_no_frame(tmp_path, caplog):
     info = replace(probe_video(path), keyframes=(0, 40))
     for indices in ([50], [3, 45], [40], [59, 0]):
         frames, _ = decode_frames(path, indices=indices, info=info)
-        assert np.array_equal(frames.numpy(), truth[indices])
+        assert same_pictures(frames, truth[indices])
     assert "decoding 1 frames from its start" in caplog.text
 
 
