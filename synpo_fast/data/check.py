@@ -209,16 +209,16 @@ def _probe_videos(
 
 def probe_one(name: str, *, root: str, decode: bool) -> float | str:
     """Runs in a worker: the duration of a video in seconds, or why it can not be used."""
-    from synpo_fast.data.decode import decode_frames, probe_video
+    from synpo_fast.data.decode import open_video_file
     from synpo_fast.data.video_info import VideoError
 
     try:
-        info = probe_video(name, root=root)
-        if decode:
-            decode_frames(name, indices=[0, info.num_frames - 1], root=root)
+        with open_video_file(name, root=root) as video:
+            if decode:
+                video.frames([0, video.info.num_frames - 1])
+            return video.info.duration
     except VideoError as error:
         return error.reason
-    return info.duration
 
 
 def _clips_past_the_end(pairs: list[Pair], durations: dict[str, float]) -> Finding:

@@ -11,16 +11,18 @@ import importlib
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib import util
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from synpo_fast.data.video_info import VideoError, VideoInfo
+from synpo_fast.data.video_info import BackendRefusal, VideoError, VideoInfo
 from synpo_fast.data.video_path import resolve_video
 
 Decoder = Callable[..., Tensor]
@@ -61,7 +63,8 @@ def decode_frames(
     indices: frame numbers, any order, repeats allowed. times: seconds from the first frame; each gives the frame shown
     then, the last one until the end of its duration. Neither: all frames, at most WHOLE_VIDEO_BYTES of them.
     backend: "auto", "pyav", "dali", "torchcodec" or "images". device: None is the CPU.
-    root: the folder that path is relative to and may not leave. info: from probe_video, which spares a second look.
+    root: the folder that path is relative to and may not leave. info: from probe_video, which spares a second look;
+    open_video_file spares opening it twice as well.
     Raises VideoError, a ValueError naming the file, for a video that can not be used or has no such frame;
     ValueError for a caller's mistake; ImportError for a backend that is not installed.
     """
@@ -69,31 +72,87 @@ def decode_frames(
         raise ValueError("give indices or times, not both")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+    if info is not None:
+        video = OpenedVideo(resolve_video(path, root), info, time.monotonic() + deadline_s)
+        return video.frames(indices, times=times, backend=backend, device=device)
+    with open_video_file(path, root=root, deadline_s=deadline_s) as video:
+        return video.frames(indices, times=times, backend=backend, device=device)
+
+
+@contextmanager
+def open_video_file(
+    path: str | Path, *, root: str | Path | None = None, deadline_s: float = DEADLINE_S
+) -> Iterator["OpenedVideo"]:
+    """A video to be looked at first and decoded then. deadline_s: for all that is done with it. VideoError."""
     deadline = time.monotonic() + deadline_s
     file = resolve_video(path, root)
-    info = _probe(file, deadline) if info is None else info
-    wanted = _wanted_frames(info, indices, times)
-    target = torch.device("cpu") if device is None else torch.device(device)
-    if backend == "auto":
-        share = len(set(wanted)) / info.num_frames
-        backend, reason = choose_backend(info.codec, target.type, share, available_backends())
-        log.info("%s: %s, %s", file.name, backend, reason)
-    if (backend == "images") != (info.codec == "images"):
-        raise ValueError(f"backend {backend!r} can not read {info.path}, whose frames are {info.codec}")
-    decoder = _load(backend)
-    if wanted:
-        frames = decoder(file, info, wanted, device=target, deadline=deadline)
-    else:
-        frames = torch.empty((0, info.height, info.width, 3), dtype=torch.uint8)
-    shape = (len(wanted), info.height, info.width, 3)
-    if tuple(frames.shape) != shape or frames.dtype != torch.uint8:
-        raise VideoError(file, f"{backend} returned {frames.dtype} {list(frames.shape)} where {list(shape)} was due")
-    return frames.to(target), replace(info, backend=backend, indices=tuple(wanted))
+    if file.is_dir():
+        from synpo_fast.data.decode_images import probe_images
+
+        yield OpenedVideo(file, probe_images(file), deadline)
+        return
+    _require("pyav")
+    from synpo_fast.data.container import open_video
+    from synpo_fast.data.probe import probe_container
+
+    with open_video(file, deadline) as opened:
+        yield OpenedVideo(file, probe_container(file, *opened, deadline), deadline, opened)
+
+
+@dataclass(frozen=True)
+class OpenedVideo:
+    """deadline: a time.monotonic(). container: PyAV's, and its stream, if the file is open."""
+
+    file: Path
+    info: VideoInfo
+    deadline: float
+    container: tuple[Any, Any] | None = None
+
+    def frames(
+        self,
+        indices: Sequence[int] | None = None,
+        *,
+        times: Sequence[float] | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> tuple[Tensor, VideoInfo]:
+        """As decode_frames."""
+        info = self.info
+        wanted = _wanted_frames(info, indices, times)
+        target = torch.device("cpu") if device is None else torch.device(device)
+        is_free = backend == "auto"
+        if is_free:
+            share = len(set(wanted)) / info.num_frames
+            backend, reason = choose_backend(info.codec, target.type, share, available_backends())
+            log.info("%s: %s, %s", self.file.name, backend, reason)
+        if (backend == "images") != (info.codec == "images"):
+            raise ValueError(f"backend {backend!r} can not read {info.path}, whose frames are {info.codec}")
+        try:
+            frames = self._decode(backend, wanted, target)
+        except BackendRefusal as error:
+            if not is_free:
+                raise
+            log.info("%s: pyav after all: %s", self.file.name, error.reason)
+            backend = "pyav"
+            frames = self._decode(backend, wanted, target)
+        shape = (len(wanted), info.height, info.width, 3)
+        if tuple(frames.shape) != shape or frames.dtype != torch.uint8:
+            is_due = f"{backend} returned {frames.dtype} {list(frames.shape)} where {list(shape)} was due"
+            raise VideoError(self.file, is_due)
+        return frames.to(target), replace(info, backend=backend, indices=tuple(wanted))
+
+    def _decode(self, backend: str, wanted: list[int], device: torch.device) -> Tensor:
+        decoder = _load(backend)
+        if not wanted:
+            return torch.empty((0, self.info.height, self.info.width, 3), dtype=torch.uint8)
+        more = {"opened": self.container} if backend == "pyav" else {}
+        return decoder(self.file, self.info, wanted, device=device, deadline=self.deadline, **more)
 
 
 def probe_video(path: str | Path, *, root: str | Path | None = None, deadline_s: float = DEADLINE_S) -> VideoInfo:
     """What the container says, checked: number, times and keyframes of its frames, without decoding them. VideoError."""
-    return _probe(resolve_video(path, root), time.monotonic() + deadline_s)
+    with open_video_file(path, root=root, deadline_s=deadline_s) as video:
+        return video.info
 
 
 def choose_backend(codec: str, device_type: str, share_wanted: float, available: Sequence[str]) -> tuple[str, str]:
@@ -145,17 +204,6 @@ def _wanted_frames(info: VideoInfo, indices: Sequence[int] | None, times: Sequen
     if wanted and max(wanted) >= info.num_frames:
         raise VideoError(info.path, f"has no frame {max(wanted)}: it has {info.num_frames} frames")
     return wanted
-
-
-def _probe(file: Path, deadline: float) -> VideoInfo:
-    if file.is_dir():
-        from synpo_fast.data.decode_images import probe_images
-
-        return probe_images(file)
-    _require("pyav")
-    from synpo_fast.data.probe import probe_container
-
-    return probe_container(file, deadline)
 
 
 def _load(backend: str) -> Decoder:

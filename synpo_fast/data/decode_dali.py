@@ -32,7 +32,7 @@ from torch import Tensor
 
 from synpo_fast.data.container import check_deadline, open_video
 from synpo_fast.data.rgb import BT601, LUMA_WEIGHTS
-from synpo_fast.data.video_info import VideoError, VideoInfo
+from synpo_fast.data.video_info import BackendRefusal, VideoError, VideoInfo
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 CUDA_CODECS = (*CPU_CODECS, "h264", "hevc", "av1", "mpeg4")
@@ -110,23 +110,25 @@ def _decoder(device_index: int | None, process: int) -> _Decoder:
 
 
 def _check_container(path: Path, info: VideoInfo, device: torch.device, deadline: float) -> Tensor | None:
-    """The colour correction that the video needs; VideoError where DALI would return wrong frames or none."""
+    """The colour correction that the video needs; BackendRefusal where DALI would return wrong frames or none."""
     known = CPU_CODECS if device.type == "cpu" else CUDA_CODECS
     if info.codec not in known:
-        raise VideoError(path, f"DALI decodes {', '.join(known)} on {device.type}, not {info.codec}; {ELSE}")
+        raise BackendRefusal(path, f"DALI decodes {', '.join(known)} on {device.type}, not {info.codec}; {ELSE}")
     with open_video(path, deadline) as (container, stream):
         matrix, pixels = int(stream.codec_context.colorspace), stream.codec_context.pix_fmt
         if container.streams.best("video").index != stream.index:
-            raise VideoError(path, f"has several video streams, of which DALI takes another than the first; {ELSE}")
+            raise BackendRefusal(path, f"has several video streams, of which DALI takes another than the first; {ELSE}")
         num_packets = sum(1 for packet in container.demux(stream) if packet.size)
     check_deadline(path, deadline, "its packets were counted")
     if num_packets != info.num_frames:
-        raise VideoError(path, f"has {num_packets} packets for {info.num_frames} frames, which DALI mixes up; {ELSE}")
+        raise BackendRefusal(
+            path, f"has {num_packets} packets for {info.num_frames} frames, which DALI mixes up; {ELSE}"
+        )
     if device.type != "cpu" and pixels not in CUDA_PIXEL_FORMATS:
-        raise VideoError(path, f"holds {pixels}; the dali backend takes 8-bit 4:2:0 on a GPU; {ELSE}")
+        raise BackendRefusal(path, f"holds {pixels}; the dali backend takes 8-bit 4:2:0 on a GPU; {ELSE}")
     weights = LUMA_WEIGHTS.get(matrix)
     if weights is None:
-        raise VideoError(
+        raise BackendRefusal(
             path, f"has colours of FFmpeg's matrix {matrix}, which can not be put right after DALI; {ELSE}"
         )
     return None if weights == BT601 else colour_correction(weights)

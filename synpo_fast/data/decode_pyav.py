@@ -31,13 +31,30 @@ SKIPS_UNREFERRED = ("h264", "hevc")
 log = logging.getLogger(__name__)
 
 
-def decode(path: Path, info: VideoInfo, indices: Sequence[int], *, device: torch.device, deadline: float) -> Tensor:
-    """The frames at indices, on the CPU whatever the device. See synpo_fast.data.decode for the contract."""
+def decode(
+    path: Path,
+    info: VideoInfo,
+    indices: Sequence[int],
+    *,
+    device: torch.device,
+    deadline: float,
+    opened: tuple[Any, Any] | None = None,
+) -> Tensor:
+    """The frames at indices, on the CPU whatever the device. See synpo_fast.data.decode for the contract.
+
+    opened: the file's container and stream, wherever they stand, which spares opening it: FFmpeg then decodes its first frames.
+    """
     frames = _Frames(path, info, indices)
     if info.by_order:
         _decode_by_order(frames, deadline)
+    elif opened is None or not frames.begins_after_a_keyframe():
+        with open_video(path, deadline) as (container, stream):
+            _decode_by_time(frames, container, stream, deadline, at=0)
     else:
-        _decode_by_time(frames, deadline)
+        opened[1].codec_context.flush_buffers()
+        _decode_by_time(frames, *opened, deadline, at=None)
+    if frames.missing and not info.by_order:
+        _decode_from_start(frames, deadline)
     frames.check_complete()
     return frames.out
 
@@ -51,7 +68,9 @@ class _Frames:
         for place, index in enumerate(indices):
             self.places.setdefault(index, []).append(place)
         self.missing = set(self.places)
-        self.pixels = np.empty((len(indices), info.height, info.width, 3), np.uint8)  # NumPy asks for huge pages, torch not
+        self.pixels = np.empty(
+            (len(indices), info.height, info.width, 3), np.uint8
+        )  # NumPy asks for huge pages, torch not
         self.out = torch.from_numpy(self.pixels)
         self.rgb = RgbWriter(info.codec)
         self.turns = info.rotation // 90
@@ -73,6 +92,10 @@ class _Frames:
         for place in others:
             self.pixels[place] = self.pixels[first]
         self.missing.discard(index)
+
+    def begins_after_a_keyframe(self) -> bool:
+        """False where an edit list hides the keyframe, say."""
+        return bool(self.info.keyframes) and self.info.keyframes[0] <= min(self.missing)
 
     def check_complete(self) -> None:
         if self.missing:
@@ -110,29 +133,32 @@ def plan_runs(wanted: Sequence[int], keyframes: Sequence[int], *, every_frame_is
     return runs
 
 
-def _decode_by_time(frames: _Frames, deadline: float) -> None:
+def _decode_by_time(frames: _Frames, container: Any, stream: Any, deadline: float, at: int | None) -> None:
+    """at: the frame the container stands at. None: it stands anywhere, and the first wanted frame has a keyframe before it."""
     from av.error import FFmpegError
 
-    with open_video(frames.path, deadline) as (container, stream):
-        intra = stream.codec_context.codec.intra_only
-        skip = codec_name(stream) in SKIPS_UNREFERRED
-        at, problem = 0, ""
-        try:
-            for run in plan_runs(sorted(frames.missing), frames.info.keyframes, every_frame_is_key=intra):
-                if run.start is not None and run.start > at + SEEK_GAP:
-                    container.seek(_pts(frames.info, run.start), stream=stream)
-                if not _decode_run(frames, run, _pictures(frames, container, stream, run, deadline, intra, skip)):
-                    problem = f"decoding can not begin at frame {run.start}"
-                    break
-                at = run.wanted[-1]
-        except FFmpegError as error:
-            problem = f"{error.strerror} after a seek"
+    intra = stream.codec_context.codec.intra_only
+    skip = codec_name(stream) in SKIPS_UNREFERRED
+    problem = "a seek missed frames"
+    try:
+        for run in plan_runs(sorted(frames.missing), frames.info.keyframes, every_frame_is_key=intra):
+            if run.start is not None and (at is None or run.start > at + SEEK_GAP):
+                container.seek(_pts(frames.info, run.start), stream=stream)
+            if not _decode_run(frames, run, _pictures(frames, container, stream, run, deadline, intra, skip)):
+                problem = f"decoding can not begin at frame {run.start}"
+                break
+            at = run.wanted[-1]
+    except FFmpegError as error:
+        problem = f"{error.strerror} after a seek"
     if frames.missing:
-        problem = problem or "a seek missed frames"
         log.warning("%s: %s; decoding %d frames from its start", frames.path, problem, len(frames.missing))
-        run = Run(None, tuple(sorted(frames.missing)))
-        with open_video(frames.path, deadline) as (container, stream):
-            _decode_run(frames, run, _pictures(frames, container, stream, run, deadline, False, False))
+
+
+def _decode_from_start(frames: _Frames, deadline: float) -> None:
+    """What is missing, without trust in keyframes."""
+    run = Run(None, tuple(sorted(frames.missing)))
+    with open_video(frames.path, deadline) as (container, stream):
+        _decode_run(frames, run, _pictures(frames, container, stream, run, deadline, False, False))
 
 
 def _decode_run(frames: _Frames, run: Run, pictures: Iterator[Any]) -> bool:
@@ -189,4 +215,4 @@ def _decode_by_order(frames: _Frames, deadline: float) -> None:
 
 
 def _pts(info: VideoInfo, index: int) -> int:
-    return info.first_pts + round(info.timestamps[index] / info.time_base)
+    return info.first_pts + round(info.timestamps[index] * info.time_base.denominator / info.time_base.numerator)

@@ -1,7 +1,7 @@
 """One pair from its file to tokens and pixels, and who does it when no worker process does."""
 
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,31 @@ class ReadOnDemand:
 
     def close(self) -> None:
         pass
+
+
+class ReadInThread:
+    """Reads ahead in one thread of the caller's process: for a GPU, which worker processes do not see.
+
+    The thread launches on the default stream of the device, as the caller does, so what it made is there for whatever the
+    caller launches after it has the result, and its memory is not given away too early.
+    """
+
+    def __init__(self, reader: PairReader) -> None:
+        self.reader = reader
+        self.process_ids: list[int] = []
+        self._thread = ThreadPoolExecutor(1, "synpo_fast-reader", initializer=_take_device, initargs=(reader.device,))
+
+    def submit(self, pair: Pair) -> "Future[Any]":
+        return self._thread.submit(self.reader, pair)
+
+    def close(self) -> None:
+        """Waits for the pair that is being read."""
+        self._thread.shutdown(cancel_futures=True)
+
+
+def _take_device(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a new thread stands on device 0
 
 
 class _Deferred(Future):  # the result is made when it is asked for, so that nothing waits in memory

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from synpo_fast.data.decode import BACKENDS
-from synpo_fast.data.encoding import BadPair, PairReader, ReadOnDemand
+from synpo_fast.data.encoding import BadPair, PairReader, ReadInThread, ReadOnDemand
 from synpo_fast.data.order import epoch_order, num_steps, step_positions
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.sampling import FrameSampling
@@ -45,9 +45,10 @@ class StepBatch:
 
 
 class PairLoader:
-    """pairs_per_step: of this rank. num_workers: processes that decode and encode; 0 does it in the caller's process, when
-    a step is asked for. prefetch_steps: how many steps are read ahead, across the end of a shuffled epoch too; at most
-    prefetch_steps * pairs_per_step samples are in memory besides the step the caller holds.
+    """pairs_per_step: of this rank. num_workers: processes that decode and encode; 0 does it in the caller's process: when a
+    step is asked for, or for a GPU ahead of time in a thread. prefetch_steps: how many steps are read ahead, across the
+    end of a shuffled epoch too; at most prefetch_steps * pairs_per_step samples are in memory besides the step the caller
+    holds.
 
     backend: of decode_frames. device: where frames are decoded and made into pixels; a CUDA device needs num_workers=0.
     deadline_s: for one pair. A worker that takes longer is stopped, and the pair tried once more in a fresh one.
@@ -85,15 +86,19 @@ class PairLoader:
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
         step_positions(0, rank, world_size, pairs_per_step)  # checks them
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.pairs, self.seed, self.shuffle = pairs, seed, shuffle
         self.rank, self.world_size, self.pairs_per_step = rank, world_size, pairs_per_step
         self.prefetch_steps = prefetch_steps
         self.steps_per_epoch = num_steps(len(pairs), world_size=world_size, pairs_per_rank=pairs_per_step)
         reader = PairReader(encoder, sampling, video_root, backend, device, deadline_s)
-        self._source: WorkerPool | ReadOnDemand
+        self._source: WorkerPool | ReadInThread | ReadOnDemand
         if num_workers:
             # A little later than the decoder's own deadline, whose message says more.
             self._source = WorkerPool(reader, num_workers=num_workers, deadline_s=deadline_s + 5)
+        elif device.type != "cpu":
+            self._source = ReadInThread(reader)
         else:
             self._source = ReadOnDemand(reader)
         self._ahead: deque[_Pending] = deque()

@@ -6,13 +6,14 @@ frame, its aspect ratio kept, with black bars beside or above and below it.
 """
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synpo_fast.data.decode import DEADLINE_S, decode_frames, probe_video
+from synpo_fast.data.decode import DEADLINE_S, open_video_file
 from synpo_fast.data.pair import Clip, Pair
 from synpo_fast.data.sampling import FrameSampling, part_seconds
 from synpo_fast.data.video_info import VideoInfo
@@ -38,21 +39,17 @@ def pair_frames(
     if not clips:
         return None, None
     deadline = time.monotonic() + deadline_s
-
-    def left() -> float:
-        return deadline - time.monotonic()
-
-    known = {
-        path: probe_video(path, root=video_root, deadline_s=left()) for path in {clip.path: None for clip in clips}
-    }
-    infos = [known[clip.path] for clip in clips]
-    chosen = sampling.clip_indices([(info, clip.start, clip.end) for info, clip in zip(infos, clips, strict=True)])
-    decoded = [
-        decode_frames(
-            clip.path, indices=indices, backend=backend, device=device, root=video_root, deadline_s=left(), info=info
-        )[0]
-        for clip, info, indices in zip(clips, infos, chosen, strict=True)
-    ]
+    with ExitStack() as files:
+        videos = {
+            path: files.enter_context(open_video_file(path, root=video_root, deadline_s=deadline - time.monotonic()))
+            for path in dict.fromkeys(clip.path for clip in clips)
+        }
+        infos = [videos[clip.path].info for clip in clips]
+        chosen = sampling.clip_indices([(info, clip.start, clip.end) for info, clip in zip(infos, clips, strict=True)])
+        decoded = [
+            videos[clip.path].frames(indices, backend=backend, device=device)[0]
+            for clip, indices in zip(clips, chosen, strict=True)
+        ]
     size = decoded[0].shape[1:3]
     frames = decoded[0] if len(decoded) == 1 else torch.cat([_fitted(part, size) for part in decoded])
     return frames, _seconds_per_frame(clips, infos, chosen)

@@ -36,16 +36,15 @@ class _Packets:
     first_frame: Any = None
 
 
-def probe_container(path: Path, deadline: float) -> VideoInfo:
-    """VideoError where the file has no frame to give or has more than MAX_FRAMES."""
-    with open_video(path, deadline) as (container, stream):
-        packets = _read_packets(path, container, stream, deadline)
-        frame, codec = packets.first_frame, codec_name(stream)
-        if frame is None:
-            raise VideoError(path, f"has no frame that can be decoded, in {len(packets.pts)} packets")
-        turned = _rotation(path, frame)
-        intra, kind = stream.codec_context.codec.intra_only, container.format.name
-        time_base, rate = stream.time_base, stream.average_rate or stream.guessed_rate or Fraction(25)
+def probe_container(path: Path, container: Any, stream: Any, deadline: float) -> VideoInfo:
+    """Of a file just opened, which is then read to its end. VideoError if it has no frame to give or more than MAX_FRAMES."""
+    packets = _read_packets(path, container, stream, deadline)
+    frame, codec = packets.first_frame, codec_name(stream)
+    if frame is None:
+        raise VideoError(path, f"has no frame that can be decoded, in {len(packets.pts)} packets")
+    turned = _rotation(path, frame)
+    intra, kind = stream.codec_context.codec.intra_only, container.format.name
+    time_base, rate = stream.time_base, stream.average_rate or stream.guessed_rate or Fraction(25)
     keyframes: tuple[int, ...] = ()
     by_order, last = False, 0
     shown = _in_order(packets.pts) if kind.startswith(TIMED_FORMATS) or intra else None
@@ -59,7 +58,8 @@ def probe_container(path: Path, deadline: float) -> VideoInfo:
         shown = _in_order(packets.dts) if kind == "avi" else None
         if shown is None:
             shown, time_base = _count_by_decoding(path, deadline, time_base, rate)
-    times = tuple(float((pts - shown[0]) * time_base) for pts in shown)
+    unit, per = time_base.numerator, time_base.denominator  # integers: a Fraction's arithmetic takes as long as reading
+    times = tuple((pts - shown[0]) * unit / per for pts in shown)
     return VideoInfo(
         path=str(path),
         codec=codec,

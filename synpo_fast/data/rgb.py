@@ -1,8 +1,8 @@
 """Decoded pictures as RGB, one way for all codecs: chroma interpolated, colours rounded to the nearest.
 
 PyAV's default conversion repeats each chroma sample over four pixels, which moves and jags coloured edges: 38 to 42 dB away from
-the definition, and from what DALI gives. FFmpeg's exact conversion takes as long as decoding does. So 8-bit 4:2:0 of an even height
-and width, which nearly every video is, is converted by csrc/yuv_to_rgb.cpp; all else, and everything where that is not
+the definition, and from what DALI gives. FFmpeg's exact conversion takes as long as decoding does. So 8-bit 4:2:0 of even
+sizes, which nearly every video is, is converted by csrc/yuv_to_rgb.cpp; all else, and everything where that is not
 built, by FFmpeg with the exact settings. The two differ by one level at most. (Of odd sizes FFmpeg stretches the chroma by half a
 pixel; there we do as it does, so that all backends return the same frames.)
 """
@@ -27,7 +27,7 @@ LUMA_WEIGHTS = {
     9: (0.2627, 0.0593),  # BT.2020
 }
 FULL_RANGE = 2  # AVCOL_RANGE_JPEG
-# Where chroma samples lie across, as FFmpeg's decoders state it when the file does not: on the left pixel of two, or between them.
+# Where chroma samples lie across, as FFmpeg's decoders state it when the file does not: on the left pixel of two, or between.
 # PyAV does not show what a file states; where it states something else, chroma is half a pixel off.
 CHROMA_AT_LEFT = {
     "h264": True,

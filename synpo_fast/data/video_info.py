@@ -15,6 +15,10 @@ class VideoError(ValueError):
         return type(self), (self.path, self.reason)  # it travels between processes
 
 
+class BackendRefusal(VideoError):
+    """A video that this backend can not give rightly and another one can."""
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """A video as a reader of frames sees it.

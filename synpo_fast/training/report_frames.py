@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from synpo_fast.data.decode import decode_frames, probe_video
+from synpo_fast.data.decode import open_video_file
 from synpo_fast.data.sampling import uniform
 
 NUM_FRAMES = 4
@@ -21,9 +21,10 @@ QUALITY = 4  # of MJPEG, 2 is best and 31 worst
 def frames_markup(video: str, root: Path | None) -> str:
     """Frames spread over the whole video, as <img>, or a <p> that says why there are none. root: as decode_frames takes it."""
     try:
-        info = probe_video(video, root=root, deadline_s=DEADLINE_S)
-        indices = uniform(info.num_frames, min(NUM_FRAMES, info.num_frames))
-        frames, info = decode_frames(video, indices=indices, root=root, info=info, deadline_s=DEADLINE_S)
+        with open_video_file(video, root=root, deadline_s=DEADLINE_S) as opened:
+            num_frames = opened.info.num_frames
+            indices = uniform(num_frames, min(NUM_FRAMES, num_frames))
+            frames, info = opened.frames(indices)
         pictures = [jpeg(frame) for frame in frames]
     except (ValueError, OSError, ImportError, MemoryError) as error:
         return f'<p class="note">No frames to show. {escape(str(error) or type(error).__name__)}</p>'

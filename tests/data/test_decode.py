@@ -3,13 +3,15 @@
 import logging
 import time
 
+import av
 import pytest
 import torch
 
 from benchmarks.clips import read_barcode, write_clip
 from synpo_fast.data import decode as module
-from synpo_fast.data.decode import choose_backend, decode_frames, frames_at, probe_video
-from synpo_fast.data.video_info import VideoError
+from synpo_fast.data import probe
+from synpo_fast.data.decode import choose_backend, decode_frames, frames_at, open_video_file, probe_video
+from synpo_fast.data.video_info import BackendRefusal, VideoError
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_a_short_or_misshapen_answer_of_a_backend_is_an_error(clip, monkeypatch,
 
 def test_a_known_video_is_not_looked_at_again(clip, monkeypatch):
     info = probe_video(clip)
-    monkeypatch.setattr(module, "_probe", lambda *args: pytest.fail("probed again"))
+    monkeypatch.setattr(probe, "probe_container", lambda *args: pytest.fail("probed again"))
     frames, again = decode_frames(clip, indices=[5], info=info)
     assert barcodes(frames) == [5] and again.timestamps == info.timestamps
 
@@ -149,6 +151,37 @@ def test_the_deadline_is_looked_at_while_decoding(clip, monkeypatch):
 )
 def test_the_choice_of_a_backend(codec, device, share, available, wanted):
     assert choose_backend(codec, device, share, available) == wanted
+
+
+def test_a_file_is_opened_once_and_read_as_often_as_wanted(clip, monkeypatch):
+    opened = []
+    really = av.open
+    monkeypatch.setattr(av, "open", lambda *args, **options: opened.append(args) or really(*args, **options))
+    with open_video_file(clip) as video:
+        assert video.info.num_frames == 12
+        for indices in ([11], [0, 3], [7, 2, 7], [5]):
+            frames, info = video.frames(indices)
+            assert barcodes(frames) == indices == list(info.indices)
+        assert barcodes(video.frames(times=[0.15])[0]) == [1]
+    assert len(opened) == 1
+    decode_frames(clip, indices=[3])
+    assert len(opened) == 2
+
+
+def refuse(*_, **__):
+    raise BackendRefusal("clip.mp4", "holds yuv420p10le")
+
+
+def test_what_one_backend_refuses_auto_takes_from_another(clip, monkeypatch, caplog):
+    monkeypatch.setattr(module, "choose_backend", lambda *_: ("dali", "for a test"))
+    load = module._load
+    monkeypatch.setattr(module, "_load", lambda name: refuse if name == "dali" else load(name))
+    with caplog.at_level(logging.INFO, logger="synpo_fast"):
+        frames, info = decode_frames(clip, indices=[3])
+    assert info.backend == "pyav" and read_barcode(frames[0].numpy()) == 3
+    assert caplog.messages[-1] == "clip.mp4: pyav after all: holds yuv420p10le"
+    with pytest.raises(BackendRefusal, match="10le"):
+        decode_frames(clip, indices=[3], backend="dali")
 
 
 def test_the_choice_is_logged_in_one_line(clip, caplog):

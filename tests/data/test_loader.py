@@ -2,12 +2,15 @@
 
 import os
 import signal
+from concurrent.futures import wait
 from pathlib import Path
+from threading import Event, Timer
 
 import pytest
 import torch
 
 from benchmarks.clips import read_barcode, write_clip
+from synpo_fast.data.encoding import BadPair, PairReader, ReadInThread, ReadOnDemand
 from synpo_fast.data.loader import PairLoader
 from synpo_fast.data.order import epoch_order
 from synpo_fast.data.pair import Clip, Pair
@@ -297,3 +300,51 @@ def test_a_workers_memory_follows_from_the_frames_asked_for(tmp_path):
             status = Path(f"/proc/{loader.process_ids[0]}/status").read_text()
         peaks.append(int(status.split("VmHWM:")[1].split()[0]) / 1024)
     assert peaks[1] - peaks[0] < 50, peaks
+
+
+def reader_of(root) -> PairReader:
+    return PairReader(LightEncoder(), SAMPLING, root, "auto", torch.device("cpu"), 30.0)
+
+
+def test_a_thread_reads_ahead_and_gives_what_reading_on_demand_gives(root):
+    pairs = some_pairs(5, p3={"video": "text.mp4"})
+    thread = ReadInThread(reader_of(root))
+    try:
+        ahead = [thread.submit(pair) for pair in pairs]
+        wait(ahead, timeout=30)
+        assert all(future.done() for future in ahead), "nobody has asked for a result"
+        on_demand = ReadOnDemand(reader_of(root))
+        for pair, future in zip(pairs, ahead, strict=True):
+            expected = on_demand.submit(pair).result()
+            if isinstance(expected, BadPair):
+                assert future.result() == expected and pair.id == "p3"
+            else:
+                assert future.result().id == pair.id and shown(future.result()) == shown(expected)
+    finally:
+        thread.close()
+
+
+def test_a_closed_thread_reads_nothing_more(root):
+    begun, go_on = Event(), Event()
+
+    def slow(pair):
+        begun.set()
+        go_on.wait(30)
+        return pair
+
+    slow.device = torch.device("cpu")
+    thread = ReadInThread(slow)
+    first, second = thread.submit("a"), thread.submit("b")
+    assert begun.wait(30)
+    Timer(0.05, go_on.set).start()
+    thread.close()
+    assert first.result() == "a" and second.cancelled()
+
+
+def test_decoding_on_a_gpu_reads_in_a_thread(root, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    with loader_of(root, device="cuda") as loader:
+        loader._source.submit(some_pairs()[0]).exception()  # there is no such device here; the thread has taken it
+    assert taken == [torch.device("cuda", 3)], "a thread begins on device 0"
