@@ -63,6 +63,11 @@ class TrainConfig:
         None, "folder the manifest's video paths are relative to; default: the manifest's own"
     )
     video_backend: str = option("auto", "auto, pyav, dali, torchcodec or images")
+    video_device: str = option(
+        "cpu",
+        "cuda: decode on the GPU, by DALI where that pays, ahead in a thread in place of dataloader_num_workers processes",
+        ("cpu", "cuda"),
+    )
     num_frames: int | None = option(None, "frames of every video; default: by fps, min_frames and max_frames")
     fps: float = option(0.5, "frames taken a second")
     min_frames: int = option(8, "at least so many frames of a video")
@@ -150,6 +155,11 @@ class TrainConfig:
     def loss_options(self) -> dict[str, Any]:
         """What was set of the loss's options; the loss knows the defaults of the others."""
         return {name: getattr(self, name) for name in LOSS_OPTIONS if getattr(self, name) is not None}
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether videos are decoded while a step is computed."""
+        return self.dataloader_num_workers > 0 or self.video_device == "cuda"
 
     @property
     def needs_reference(self) -> bool:

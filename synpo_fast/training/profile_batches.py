@@ -39,8 +39,8 @@ class ProfiledStep:
         """Of this rank, each once."""
         return [pair.sample for micro, weight in self.micros if weight for pair in micro]
 
-    def wait_s(self, computing_s: float, num_workers: int) -> float:
-        return max(0.0, self.reading_s - computing_s) if num_workers else self.reading_s
+    def wait_s(self, computing_s: float, reads_ahead: bool) -> float:
+        return max(0.0, self.reading_s - computing_s) if reads_ahead else self.reading_s
 
 
 def read_steps(config: TrainConfig, loader: PairLoader) -> list[ProfiledStep]:
@@ -60,8 +60,8 @@ def read_steps(config: TrainConfig, loader: PairLoader) -> list[ProfiledStep]:
     mean = sum(waits) / max(1, len(waits))
     steps = []
     for batch in batches[-wanted:]:
-        # Workers read ahead and unevenly: of their reading only the mean says something.
-        steps.append(_profiled_step(config, batch, mean if config.dataloader_num_workers else batch.wait_s))
+        # Who reads ahead does it unevenly: of their reading only the mean says something.
+        steps.append(_profiled_step(config, batch, mean if config.reads_ahead else batch.wait_s))
     return steps
 
 

@@ -71,7 +71,7 @@ class Bench:
         clock.start()
         loss = self.take(step, seed)
         times = clock.stop()
-        wait = step.wait_s(times.seconds, self.config.dataloader_num_workers)
+        wait = step.wait_s(times.seconds, self.config.reads_ahead)
         return loss, StageTimes(times.seconds + wait, {**times.stages, WAIT: wait})
 
     def take(self, step: ProfiledStep, seed: int) -> float:

@@ -106,9 +106,10 @@ def train_loader(config: TrainConfig, data: RunData, policy: Policy, rank: int, 
         rank=rank,
         world_size=world_size,
         seed=config.seed,
-        num_workers=config.dataloader_num_workers,
+        num_workers=config.dataloader_num_workers if config.video_device == "cpu" else 0,
         prefetch_steps=config.prefetch_steps,
         backend=config.video_backend,
+        device=config.video_device,
         deadline_s=READ_SECONDS,
     )
 
@@ -126,9 +127,10 @@ def ordered_loader(
         rank=rank,
         world_size=world_size,
         shuffle=False,
-        num_workers=config.dataloader_num_workers,
+        num_workers=config.dataloader_num_workers if config.video_device == "cpu" else 0,
         prefetch_steps=config.prefetch_steps,
         backend=config.video_backend,
+        device=config.video_device,
         deadline_s=READ_SECONDS,
     )
 

@@ -48,6 +48,8 @@ def run_training(config: TrainConfig) -> RunState:
 
 def train_in_group(config: TrainConfig, device: torch.device) -> RunState:
     """The same in a process group that is there already."""
+    if config.video_device == "cuda" and device.type != "cuda":
+        raise ValueError("video_device=cuda, but this run is on the CPU: there is no GPU, or use_cpu is set")
     loaders: list[PairLoader] = []
     try:
         deepspeed_config(config, training_dtype(config, device))  # what is wrong with them is said here

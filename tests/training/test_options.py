@@ -151,6 +151,11 @@ def test_a_folder_of_a_text_model_trains(tmp_path, in_one_process):
     assert len(losses(tmp_path / "out")) == 2
 
 
+def test_decoding_on_a_gpu_that_is_not_there_is_refused(world, tmp_path, in_one_process):
+    with pytest.raises(ValueError, match="video_device=cuda"):
+        in_one_process({**options(world, tmp_path / "out"), "video_device": "cuda"})
+
+
 def test_a_manifest_that_is_not_there_is_named(world, tmp_path, in_one_process):
     with pytest.raises(ValueError, match=r"there is no manifest .nowhere\.jsonl."):
         in_one_process({**options(world, tmp_path / "out"), "train_file": "nowhere.jsonl"})

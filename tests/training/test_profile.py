@@ -271,7 +271,11 @@ def test_steps_without_pairs_and_the_first_reading_are_left_out(group):
 
 def test_workers_hide_what_takes_less_time_than_computing():
     step = ProfiledStep([], 1, 2, 2, 2, reading_s=3.0)
-    assert [step.wait_s(computing, workers) for computing, workers in ((1.0, 2), (5.0, 2), (5.0, 0))] == [2.0, 0.0, 3.0]
+    assert [step.wait_s(computing, ahead) for computing, ahead in ((1.0, True), (5.0, True), (5.0, False))] == [
+        2.0,
+        0.0,
+        3.0,
+    ]
 
 
 def test_ranks_with_fewer_micro_batches_are_filled_up_with_weight_0(group, monkeypatch):
