@@ -131,7 +131,7 @@ def _ways(record: dict[str, Any], machine: str, path: Path) -> Path:
     left.set_xlim(0, top * 1.32)
     left.set_ylim(len(rows) - 0.4, -0.6)
     left.set_yticks(places, [row["name"] for row in rows])
-    left.set_xlabel(f"speed-up over {FIRST}   (line: quartiles, dashed: theory, by counted passes)")
+    left.set_xlabel(f"speed-up over {FIRST}   (line: the median's 90 % interval, dashed: theory, by counted passes)")
     _clean(left)
     most = max(row["peak_memory_bytes"] for row in rows)
     right.barh(places, [row["peak_memory_bytes"] for row in rows], color=colours)
@@ -154,7 +154,7 @@ def _ways(record: dict[str, Any], machine: str, path: Path) -> Path:
 
 
 def _sweep(sweep: dict[str, Any], machine: str, path: Path) -> Path:
-    """Speed-up over the first row along the axis: measured with quartiles, and dashed what counting predicts."""
+    """Speed-up over the first row along the axis: measured with the median's 90 % interval, and dashed what counting predicts."""
     import matplotlib.pyplot as plt
 
     points = sweep["points"]
@@ -187,7 +187,7 @@ def _sweep(sweep: dict[str, Any], machine: str, path: Path) -> Path:
         about += f", responses of {workload['completion']} tokens"
     below = (
         f"{about}, a pair a step. {machine}.\n"
-        f"Solid: medians of {rounds} interleaved rounds (band: quartiles). Dashed: theory, by counted passes."
+        f"Solid: medians of {rounds} interleaved rounds (band: the median's 90 % interval). Dashed: theory, by counted passes."
     )
     figure.text(0.02, 0.87, below, fontsize=8.5, color=QUIET)
     figure.savefig(path, dpi=130)

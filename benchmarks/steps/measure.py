@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import median_ratio
+from benchmarks.common import median_interval, median_ratio
 from benchmarks.contest import Options, run_contest
 from benchmarks.flops import count_flops
 from benchmarks.providers import Step
@@ -121,15 +120,8 @@ def _row(
     row["peak_memory_bytes"] = static_bytes + record["peak_extra_bytes"]
     if first is not None:
         row["ratio"] = median_ratio(first, samples)
-        row["ratio_low"], row["ratio_high"] = _quartiles([a / b for a, b in zip(first, samples, strict=True)])
+        row["ratio_low"], row["ratio_high"] = median_interval([a / b for a, b in zip(first, samples, strict=True)])
     return row
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    if len(values) == 1:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
 
 
 def gemm(workload: Workload) -> Step:

@@ -3,7 +3,9 @@
 import gc
 import itertools
 import json
+import math
 import os
+import random
 import re
 import sys
 import types
@@ -13,7 +15,16 @@ import pytest
 import torch
 
 from benchmarks import kernels, pairs
-from benchmarks.common import Timing, format_table, interleave, median_ratio, round_order, summarise, write_json
+from benchmarks.common import (
+    Timing,
+    format_table,
+    interleave,
+    median_interval,
+    median_ratio,
+    round_order,
+    summarise,
+    write_json,
+)
 from benchmarks.contest import Options
 from benchmarks.memory import peak_extra_memory
 from benchmarks.problem import (
@@ -188,6 +199,20 @@ def test_two_contestants_swap_places():
 def test_the_budget_ends_the_rounds_but_not_before_three():
     samples = interleave({"a": lambda: None}, rounds=50, device=CPU, budget_seconds=0.0, timer=lambda call: 1.0)
     assert samples == {"a": [1.0, 1.0, 1.0]}
+
+
+@pytest.mark.parametrize("rounds", [5, 7, 8, 11, 20])
+def test_the_interval_holds_the_median_in_nine_of_ten_repetitions(rounds):
+    draw = random.Random(rounds)
+    held = narrower = 0
+    for _ in range(4000):
+        values = [draw.expovariate(1.0) for _ in range(rounds)]
+        low, high = median_interval(values)
+        held += low <= math.log(2) <= high
+        rising = sorted(values)
+        narrower += rising[1] > low
+    assert held / 4000 > 0.9
+    assert (narrower == 0) == (rounds >= 8), "it is no wider than it has to be"
 
 
 def test_summaries():
