@@ -6,6 +6,7 @@ seconds, that it is still at work.
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
@@ -25,6 +26,8 @@ QUIET_SECONDS = 5.0
 SHOW_SECONDS = 2.0  # at most one line of steps in this time
 SHOWN = (
     "step ",
+    "round ",
+    "profile:",
     "evaluation",
     "finished",
     "stopped",
@@ -50,6 +53,26 @@ def train(out: Path, recipe: str, options: Mapping[str, Any]) -> Path:
     if done is not None and done.name == f"checkpoint-{options['max_steps']:06d}":
         print("  done before", flush=True)
         return done
+    log = _run(out, recipe, {"resume": "auto", **options})
+    last = newest_checkpoint(out)
+    if last is None:
+        raise DemoError(f"the {recipe} training left no checkpoint; all it said is in {log}")
+    return last
+
+
+def profile(out: Path, recipe: str, options: Mapping[str, Any], rounds: int) -> dict[str, Any]:
+    """What profile.json holds after the trainer's --profile in the folder of a training. Raises DemoError if it fails."""
+    file = out / "profile.json"
+    if file.exists():
+        print("  done before", flush=True)
+    else:
+        _run(out, recipe, {"profile": rounds, **options})
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return record
+
+
+def _run(out: Path, recipe: str, options: Mapping[str, Any]) -> Path:
+    """The trainer on one process under the launcher. Returns its log; DemoError with the log's end if it fails."""
     out.mkdir(parents=True, exist_ok=True)
     words = [word for name, value in options.items() for word in (f"--{name}", _text(value))]
     script = Path(synpo_fast.__file__).parent / "train.py"
@@ -62,14 +85,13 @@ def train(out: Path, recipe: str, options: Mapping[str, Any]) -> Path:
         "--master_port",
         str(_free_port()),
     ]
-    command = [*launcher, str(script), "--recipe", recipe, "--output_dir", str(out), "--resume", "auto", *words]
+    command = [*launcher, str(script), "--recipe", recipe, "--output_dir", str(out), *words]
     log = out / "log.txt"
     status = _run_and_show(command, log)
-    last = newest_checkpoint(out)
-    if status != 0 or last is None:
+    if status != 0:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
         raise DemoError(f"the {recipe} training ended with status {status}; all it said is in {log}\n{tail}")
-    return last
+    return log
 
 
 def _run_and_show(command: list[str], log: Path) -> int:

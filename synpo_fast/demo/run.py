@@ -4,6 +4,7 @@
     warm-up    a small Qwen2.5-VL learns to caption from the careless captioner, its habits included
     SynPO      LoRA on its language model, through the deepspeed launcher
     DPO        the same pairs, steps and adapter, from the same warm-up
+    speed      steps of both in turn, on the same pairs with the same engine
     evaluation captions of unseen videos, attribute by attribute, and the NLL of the truth
     report     demo.json and report.html
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 def run_demo(out: Path, settings: Settings) -> dict[str, Any]:
     """Runs what is not done yet; returns what demo.json holds."""
     from synpo_fast.demo.dataset import make_dataset
-    from synpo_fast.demo.launch import train
+    from synpo_fast.demo.launch import profile, train
     from synpo_fast.demo.model import save_model
     from synpo_fast.demo.settings import preference_options, prepare_folder, warm_up_options
     from synpo_fast.training.report import write_report
@@ -89,10 +89,13 @@ def run_demo(out: Path, settings: Settings) -> dict[str, Any]:
         synpo = train(out / "synpo", "synpo", preference_options(out, settings, model, settings.synpo))
     with clock.step("dpo", "DPO: the same pairs, steps and adapter; reference: the adapter switched off"):
         dpo = train(out / "dpo", "dpo", preference_options(out, settings, model, settings.dpo))
+    with clock.step("speed", "speed: steps of SynPO and DPO in turn, on the same pairs"):
+        options = preference_options(out, settings, model, settings.synpo)
+        speed = profile(out / "synpo", "synpo", options, settings.profile_rounds)
     with clock.step("evaluation", f"captions of {settings.num_unseen} unseen videos, by each of the three"):
         results = evaluate_all(out, settings, model, {"warm_up": None, "synpo": synpo, "dpo": dpo})
     results["seconds"] = clock.seconds
-    results["pairs_per_s"] = {name: median_speed(out / name) for name in ("synpo", "dpo")}
+    results["step"] = {way["name"]: {key: way[key] for key in ("seconds", "ratio", "skipped")} for way in speed["ways"]}
     results["settings"] = asdict(settings)
     (out / "demo.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     print(summary(results), flush=True)
@@ -131,13 +134,6 @@ def evaluate_all(out: Path, settings: Settings, model: Path, adapters: dict[str,
             for clip, before, after, dpo in zip(clips, *(found[name].captions for name in TRAININGS), strict=True)
         ],
     }
-
-
-def median_speed(run: Path) -> float:
-    """Pairs a second, by the trainer's own clock: the median of its steps."""
-    from synpo_fast.training.metrics import read_metrics
-
-    return statistics.median(row["pairs_per_s"] for row in read_metrics(run / "metrics.jsonl") if "pairs_per_s" in row)
 
 
 class Clock:

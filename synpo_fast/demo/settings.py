@@ -35,6 +35,7 @@ class Settings:
         default_factory=lambda: {"max_steps": 60, "learning_rate": 1e-3, "alpha": 10.0, "beta": 1.0}
     )
     dpo: dict[str, Any] = field(default_factory=lambda: {"max_steps": 60, "learning_rate": 3e-4, "beta": 0.1})
+    profile_rounds: int = 5
     pairs_per_step: int = 16
     lora_r: int = 16
     lora_alpha: int = 32
@@ -50,6 +51,7 @@ def quick_settings(seed: int) -> Settings:
         warm_up=few,
         synpo=few,
         dpo={**few, "beta": 0.1},
+        profile_rounds=1,
         pairs_per_step=8,
     )
 

@@ -70,13 +70,19 @@ def test_the_summary_shows_all_three_whatever_the_outcome():
         "accuracy": {"warm_up": 0.61, "synpo": 0.5, "dpo": 0.9},
         "per_attribute": dict.fromkeys(TRAININGS, shares),
         "nll": {"warm_up": 0.2, "synpo": 0.25, "dpo": 0.3},
-        "pairs_per_s": {"synpo": 10.0, "dpo": 20.0},
+        "step": {
+            "synpo": {"seconds": {"median": 0.2}, "skipped": None},
+            "dpo-adapter-off": {"seconds": {"median": 0.25}, "skipped": None},
+            "dpo-precomputed": {"seconds": {"median": 0.1}, "skipped": None},
+            "dpo-adapter-off-unshared": {"seconds": None, "skipped": "no room"},
+        },
         "seconds": {"data": 1.0, "dpo": 2.0},
         "examples": [{"video": "v.webm", "truth": "a", "before": "b", "after": "c", "dpo": "d"}],
     }
     text = summary(results)
-    for expected in ("61.0", "50.0", "90.0", "0.200", "0.300", "0.50 times", "v.webm"):
+    for expected in ("61.0", "50.0", "90.0", "0.200", "0.300", "200 ms", "1.25 times", "0.50 times", "v.webm"):
         assert expected in text
+    assert "as is usual" not in text, "it was not measured"
 
 
 @pytest.mark.heavy
@@ -90,10 +96,11 @@ def test_the_whole_demo_in_small(tmp_path):
     assert "report.html" in first.stdout and (out / "report.html").exists()
     results = json.loads((out / "demo.json").read_text())
     assert set(results["accuracy"]) == set(results["nll"]) == set(results["per_attribute"]) == set(TRAININGS)
+    assert results["step"]["synpo"]["seconds"]["median"] > 0 and "times as long" in first.stdout
     assert len(results["examples"]) == 8 and all((out / row["video"]).exists() for row in results["examples"])
 
     again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert again.returncode == 0 and again.stdout.count("done before") == 3
+    assert again.returncode == 0 and again.stdout.count("done before") == 4
     repeated = json.loads((out / "demo.json").read_text())
     assert repeated["examples"] == results["examples"] and repeated["nll"] == results["nll"]
 
