@@ -27,8 +27,7 @@ def liger_dpo(workload: Workload) -> Forward:
     """Hidden states of all rows into Liger's chunked DPO loss, for policy and reference (the adapter switched off)."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    compiled = workload.device.type == "cuda"
-    module = LigerFusedLinearDPOLoss(beta=DPO_BETA, compiled=compiled)
+    module = LigerFusedLinearDPOLoss(beta=DPO_BETA, compiled=True)
     model: Any = workload.policy.model
     inputs, target = model_inputs(workload.batch), labels_of(workload.batch)[:, 1:].contiguous()
     attention = peer_attention(workload)
@@ -43,7 +42,7 @@ def liger_dpo(workload: Workload) -> Forward:
         scores.sums = torch.cat([chosen, rejected]).detach()
         return value
 
-    return Forward(loss, f"LigerFusedLinearDPOLoss(compiled={compiled}), reference: adapter switched off; {attention}")
+    return Forward(loss, f"LigerFusedLinearDPOLoss(compiled=True), reference: adapter switched off; {attention}")
 
 
 def released(workload: Workload) -> Forward:

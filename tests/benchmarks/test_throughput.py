@@ -40,7 +40,8 @@ def one_thread(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr("benchmarks.steps.measure.GEMM_SIZE", {"cpu": 8})
     monkeypatch.setattr("benchmarks.contest.peak_extra_memory", lambda call, device: {"peak": 1000})
-    yield
+    with torch.compiler.set_stance("force_eager"):  # compiling Liger's loss takes half a minute
+        yield
     torch.set_num_threads(threads)
 
 
