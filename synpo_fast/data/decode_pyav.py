@@ -184,6 +184,7 @@ def _pictures(
     info, context = frames.info, stream.codec_context
     unsent = {_pts(info, index) for index in run.wanted}
     start = None if run.start is None else _pts(info, run.start)
+    skipping = ""  # setting it takes as long as demuxing
     for packet in container.demux(stream):
         check_deadline(frames.path, deadline, f"frame {run.wanted[0]} was looked for")
         if start is not None and packet.pts != start:
@@ -194,8 +195,8 @@ def _pictures(
         is_wanted = packet.pts in unsent
         if packet.size == 0 or (only_wanted and not is_wanted):
             continue
-        if skip_unreferred:
-            context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+        if skip_unreferred and skipping != (wish := "DEFAULT" if is_wanted else "NONREF"):
+            context.skip_frame = skipping = wish
         yield from context.decode(packet)
         unsent.discard(packet.pts)
         if not unsent:
