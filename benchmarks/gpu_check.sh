@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs everything that needs a GPU and leaves at most 8 files in a folder:
-#   bash benchmarks/gpu_check.sh OUT [tests] [kernels] [throughput]        all three steps when none is named
-# gpu_tests.xml, gpu_check.log, kernels.json, throughput.json and one picture for each of four shapes.
+#   bash benchmarks/gpu_check.sh OUT [tests] [kernels] [throughput] [trainer] [decode]     the first three when none is named
+# gpu_tests.xml, gpu_check.log, kernels.json, throughput.json and one picture for each of four shapes; trainer_tests.xml
+# (the trainer in bf16 and fp16, ZeRO 0-3; needs deepspeed, peft and PyAV) and decode.json (needs PyAV, and DALI for NVDEC).
 # A failing step does not stop the next; the exit code is non-zero if any failed. Nothing is downloaded.
 # SYNPO_FAST_NATIVE=0 leaves out building the C++ extension, which no GPU figure needs.
 # KERNELS_SECONDS (default 420) stops the kernel table from starting new cases. KERNELS_ARGS are added to its arguments,
@@ -9,7 +10,7 @@
 # THROUGHPUT_ARGS are added to those of throughput.py: THROUGHPUT_ARGS='--sweep ratio --plot pictures'.
 set -uo pipefail
 
-out=${1:?usage: gpu_check.sh OUT [tests] [kernels] [throughput]}
+out=${1:?usage: gpu_check.sh OUT [tests] [kernels] [throughput] [trainer] [decode]}
 shift
 steps=" ${*:-tests kernels throughput} "
 mkdir -p "$out"
@@ -56,6 +57,15 @@ esac
 case $steps in *' throughput '*)
   # shellcheck disable=SC2086
   run throughput python3 benchmarks/throughput.py --device cuda --json "$out/throughput.json" ${THROUGHPUT_ARGS:-} ;;
+esac
+
+case $steps in *' trainer '*)
+  run trainer python3 -m pytest tests/training/test_gpu.py tests/data/test_decode_dali.py -m gpu -q -p no:cacheprovider \
+    --junitxml="$out/trainer_tests.xml" ;;
+esac
+
+case $steps in *' decode '*)
+  run decode python3 benchmarks/decode.py --device cuda --codecs h264 hevc vp9 --json "$out/decode.json" ;;
 esac
 
 if [ ${#failed[@]} -gt 0 ]; then
