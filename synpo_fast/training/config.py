@@ -132,7 +132,7 @@ class TrainConfig:
     overwrite_output_dir: bool = option(False, "start anew in a folder that holds checkpoints, and delete those")
     save_steps: int = option(100, "a checkpoint every so many steps, and at the end; 0: at the end only")
     save_total_limit: int | None = option(3, "older checkpoints are deleted")
-    logging_steps: int = option(1, "a line of metrics every so many steps")
+    logging_steps: int = option(1, "a line of metrics every so many steps: their means")
     eval_steps: int = option(0, "evaluate every so many steps, and at the end; 0: at the end only")
     eval_on_start: bool = option(True, "evaluate before the first step too, where there are held-out pairs")
     per_device_eval_batch_size: int = option(4, "pairs of an evaluation step")

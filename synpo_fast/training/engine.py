@@ -35,6 +35,8 @@ OURS = (
     "optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "steps_per_print",
 )  # fmt: skip
 
+LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -100,10 +102,12 @@ class Engine:
         self.optimizer, self.stage, self.dtype = optimizer, config.zero_stage, dtype
         self.max_grad_norm = config.max_grad_norm
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        entries = deepspeed_config(config, dtype)
+        trained = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+        # DeepSpeed takes memory for a whole bucket, 2 GB by default, of which an adapter fills a hundredth.
+        entries["zero_optimization"].setdefault("reduce_bucket_size", min(LARGEST_BUCKET, trained))
         with _quiet():
-            self.deepspeed, *_ = _deepspeed().initialize(
-                model=module, optimizer=optimizer, config=deepspeed_config(config, dtype)
-            )
+            self.deepspeed, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=entries)
         # Stage 0: no wrapper that clips, skips or tells the norm.
         self.plain = self.deepspeed.optimizer is optimizer
         assert self.plain == (self.stage == 0)

@@ -70,8 +70,9 @@ def train(run: Run) -> RunState:
         state.epoch, state.step_in_epoch = _position_after(run, batch)
         last = state.step == run.num_steps
         stop = _any_rank(run, run.asked_to_stop)
+        state.window.add(numbers)
         if state.step % config.logging_steps == 0 or last or stop:
-            run.log.log(state.step, numbers)
+            run.log.log(state.step, state.window.take())
         run.progress.show(state.step, numbers)
         _check_health(run, batch, numbers)
         if run.evaluator is not None and (last or _is_due(state.step, config.eval_steps)) and not stop:
@@ -146,7 +147,7 @@ def _numbers_of(
 ) -> Numbers:
     local = {"bad_pairs": len(batch.bad), "wanted_pairs": batch.wanted, "wait_s": batch.wait_s, "step_s": seconds}
     for bad in batch.bad:
-        run.saver.note_bad(bad, batch.epoch)
+        run.saver.note_bad(bad, batch.epoch, run.state.step + 1)
     sums = sums | {name: torch.tensor(float(value), device=run.device) for name, value in local.items()}
     total = summed_over_ranks(sums, run.device)
     state, ranks = run.state, run.engine.world_size

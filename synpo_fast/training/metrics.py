@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,37 @@ def means_of(sums: Numbers) -> Numbers:
     return {"loss": sums["loss"] / sums["pairs"], **metric_means(sums)}
 
 
+# Where a run stands rather than what a step was like: of several steps the last says it.
+STANDS = (
+    "epoch", "learning_rate", "num_tokens", "skipped_pairs", "nonfinite_steps", "loss_scale", "peak_memory_gib",
+)  # fmt: skip
+
+
+@dataclass
+class Window:
+    """Numbers of the steps since the last line of metrics. Checkpoints keep it: a resumed run writes the same lines."""
+
+    sums: Numbers = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, numbers: Numbers) -> None:
+        for name, value in numbers.items():
+            if name in STANDS:
+                self.sums[name], self.counts[name] = value, 1
+            else:  # a loss that is not finite would hide those of all other steps; nonfinite_steps counts it
+                finite = math.isfinite(value)
+                self.sums[name] = self.sums.get(name, 0.0) + (value if finite else 0.0)
+                self.counts[name] = self.counts.get(name, 0) + finite
+
+    def take(self) -> Numbers:
+        """Means over the steps that had the number; begins anew."""
+        means = {
+            name: value / self.counts[name] if self.counts[name] else math.nan for name, value in self.sums.items()
+        }
+        self.sums, self.counts = {}, {}
+        return means
+
+
 class MetricsLog:
     """Writes on one rank; on the others it does nothing."""
 
@@ -59,12 +91,12 @@ class MetricsLog:
         self._wandb: Any = None
         if not writes:
             return
-        _cut_back(self.file, first_step)
+        cut_back(self.file, first_step)
         self._stream = self.file.open("a", encoding="utf-8")
         if "tensorboard" in config.report_to:
             self._tensorboard = _tensorboard(output_dir, first_step)
         if "wandb" in config.report_to:
-            self._wandb = _wandb(output_dir, config)
+            self._wandb = _wandb(output_dir, config, goes_on=first_step > 0)
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
         if not self.writes:
@@ -103,8 +135,9 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _cut_back(file: Path, first_step: int) -> None:
-    rows = [row for row in read_metrics(file) if row["step"] < first_step]
+def cut_back(file: Path, first_step: int) -> None:
+    """Takes out what an earlier run wrote of steps that are yet to come."""
+    rows = [row for row in read_metrics(file) if row.get("step", 0) < first_step]
     partial = file.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(file)
@@ -129,9 +162,13 @@ def _tensorboard(output_dir: Path, first_step: int) -> Any:
     return SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
 
 
-def _wandb(output_dir: Path, config: TrainConfig) -> Any:
+def _wandb(output_dir: Path, config: TrainConfig, *, goes_on: bool) -> Any:
+    """A run that goes on is the same run there; W&B leaves out lines of steps that it has already."""
     try:
         import wandb
     except ImportError as error:
         raise ImportError("report_to=wandb needs wandb: pip install wandb") from error
-    return wandb.init(name=config.run_name, dir=str(output_dir), config=asdict(config), resume="allow")
+    kept = output_dir / "wandb_run_id"
+    identifier = kept.read_text(encoding="utf-8") if goes_on and kept.exists() else secrets.token_hex(4)
+    kept.write_text(identifier, encoding="utf-8")
+    return wandb.init(id=identifier, name=config.run_name, dir=str(output_dir), config=asdict(config), resume="allow")

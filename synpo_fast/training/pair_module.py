@@ -11,6 +11,7 @@ split into micro-batches and over ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, pr
 from synpo_fast.losses.metric_sums import metric_sums
 from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.models.scoring import EncodedPair
-from synpo_fast.references import Reference
+from synpo_fast.models.shared_features import videos_encoded_once
+from synpo_fast.references import AdapterOff, FrozenCopy, Reference
 from synpo_fast.training.config import TrainConfig
 
 Sums = dict[str, Tensor]
@@ -34,6 +36,7 @@ class PairModule(nn.Module):
         self.policy = policy
         self.loss_type, self.options = config.loss_type, loss_options(config)
         self.share_prefix = config.share_prefix
+        self.encodes_once = True  # one pass of a frozen tower for policy and reference together
         self.auxiliary: AuxiliaryNLL | None = None
         if config.auxiliary_nll:
             self.auxiliary = AuxiliaryNLL(target=config.auxiliary_target, weight=config.auxiliary_nll)
@@ -49,14 +52,22 @@ class PairModule(nn.Module):
 
     def forward(self, pairs: Sequence[EncodedPair], scale: float) -> tuple[Tensor, Sums]:
         samples = [pair.sample for pair in pairs]
-        logps = self.policy(samples, share_prefix=self.share_prefix)
-        reference = None if self.reference is None else self.reference_logps(samples)
+        with self._one_pass_of_the_tower():
+            logps = self.policy(samples, share_prefix=self.share_prefix)
+            reference = None if self.reference is None else self.reference_logps(samples)
         output = self.loss_of_logps(pairs, logps, reference)
         loss = output.losses.sum() * scale
         # A loss that is not finite takes every gradient with it, so that the engine skips the step on all ranks.
         loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         with torch.no_grad():
             return loss, self._sums(pairs, output)
+
+    def _one_pass_of_the_tower(self) -> AbstractContextManager[None]:
+        reference = self.reference
+        if not self.encodes_once or type(reference) not in (AdapterOff, FrozenCopy):
+            return nullcontext()
+        assert isinstance(reference, AdapterOff | FrozenCopy)
+        return videos_encoded_once([self.policy, reference.policy])
 
     def reference_logps(self, samples: Sequence[Sample]) -> Logps:
         """Where the policy is: precomputed ones come from a file, on the CPU."""

@@ -20,7 +20,7 @@ from synpo_fast.training.peak_memory import peak_of_step
 from synpo_fast.training.profile_batches import ProfiledStep, every_rank
 from synpo_fast.training.profile_ways import Way, WaySwitch
 from synpo_fast.training.progress import Progress
-from synpo_fast.training.stage_clock import REFERENCE, WAIT, StageClock, StageTimes, timed_stages, whole
+from synpo_fast.training.stage_clock import WAIT, StageClock, StageTimes, timed_stages
 
 WARM_UP = 2  # rounds; kernels are compiled and buffers made in the first
 # How far two ways to the same loss may differ, in the mean over a step's pairs.
@@ -65,9 +65,6 @@ class Bench:
 
     def _timed_step(self, way: Way, step: ProfiledStep, seed: int, clock: StageClock) -> tuple[float, StageTimes]:
         self.switch.use(way)
-        module = self.engine.module
-        if module.reference is not None:
-            module.reference = clock.timed(module.reference.__call__, whole(REFERENCE))
         clock.start()
         loss = self.take(step, seed)
         times = clock.stop()
@@ -80,7 +77,6 @@ class Bench:
         torch.manual_seed(seed)
         sums: dict[str, torch.Tensor] = {}
         for micro, weight in step.micros:
-            self.switch.features.clear()
             loss, more = engine.forward(micro, weight * engine.world_size / step.pairs)
             engine.backward(loss)
             if weight:

@@ -24,8 +24,7 @@ import torch
 import torch.distributed as dist
 
 from synpo_fast.losses import LOSSES
-from synpo_fast.models.family import VideoFeatures, VideoInputs
-from synpo_fast.models.policy import FeatureStore, Logps, Policy, Sample
+from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.references import AdapterOff, FrozenCopy, Precomputed, Reference, detached_logps, precompute
 from synpo_fast.training.config import LOSS_OPTIONS, REFERENCES, TrainConfig
 from synpo_fast.training.pair_module import PairModule, loss_options
@@ -67,30 +66,6 @@ def _why_impossible(way: Way, config: TrainConfig, equal_batches: bool, copied: 
     if not way.shared and config.zero_stage == 3 and not equal_batches:
         return "zero_stage=3 needs the same number of rows on every device, and micro-batches differ in pairs"
     return None
-
-
-class StepFeatures:
-    """Keeps a micro-batch's features between the policy's forward and the reference's, before the run's own store."""
-
-    def __init__(self, inner: FeatureStore | None) -> None:
-        self.inner = inner
-        self.kept: dict[int, VideoFeatures] = {}
-
-    def get(self, video: VideoInputs) -> VideoFeatures | None:
-        found = self.kept.get(id(video))
-        if found is None and self.inner is not None:
-            found = self.inner.get(video)
-            if found is not None:
-                self.kept[id(video)] = found
-        return found
-
-    def put(self, video: VideoInputs, features: VideoFeatures) -> None:
-        self.kept[id(video)] = features
-        if self.inner is not None:
-            self.inner.put(video, features)
-
-    def clear(self) -> None:
-        self.kept.clear()
 
 
 @dataclass
@@ -164,7 +139,6 @@ class WaySwitch:
     def __init__(self, config: TrainConfig, module: PairModule, references: ReferenceSet) -> None:
         self.config, self.module, self.references = config, module, references
         self.store = module.policy.feature_store  # the configured one
-        self.features = StepFeatures(self.store)
 
     def use(self, way: Way) -> None:
         assert way.skipped is None, way
@@ -173,10 +147,10 @@ class WaySwitch:
         module.reference = None if way.reference is None else self.references.by_kind[way.reference]
         if module.reference is not None and way.reference != "precomputed":
             module.reference.share_prefix = share
-        store: Any = self.features if way.reference is not None else self.store
+        module.encodes_once = way.shared
         for policy in (module.policy, self.references.copy):
             if policy is not None:
-                policy.feature_store = store if way.shared else None
+                policy.feature_store = self.store if way.shared else None
                 policy.row_tokens = self.config.row_tokens if way.shared else 1  # 1: no two branches fit one row
 
     def _options(self, loss_type: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from synpo_fast.data.encoding import BadPair
 from synpo_fast.training.checkpoint import CheckpointError, write_checkpoint
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.engine import Engine
+from synpo_fast.training.metrics import Window, cut_back
 from synpo_fast.training.model_files import save_model_files, whole_weights
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "triton", "av", "nvidia-dali-cuda130")
@@ -33,6 +34,12 @@ class RunState:
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
     stopped_early: bool = False
+    window: Window = field(default_factory=Window)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> RunState:
+        """From what a checkpoint holds."""
+        return cls(**{**saved, "stopped_early": False, "window": Window(**saved.get("window", {}))})
 
 
 @dataclass
@@ -78,9 +85,15 @@ class Saver:
         if problem[0] is not None:
             raise CheckpointError(problem[0])
 
-    def note_bad(self, bad: BadPair, epoch: int) -> None:
+    def note_bad(self, bad: BadPair, epoch: int, step: int) -> None:
         with self.bad_file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"id": bad.id, "reason": bad.reason, "epoch": epoch}) + "\n")
+            row = {"id": bad.id, "reason": bad.reason, "epoch": epoch, "step": step}
+            stream.write(json.dumps(row) + "\n")
+
+    def forget_bad(self, first_step: int) -> None:
+        """What an earlier run noted of steps that are yet to come, on any number of ranks. Rank 0 calls it."""
+        for file in self.folder.glob("skipped_pairs.rank*.jsonl"):
+            cut_back(file, first_step)
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

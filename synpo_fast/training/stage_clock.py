@@ -131,12 +131,13 @@ def row_shares(row: RowLayout, *_: Any, **__: Any) -> Shares:
 
 @contextmanager
 def timed_stages(clock: StageClock, engine: Any) -> Iterator[None]:
-    """engine: training.engine.Engine. The reference is timed by whoever sets it, since ways of training differ in it."""
+    """engine: training.engine.Engine."""
     module, policy = engine.module, engine.module.policy
     places: list[tuple[Any, str, Callable[..., Shares]]] = [
         (policy, "encode_videos", whole(VISION)),
         (policy, "hidden_states", row_shares),
         (policy, "_row_logps", whole(HEAD)),
+        (module, "reference_logps", whole(REFERENCE)),
         (module, "loss_of_logps", whole(HEAD)),
         (engine, "backward", whole(BACKWARD)),
         (engine, "step", whole(OPTIMISER)),

@@ -107,7 +107,7 @@ def _build(
     state = RunState()
     if trainer_state is not None:
         engine.load_optimizer_state(optimizer_state)
-        state = RunState(**{**trainer_state["state"], "stopped_early": False})
+        state = RunState.of(trainer_state["state"])
     loader = train_loader(config, data, model.policy, rank, world_size)
     loaders.append(loader)
     evaluator = None
@@ -121,7 +121,9 @@ def _build(
         dist.broadcast_object_list(found, src=0, device=device)
         captioned = found[0][: config.num_eval_captions]
         spare = found[0][0][1] if found[0] else None
-        evaluator = Evaluator(eval_loader, captioned, config.max_new_tokens, device, spare)
+        evaluator = Evaluator(
+            eval_loader, captioned, config.max_new_tokens, device, spare, max_tokens=config.max_batch_tokens
+        )
     num_steps = steps_of(config, loader.steps_per_epoch)
     progress = Progress(
         shows=rank == 0,
@@ -131,8 +133,12 @@ def _build(
         every=config.logging_steps,
     )
     _announce(progress, config, data, model.policy, engine, num_steps, checkpoint)
-    log = MetricsLog(Path(config.output_dir), config, writes=rank == 0, first_step=state.step + 1 if checkpoint else 0)
+    first_step = state.step + 1 if checkpoint else 0
+    log = MetricsLog(Path(config.output_dir), config, writes=rank == 0, first_step=first_step)
     saver = Saver(config, facts, checkpoint)
+    if rank == 0:
+        saver.forget_bad(first_step)
+    dist.barrier()  # before any rank notes one
     return Run(config, engine, loader, state, saver, evaluator, log, progress, device, num_steps)
 
 

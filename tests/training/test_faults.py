@@ -146,12 +146,19 @@ def bad_world(world, tmp_path, num_bad):
 
 
 def test_bad_videos_are_counted_skipped_and_listed(world, tmp_path, in_one_process):
-    values = options(world, tmp_path / "out", max_steps=4, max_bad_share=0.5)
+    values = options(world, tmp_path / "out", max_steps=4, save_steps=1, max_bad_share=0.5)
     in_one_process({**values, "train_file": bad_world(world, tmp_path, 2)})
     rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert rows[-1]["skipped_pairs"] == 2  # 4 steps of 4: each pair once
     listed = [json.loads(line) for line in (tmp_path / "out" / "skipped_pairs.rank0.jsonl").read_text().splitlines()]
     assert {row["id"] for row in listed} == {"p0-0", "p0-1"} and all("bad" in row["reason"] for row in listed)
+    # A resumed run meets them again, and lists them once; on fewer ranks than before, too.
+    shutil.rmtree(tmp_path / "out" / "checkpoint-000004")
+    (tmp_path / "out" / "skipped_pairs.rank1.jsonl").write_text('{"id": "a", "step": 1}\n{"id": "b", "step": 4}\n')
+    in_one_process({**values, "train_file": str(tmp_path / "pairs.jsonl"), "resume": "auto"})
+    again = [json.loads(line) for line in (tmp_path / "out" / "skipped_pairs.rank0.jsonl").read_text().splitlines()]
+    assert again == listed
+    assert (tmp_path / "out" / "skipped_pairs.rank1.jsonl").read_text() == '{"id": "a", "step": 1}\n'
 
 
 def test_too_many_bad_videos_stop_the_run(world, tmp_path, in_one_process):

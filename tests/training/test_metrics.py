@@ -2,12 +2,15 @@
 
 import json
 import math
+import sys
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from synpo_fast.training.config import TrainConfig
-from synpo_fast.training.metrics import MetricsLog, means_of, read_metrics
+from synpo_fast.training.metrics import MetricsLog, Window, means_of, read_metrics
 from synpo_fast.training.progress import Progress
 from tests.training.world import options
 
@@ -39,6 +42,29 @@ def test_values_that_are_not_finite_are_null_in_json(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
         "step": 1, "loss": None, "grad_norm": None, "learning_rate": 1e-5
     }  # fmt: skip
+
+
+def test_a_window_gives_means_and_what_stands_last(tmp_path):
+    window = Window()
+    for step, loss in enumerate((1.0, math.nan, 4.0, math.inf), 1):
+        window.add({"loss": loss, "num_tokens": 10 * step, "grad_norm": math.inf})
+        window = Window(**json.loads(json.dumps(asdict(window))))  # as a checkpoint keeps it
+    window.add({"loss": 1.0, "num_tokens": 50, "diagnosis": 3.0})
+    means = window.take()
+    assert math.isnan(means.pop("grad_norm"))
+    assert means == {"loss": 2.0, "num_tokens": 50, "diagnosis": 3.0}
+    assert window.take() == {}
+
+
+def test_a_resumed_run_is_the_same_run_at_wandb(tmp_path, monkeypatch):
+    begun = []
+    fake = SimpleNamespace(init=lambda **given: begun.append(given) or SimpleNamespace(finish=lambda: None))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for first_step in (0, 4, 0):
+        log_of(tmp_path, first_step=first_step, report_to=("wandb",), run_name="mine").close()
+    new, resumed, anew = (given["id"] for given in begun)
+    assert new == resumed != anew
+    assert all(given["resume"] == "allow" and given["name"] == "mine" for given in begun)
 
 
 def test_a_line_broken_in_the_middle_is_an_error(tmp_path):

@@ -1,12 +1,13 @@
 """Options that change what a run does, and set-ups between which it must make no difference."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from synpo_fast.training.checkpoint import newest_checkpoint
-from synpo_fast.training.engine import launch_environment
+from synpo_fast.training.engine import Engine, launch_environment
 from synpo_fast.training.metrics import read_metrics
 from tests.training.test_faults import final_weights, poison
 from tests.training.world import options
@@ -119,6 +120,36 @@ def test_epochs_and_logging_steps(world, tmp_path, in_one_process):
     assert [row["step"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [4, 6]
 
 
+def test_lines_of_several_steps_are_means_and_go_on_after_a_resume(world, tmp_path, in_one_process):
+    values = options(world, tmp_path / "each", report=False)
+    in_one_process(values)
+    in_one_process({**values, "output_dir": str(tmp_path / "out"), "logging_steps": 4})
+    whole = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    each = losses(tmp_path / "each")
+    assert [row["loss"] for row in whole] == pytest.approx([sum(each[:4]) / 4, sum(each[4:]) / 2], abs=1e-7)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-000006")
+    in_one_process({**values, "output_dir": str(tmp_path / "out"), "logging_steps": 4, "resume": "auto"})
+    again = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    for name in ("step", "loss", "grad_norm", "num_tokens", "epoch"):
+        assert [row[name] for row in again] == [row[name] for row in whole], name
+
+
+def test_evaluation_keeps_to_the_tokens_of_a_batch(world, tmp_path, in_one_process, monkeypatch):
+    taken = []
+    forward = Engine.forward
+    monkeypatch.setattr(
+        Engine, "forward", lambda self, pairs, scale: taken.append(len(pairs)) or forward(self, pairs, scale)
+    )
+    rows = []
+    for name, tokens in (("free", None), ("bounded", 1)):
+        taken.clear()
+        values = options(world, tmp_path / name, max_steps=1, eval_split=0.5, max_batch_tokens=tokens, report=False)
+        in_one_process({**values, "per_device_eval_batch_size": 4, "num_eval_captions": 0})
+        rows += [row for row in read_metrics(tmp_path / name / "metrics.jsonl") if "eval_loss" in row]
+        assert max(taken) == (1 if tokens else 4)
+    assert len({round(row["eval_loss"], 5) for row in rows[::2]}) == 1, "before the first step"
+
+
 def test_resuming_an_older_checkpoint_beside_later_ones_is_refused(world, tmp_path, in_one_process):
     values = options(world, tmp_path / "out", max_steps=2, save_steps=1, report=False)
     in_one_process(values)
@@ -175,6 +206,24 @@ def test_entries_of_a_deepspeed_file(world, tmp_path, in_one_process):
     in_one_process(values)
     in_one_process({**values, "output_dir": str(tmp_path / "b"), "deepspeed": str(file)})
     assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), abs=2e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_deepspeed_takes_no_more_memory_for_gradients_than_an_adapter_has(
+    world, tmp_path, in_one_process, monkeypatch, zero_stage
+):
+    import deepspeed
+
+    made = []
+    really = deepspeed.initialize
+    monkeypatch.setattr(deepspeed, "initialize", lambda **given: made.append(really(**given)) or made[-1])
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 12345}}))
+    values = options(world, tmp_path / "a", max_steps=1, zero_stage=zero_stage, report=False)
+    in_one_process(values)
+    in_one_process({**values, "output_dir": str(tmp_path / "b"), "deepspeed": str(file)})
+    trained = sum(weights.numel() for weights in final_weights(tmp_path / "a", 1).values())
+    assert [engine.optimizer.reduce_bucket_size for engine, *_ in made] == [trained, 12345]
 
 
 def test_processes_of_a_scheduler_find_each_other_or_say_what_is_missing():

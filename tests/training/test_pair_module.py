@@ -8,7 +8,9 @@ import torch
 from synpo_fast.data.pair import Pair
 from synpo_fast.models import load_policy
 from synpo_fast.models.scoring import PairEncoder
+from synpo_fast.references import AdapterOff, FrozenCopy
 from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.lora import add_lora
 from synpo_fast.training.metrics import add_sums, means_of
 from synpo_fast.training.pair_module import PairModule, pair_logprobs
 
@@ -120,3 +122,30 @@ def test_a_reference_is_no_part_of_what_trains(policy):
     assert len(list(module.parameters())) == before
     loss, _ = module(encoded(policy, PAIRS[:2]), 0.5)
     assert float(loss) == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "frozen"),
+    [("adapter_off", True), ("frozen_copy", True), ("frozen_copy", False)],
+    ids=["adapter_off", "frozen_copy", "frozen_copy-tower-trains"],
+)
+def test_policy_and_reference_share_a_pass_of_the_tower_unless_it_trains(kind, frozen):
+    policy = load_policy("tiny:qwen2_5_vl", device="cpu", freeze_vision=frozen)
+    encoder = PairEncoder.of(policy)
+    frames = [torch.randint(0, 256, (4, 56, 56, 3), dtype=torch.uint8) for _ in range(2)]
+    pairs = [encoder(Pair("q", "yes", "no", video=video), video) for video in frames]
+    if kind == "adapter_off":
+        add_lora(policy, r=2, alpha=2, dropout=0.0)
+    module = PairModule(policy, config(loss_type="dpo"))
+    module.reference = AdapterOff(policy) if kind == "adapter_off" else FrozenCopy(policy)
+    towers = [policy, module.reference.policy] if kind == "frozen_copy" else [policy]
+    seen = []
+    for one in towers:
+        one.family.vision_modules(one.base)[0].register_forward_hook(lambda *_: seen.append(1))
+    losses = []
+    for module.encodes_once, passes in ((True, 1 if frozen else 2), (False, 2)):
+        seen.clear()
+        losses.append(float(module(pairs, 1.0)[0]))
+        assert len(seen) == passes, "both videos are one call of the tower"
+    assert losses[0] == losses[1] and losses[0] == pytest.approx(2 * math.log(2), abs=1e-5)
+    assert policy.feature_store is None and module.reference.policy.feature_store is None

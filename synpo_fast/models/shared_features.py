@@ -1,0 +1,43 @@
+"""One pass of a frozen vision tower for several policies that have the same one: a policy and its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from synpo_fast.models.family import VideoFeatures, VideoInputs
+from synpo_fast.models.policy import FeatureStore, Policy
+
+
+@contextmanager
+def videos_encoded_once(policies: Sequence[Policy]) -> Iterator[None]:
+    """Inside, what one of `policies` encodes the others take over. A policy whose tower trains takes no part."""
+    before = [policy.feature_store for policy in policies]
+    try:
+        for policy in policies:
+            policy.feature_store = _Kept(before[0]) if policy is policies[0] else policies[0].feature_store
+        yield
+    finally:
+        for policy, store in zip(policies, before, strict=True):
+            policy.feature_store = store
+
+
+class _Kept:
+    """By the video object itself, in front of a store that outlives the step."""
+
+    def __init__(self, inner: FeatureStore | None) -> None:
+        self.inner = inner
+        self.kept: dict[int, VideoFeatures] = {}
+
+    def get(self, video: VideoInputs) -> VideoFeatures | None:
+        found = self.kept.get(id(video))
+        if found is None and self.inner is not None:
+            found = self.inner.get(video)
+            if found is not None:
+                self.kept[id(video)] = found
+        return found
+
+    def put(self, video: VideoInputs, features: VideoFeatures) -> None:
+        self.kept[id(video)] = features
+        if self.inner is not None:
+            self.inner.put(video, features)
