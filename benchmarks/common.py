@@ -167,6 +167,7 @@ def _cuda_timer(device: torch.device, cold_l2: bool) -> Callable[[Callable[[], A
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Everything a reader needs to judge a figure: processor, driver, clocks, threads, versions, commit."""
+    here = str(Path(__file__).resolve().parent)
     record: dict[str, Any] = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device.type,
@@ -177,7 +178,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "commit": _output("git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"),
+        "commit": _output("git", "-C", here, "rev-parse", "HEAD"),
+        "uncommitted": _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no"),
     }
     if hasattr(os, "getloadavg"):
         record["load_average"] = list(os.getloadavg())

@@ -96,12 +96,16 @@ def open_video_file(
     from synpo_fast.data.probe import probe_container
 
     with open_video(file, deadline) as opened:
-        yield OpenedVideo(file, probe_container(file, *opened, deadline), deadline, opened)
+        video = OpenedVideo(file, probe_container(file, *opened, deadline), deadline, opened)
+        try:
+            yield video
+        finally:
+            video.container = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class OpenedVideo:
-    """deadline: a time.monotonic(). container: PyAV's, and its stream, if the file is open."""
+    """deadline: a time.monotonic(). container: PyAV's, and its stream, while the file is open; later it is opened again."""
 
     file: Path
     info: VideoInfo

@@ -25,7 +25,7 @@ SIGNATURES = {b"\xff\xd8": "mjpeg", b"\x89PNG": "png", b"RIFF": "webp"}  # suffi
 def probe_images(folder: Path) -> VideoInfo:
     """Reads the first image for its size. VideoError where it is none."""
     files = image_files(folder)
-    height, width, _ = _read_image(files[0]).shape
+    height, width, _ = _read_image(files[0], {}).shape
     return VideoInfo(
         path=str(folder),
         codec="images",
@@ -46,12 +46,13 @@ def decode(path: Path, info: VideoInfo, indices: Sequence[int], *, device: torch
     out = torch.empty((len(indices), info.height, info.width, 3), dtype=torch.uint8)
     pixels = out.numpy()
     done: dict[int, int] = {}
+    writers: dict[str, RgbWriter] = {}  # by decoder, which lays chroma in one way
     for place, index in enumerate(indices):
         check_deadline(path, deadline, f"image {index} was read")
         if index in done:
             pixels[place] = pixels[done[index]]
             continue
-        image = _read_image(files[index])
+        image = _read_image(files[index], writers)
         if image.shape != pixels.shape[1:]:
             size = f"{image.shape[1]}x{image.shape[0]}"
             raise VideoError(files[index], f"is {size}, the first image of its folder is {info.width}x{info.height}")
@@ -60,7 +61,7 @@ def decode(path: Path, info: VideoInfo, indices: Sequence[int], *, device: torch
     return out
 
 
-def _read_image(file: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _read_image(file: Path, writers: dict[str, RgbWriter]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """[H, W, 3], as stored: an orientation in EXIF data is not applied."""
     import av
     from av.error import FFmpegError
@@ -87,5 +88,5 @@ def _read_image(file: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     if not frames or frames[0].is_corrupt:
         raise VideoError(file, "is damaged")
     image = np.empty((frames[0].height, frames[0].width, 3), np.uint8)
-    RgbWriter(decoder).write(frames[0], image)
+    writers.setdefault(decoder, RgbWriter()).write(frames[0], image)
     return image

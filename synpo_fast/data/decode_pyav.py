@@ -72,7 +72,7 @@ class _Frames:
             (len(indices), info.height, info.width, 3), np.uint8
         )  # NumPy asks for huge pages, torch not
         self.out = torch.from_numpy(self.pixels)
-        self.rgb = RgbWriter(info.codec)
+        self.rgb = RgbWriter()
         self.turns = info.rotation // 90
         self.stored = (info.width, info.height) if self.turns % 2 == 0 else (info.height, info.width)
 

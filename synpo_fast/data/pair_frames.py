@@ -39,11 +39,16 @@ def pair_frames(
     if not clips:
         return None, None
     deadline = time.monotonic() + deadline_s
+    paths = list(dict.fromkeys(clip.path for clip in clips))
     with ExitStack() as files:
-        videos = {
-            path: files.enter_context(open_video_file(path, root=video_root, deadline_s=deadline - time.monotonic()))
-            for path in dict.fromkeys(clip.path for clip in clips)
-        }
+        videos = {}
+        for path in paths:
+            file = open_video_file(path, root=video_root, deadline_s=deadline - time.monotonic())
+            if len(paths) == 1:
+                videos[path] = files.enter_context(file)
+            else:  # many open decoders would take more memory than the frames: each is opened again when it is its turn
+                with file as video:
+                    videos[path] = video
         infos = [videos[clip.path].info for clip in clips]
         chosen = sampling.clip_indices([(info, clip.start, clip.end) for info, clip in zip(infos, clips, strict=True)])
         decoded = [

@@ -2,9 +2,12 @@
 
 PyAV's default conversion repeats each chroma sample over four pixels, which moves and jags coloured edges: 38 to 42 dB away from
 the definition, and from what DALI gives. FFmpeg's exact conversion takes as long as decoding does. So 8-bit 4:2:0 of even
-sizes, which nearly every video is, is converted by csrc/yuv_to_rgb.cpp; all else, and everything where that is not
-built, by FFmpeg with the exact settings. The two differ by one level at most. (Of odd sizes FFmpeg stretches the chroma by half a
-pixel; there we do as it does, so that all backends return the same frames.)
+sizes, which nearly every video is, is converted by csrc/yuv_to_rgb.cpp; all else, and everything where that is not built, by
+FFmpeg with the exact settings. The two differ by one level at most in colours that a screen can show. (Of odd sizes FFmpeg
+stretches the chroma by half a pixel; there we do as it does, so that all backends return the same frames.)
+
+Where a video's chroma samples lie FFmpeg knows and PyAV does not tell. So the first picture in which it matters is converted
+by FFmpeg and in both common ways, and the rest of the video in the way that agrees; if none does, by FFmpeg.
 """
 
 import functools
@@ -15,6 +18,8 @@ import numpy as np
 import torch
 
 from synpo_fast.ops import native_library
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 # Weights of red and blue in luma, by FFmpeg's AVColorSpace. Unspecified is BT.601, as FFmpeg takes it.
 BT601 = (0.299, 0.114)
@@ -27,54 +32,79 @@ LUMA_WEIGHTS = {
     9: (0.2627, 0.0593),  # BT.2020
 }
 FULL_RANGE = 2  # AVCOL_RANGE_JPEG
-# Where chroma samples lie across, as FFmpeg's decoders state it when the file does not: on the left pixel of two, or between.
-# PyAV does not show what a file states; where it states something else, chroma is half a pixel off.
-CHROMA_AT_LEFT = {
-    "h264": True,
-    "hevc": True,
-    "mpeg2video": True,
-    "mpeg4": True,
-    "av1": False,
-    "mjpeg": False,
-    "vp8": False,
-    "vp9": False,
-}
+# What may differ by more than a level where chroma is laid alike: FFmpeg lets sums overflow in colours that no screen can show.
+_STRAYS = 1e-3
 
 log = logging.getLogger(__name__)
 
 
 class RgbWriter:
-    """Writes frames of one video; it keeps FFmpeg's converter between them."""
+    """Writes frames of one video, whose chroma lies in one way."""
 
-    def __init__(self, codec: str) -> None:
-        """codec: by its own name; one that CHROMA_AT_LEFT does not know is left to FFmpeg."""
+    def __init__(self) -> None:
         from av.video.reformatter import VideoReformatter
 
-        self.at_left = CHROMA_AT_LEFT.get(codec)
-        self.by_ffmpeg = VideoReformatter()
-
-    def write(self, frame: Any, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        """out, contiguous [H, W, 3], becomes the frame as stored, not turned."""
-        is_known = frame.format.name in ("yuv420p", "yuvj420p") and frame.width % 2 == 0 == frame.height % 2
-        weights = LUMA_WEIGHTS.get(int(frame.colorspace))
-        if not is_known or weights is None or self.at_left is None or not _native():
-            self._write_by_ffmpeg(frame, out)
-            return
-        is_full = frame.format.name == "yuvj420p" or int(frame.color_range) == FULL_RANGE
-        planes = [torch.frombuffer(memoryview(plane), dtype=torch.uint8) for plane in frame.planes]
-        strides = [plane.line_size for plane in frame.planes]
-        torch.ops.synpo_fast_native.yuv420_to_rgb(
-            *planes, *strides, torch.from_numpy(out), *weights, is_full, self.at_left
+        self.reformatter = VideoReformatter()
+        self.at_left: bool | None = (
+            None  # chroma samples lie on the left pixel of two, or between them; None: not known yet
         )
+        self.is_other = False  # they lie elsewhere
 
-    def _write_by_ffmpeg(self, frame: Any, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def write(self, frame: Any, out: Pixels) -> None:
+        """out, contiguous [H, W, 3], becomes the frame as stored, not turned."""
+        weights = LUMA_WEIGHTS.get(int(frame.colorspace))
+        is_even = frame.width % 2 == 0 == frame.height % 2
+        is_plain = is_even and frame.format.name in ("yuv420p", "yuvj420p") and not frame.interlaced_frame
+        if self.is_other or not is_plain or weights is None or not _native():
+            self._by_ffmpeg(frame, out)
+        elif self.at_left is None:
+            self._find_out(frame, out, weights)
+        else:
+            _convert(frame, out, weights, self.at_left)
+
+    def _find_out(self, frame: Any, out: Pixels, weights: tuple[float, float]) -> None:
+        left, exact = np.empty_like(out), np.empty_like(out)
+        _convert(frame, out, weights, False)
+        _convert(frame, left, weights, True)
+        if np.array_equal(left, out):  # no coloured edge in it
+            return
+        self._by_ffmpeg(frame, exact)
+        if _agree(out, exact):
+            self.at_left = False
+        elif _agree(left, exact):
+            self.at_left = True
+            out[...] = left
+        else:
+            self.is_other = True
+            out[...] = exact
+
+    def _by_ffmpeg(self, frame: Any, out: Pixels) -> None:
         from av.video.reformatter import Interpolation
 
         exact = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
-        picture = self.by_ffmpeg.reformat(frame, format="rgb24", interpolation=exact, threads=1)
+        picture = self.reformatter.reformat(frame, format="rgb24", interpolation=exact, threads=1)
         plane = picture.planes[0]
         rows = np.frombuffer(memoryview(plane), np.uint8).reshape(frame.height, plane.line_size)
         out[...] = rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
+
+
+def _convert(frame: Any, out: Pixels, weights: tuple[float, float], at_left: bool) -> None:
+    is_full = frame.format.name == "yuvj420p" or int(frame.color_range) == FULL_RANGE
+    planes = frame.planes
+    torch.ops.synpo_fast_native.yuv420_to_rgb(
+        *(torch.frombuffer(memoryview(plane), dtype=torch.uint8) for plane in planes),
+        *(plane.line_size for plane in planes),
+        torch.from_numpy(out),
+        *weights,
+        is_full,
+        at_left,
+    )
+
+
+def _agree(one: Pixels, other: Pixels) -> bool:
+    """But for rounding."""
+    apart = np.maximum(one, other) - np.minimum(one, other)
+    return bool(np.count_nonzero(apart > 1) <= _STRAYS * apart.size)
 
 
 @functools.cache

@@ -53,7 +53,7 @@ def train(out: Path, recipe: str, options: Mapping[str, Any]) -> Path:
     if done is not None and done.name == f"checkpoint-{options['max_steps']:06d}":
         print("  done before", flush=True)
         return done
-    log = _run(out, recipe, {"resume": "auto", **options})
+    log = _run(out, recipe, {"resume": "auto", **options}, f"the {recipe} training")
     last = newest_checkpoint(out)
     if last is None:
         raise DemoError(f"the {recipe} training left no checkpoint; all it said is in {log}")
@@ -66,12 +66,12 @@ def profile(out: Path, recipe: str, options: Mapping[str, Any], rounds: int) -> 
     if file.exists():
         print("  done before", flush=True)
     else:
-        _run(out, recipe, {"profile": rounds, **options})
+        _run(out, recipe, {"profile": rounds, **options}, f"the profile of {recipe} and dpo")
     record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return record
 
 
-def _run(out: Path, recipe: str, options: Mapping[str, Any]) -> Path:
+def _run(out: Path, recipe: str, options: Mapping[str, Any], title: str) -> Path:
     """The trainer on one process under the launcher. Returns its log; DemoError with the log's end if it fails."""
     out.mkdir(parents=True, exist_ok=True)
     words = [word for name, value in options.items() for word in (f"--{name}", _text(value))]
@@ -90,7 +90,7 @@ def _run(out: Path, recipe: str, options: Mapping[str, Any]) -> Path:
     status = _run_and_show(command, log)
     if status != 0:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
-        raise DemoError(f"the {recipe} training ended with status {status}; all it said is in {log}\n{tail}")
+        raise DemoError(f"{title} ended with status {status}; all it said is in {log}\n{tail}")
     return log
 
 

@@ -14,8 +14,9 @@ def videos_encoded_once(policies: Sequence[Policy]) -> Iterator[None]:
     """Inside, what one of `policies` encodes the others take over. A policy whose tower trains takes no part."""
     before = [policy.feature_store for policy in policies]
     try:
+        kept = _Kept(before[0])
         for policy in policies:
-            policy.feature_store = _Kept(before[0]) if policy is policies[0] else policies[0].feature_store
+            policy.feature_store = kept
         yield
     finally:
         for policy, store in zip(policies, before, strict=True):

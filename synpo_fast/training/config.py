@@ -157,9 +157,14 @@ class TrainConfig:
         return {name: getattr(self, name) for name in LOSS_OPTIONS if getattr(self, name) is not None}
 
     @property
+    def num_reading_processes(self) -> int:
+        """They see no GPU."""
+        return self.dataloader_num_workers if self.video_device == "cpu" else 0
+
+    @property
     def reads_ahead(self) -> bool:
-        """Whether videos are decoded while a step is computed."""
-        return self.dataloader_num_workers > 0 or self.video_device == "cuda"
+        """Whether videos are decoded while a step is computed: in processes, or for a GPU in a thread."""
+        return self.num_reading_processes > 0 or self.video_device == "cuda"
 
     @property
     def needs_reference(self) -> bool:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from synpo_fast.data.loader import PairLoader
 from synpo_fast.data.pair import Pair
@@ -16,6 +15,7 @@ from synpo_fast.models.scoring import EncodedPair
 from synpo_fast.training.captions import sample_captions
 from synpo_fast.training.engine import Engine
 from synpo_fast.training.metrics import add_sums, means_of, summed_over_ranks
+from synpo_fast.training.stand_in import agree_on_forwards
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Evaluator:
     captioned: Sequence[tuple[Pair, EncodedPair]]
     max_new_tokens: int
     device: torch.device
-    spare: EncodedPair | None = None
+    spare: EncodedPair | None = None  # stands in, as in training
     max_tokens: int | None = None  # in one forward
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, Any]:
@@ -42,10 +42,11 @@ class Evaluator:
                         max_pairs=max(1, len(batch.pairs)),
                         max_tokens=self.max_tokens,
                     )
+                    most = self._most(engine, batch.pairs, len(groups))
                     for group in groups:
                         add_sums(sums, engine.forward([batch.pairs[index] for index in group], 1.0)[1])
-                    for _ in range(self._most(engine, len(groups)) - len(groups)):
-                        assert self.spare is not None, "some rank has a pair, so there is one to stand in"
+                    for _ in range(most - len(groups)):
+                        assert self.spare is not None
                         engine.forward([self.spare], 0.0)
             captions = sample_captions(engine, self.captioned, max_new_tokens=self.max_new_tokens)
         finally:
@@ -58,10 +59,10 @@ class Evaluator:
             numbers["eval_captions"] = captions
         return numbers
 
-    def _most(self, engine: Engine, own: int) -> int:
+    def _most(self, engine: Engine, pairs: Sequence[EncodedPair], own: int) -> int:
         """How many forwards this rank has to take part in."""
         if engine.stage < 3:
             return own
-        most = torch.tensor(own, device=self.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return int(most)
+        self.spare = pairs[0] if pairs else self.spare
+        most, _, self.spare = agree_on_forwards(own, len(pairs), self.spare, self.device)
+        return most

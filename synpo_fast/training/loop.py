@@ -18,7 +18,6 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +33,7 @@ from synpo_fast.training.metrics import MetricsLog, Numbers, add_sums, means_of,
 from synpo_fast.training.optimizer import learning_rate_at, warmup_steps
 from synpo_fast.training.progress import Progress
 from synpo_fast.training.run_state import RunState, Saver
+from synpo_fast.training.stand_in import agree_on_forwards
 
 
 class TrainingStopped(RuntimeError):
@@ -71,7 +71,7 @@ def train(run: Run) -> RunState:
         last = state.step == run.num_steps
         stop = _any_rank(run, run.asked_to_stop)
         state.window.add(numbers)
-        if state.step % config.logging_steps == 0 or last or stop:
+        if state.step % config.logging_steps == 0 or last:  # after a stop, the resumed run writes the line
             run.log.log(state.step, state.window.take())
         run.progress.show(state.step, numbers)
         _check_health(run, batch, numbers)
@@ -123,23 +123,10 @@ def _agree_on_micro_batches(run: Run, batch: StepBatch) -> tuple[list[tuple[list
     micros = [([batch.pairs[index] for index in group], 1.0) for group in groups]
     if batch.pairs:
         run.spare = batch.pairs[0]
-    facts = torch.tensor([len(batch.pairs), len(micros), run.spare is not None], device=run.device)
-    every = [torch.zeros_like(facts) for _ in range(run.engine.world_size)]
-    dist.all_gather(every, facts)
-    rows = torch.stack(every).tolist()
-    most = max(row[1] for row in rows)
-    if most and not all(row[2] for row in rows):
-        _hand_out_a_spare(run, source=next(rank for rank, row in enumerate(rows) if row[2]))
+    most, pairs_in_step, run.spare = agree_on_forwards(len(micros), len(batch.pairs), run.spare, run.device)
     assert run.spare is not None or not most
     micros += [([run.spare], 0.0) for _ in range(most - len(micros)) if run.spare is not None]
-    return micros, sum(row[0] for row in rows)
-
-
-def _hand_out_a_spare(run: Run, source: int) -> None:
-    """Some rank has not had a good pair yet and still must take part in every forward and backward."""
-    parcel: list[Any] = [run.spare]
-    dist.broadcast_object_list(parcel, src=source, device=run.device)
-    run.spare = run.spare or parcel[0]
+    return micros, pairs_in_step
 
 
 def _numbers_of(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -54,6 +55,7 @@ def means_of(sums: Numbers) -> Numbers:
 STANDS = (
     "epoch", "learning_rate", "num_tokens", "skipped_pairs", "nonfinite_steps", "loss_scale", "peak_memory_gib",
 )  # fmt: skip
+RATES = ("pairs_per_s", "tokens_per_s", "data_wait_share")  # of several steps: over all their time
 
 
 @dataclass
@@ -61,23 +63,24 @@ class Window:
     """Numbers of the steps since the last line of metrics. Checkpoints keep it: a resumed run writes the same lines."""
 
     sums: Numbers = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
+    weights: Numbers = field(default_factory=dict)
 
     def add(self, numbers: Numbers) -> None:
         for name, value in numbers.items():
             if name in STANDS:
-                self.sums[name], self.counts[name] = value, 1
+                self.sums[name], self.weights[name] = value, 1
             else:  # a loss that is not finite would hide those of all other steps; nonfinite_steps counts it
-                finite = math.isfinite(value)
-                self.sums[name] = self.sums.get(name, 0.0) + (value if finite else 0.0)
-                self.counts[name] = self.counts.get(name, 0) + finite
+                weight = numbers["step_s"] if name in RATES else 1.0
+                weight = weight if math.isfinite(value) else 0.0
+                self.sums[name] = self.sums.get(name, 0.0) + (weight * value if weight else 0.0)
+                self.weights[name] = self.weights.get(name, 0.0) + weight
 
     def take(self) -> Numbers:
         """Means over the steps that had the number; begins anew."""
         means = {
-            name: value / self.counts[name] if self.counts[name] else math.nan for name, value in self.sums.items()
+            name: value / weight if (weight := self.weights[name]) else math.nan for name, value in self.sums.items()
         }
-        self.sums, self.counts = {}, {}
+        self.sums, self.weights = {}, {}
         return means
 
 
@@ -91,7 +94,7 @@ class MetricsLog:
         self._wandb: Any = None
         if not writes:
             return
-        cut_back(self.file, first_step)
+        _cut_back(self.file, first_step)
         self._stream = self.file.open("a", encoding="utf-8")
         if "tensorboard" in config.report_to:
             self._tensorboard = _tensorboard(output_dir, first_step)
@@ -135,9 +138,9 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def cut_back(file: Path, first_step: int) -> None:
+def _cut_back(file: Path, first_step: int) -> None:
     """Takes out what an earlier run wrote of steps that are yet to come."""
-    rows = [row for row in read_metrics(file) if row.get("step", 0) < first_step]
+    rows = [row for row in read_metrics(file) if row["step"] < first_step]
     partial = file.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(file)
@@ -169,6 +172,7 @@ def _wandb(output_dir: Path, config: TrainConfig, *, goes_on: bool) -> Any:
     except ImportError as error:
         raise ImportError("report_to=wandb needs wandb: pip install wandb") from error
     kept = output_dir / "wandb_run_id"
-    identifier = kept.read_text(encoding="utf-8") if goes_on and kept.exists() else secrets.token_hex(4)
+    own = kept.read_text(encoding="utf-8") if goes_on and kept.exists() else secrets.token_hex(4)
+    identifier = os.environ.get("WANDB_RUN_ID", own)
     kept.write_text(identifier, encoding="utf-8")
     return wandb.init(id=identifier, name=config.run_name, dir=str(output_dir), config=asdict(config), resume="allow")

@@ -22,7 +22,7 @@ from synpo_fast.losses.metric_sums import metric_sums
 from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.models.scoring import EncodedPair
 from synpo_fast.models.shared_features import videos_encoded_once
-from synpo_fast.references import AdapterOff, FrozenCopy, Reference
+from synpo_fast.references import AdapterOff, FrozenCopy, PreviousRound, Reference
 from synpo_fast.training.config import TrainConfig
 
 Sums = dict[str, Tensor]
@@ -64,10 +64,13 @@ class PairModule(nn.Module):
 
     def _one_pass_of_the_tower(self) -> AbstractContextManager[None]:
         reference = self.reference
-        if not self.encodes_once or type(reference) not in (AdapterOff, FrozenCopy):
-            return nullcontext()
-        assert isinstance(reference, AdapterOff | FrozenCopy)
-        return videos_encoded_once([self.policy, reference.policy])
+        if (
+            self.encodes_once
+            and isinstance(reference, AdapterOff | FrozenCopy)
+            and type(reference) is not PreviousRound
+        ):
+            return videos_encoded_once([self.policy, reference.policy])
+        return nullcontext()
 
     def reference_logps(self, samples: Sequence[Sample]) -> Logps:
         """Where the policy is: precomputed ones come from a file, on the CPU."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from synpo_fast.data.encoding import BadPair
 from synpo_fast.training.checkpoint import CheckpointError, write_checkpoint
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.engine import Engine
-from synpo_fast.training.metrics import Window, cut_back
+from synpo_fast.training.metrics import Window
 from synpo_fast.training.model_files import save_model_files, whole_weights
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "triton", "av", "nvidia-dali-cuda130")
@@ -93,7 +94,16 @@ class Saver:
     def forget_bad(self, first_step: int) -> None:
         """What an earlier run noted of steps that are yet to come, on any number of ranks. Rank 0 calls it."""
         for file in self.folder.glob("skipped_pairs.rank*.jsonl"):
-            cut_back(file, first_step)
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            file.write_text("".join(line for line in lines if _step_of(line) < first_step), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    """Of a line that a kill has cut off: no step that is to be kept."""
+    try:
+        return int(json.loads(line).get("step", 0))
+    except (ValueError, TypeError, AttributeError):
+        return math.inf
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

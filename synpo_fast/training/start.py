@@ -114,16 +114,12 @@ def _build(
     if data.evaluation:
         eval_loader = ordered_loader(config, data.evaluation, data.eval_root, model.policy, rank, world_size)
         loaders.append(eval_loader)
-        # Rank 0's, for all: under ZeRO-3 every rank writes the same captions, and has a pair to stand in with.
+        # Rank 0's, for all: under ZeRO-3 every rank writes the same captions.
         found: list[Any] = [None]
         if rank == 0:
-            found = [read_some(config, data, model.policy, max(1, config.num_eval_captions))]
+            found = [read_some(config, data, model.policy, config.num_eval_captions)]
         dist.broadcast_object_list(found, src=0, device=device)
-        captioned = found[0][: config.num_eval_captions]
-        spare = found[0][0][1] if found[0] else None
-        evaluator = Evaluator(
-            eval_loader, captioned, config.max_new_tokens, device, spare, max_tokens=config.max_batch_tokens
-        )
+        evaluator = Evaluator(eval_loader, found[0], config.max_new_tokens, device, max_tokens=config.max_batch_tokens)
     num_steps = steps_of(config, loader.steps_per_epoch)
     progress = Progress(
         shows=rank == 0,
@@ -197,6 +193,7 @@ def _facts(config: TrainConfig, data: RunData, world_size: int) -> dict[str, Any
         "seed": config.seed,
         "model_name_or_path": config.model_name_or_path,
         "use_peft": config.use_peft,
+        "freeze_vision": config.freeze_vision,
         "loss_type": config.loss_type,
         "loss options": config.loss_options,
         "auxiliary": [config.auxiliary_nll, config.auxiliary_target],

@@ -164,8 +164,9 @@ def test_a_file_is_opened_once_and_read_as_often_as_wanted(clip, monkeypatch):
             assert barcodes(frames) == indices == list(info.indices)
         assert barcodes(video.frames(times=[0.15])[0]) == [1]
     assert len(opened) == 1
+    assert barcodes(video.frames([4])[0]) == [4] and len(opened) == 2, "it was closed, so it is opened again"
     decode_frames(clip, indices=[3])
-    assert len(opened) == 2
+    assert len(opened) == 3
 
 
 def refuse(*_, **__):

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.clips import draw_frame, write_clip
 from synpo_fast.data import rgb
+from synpo_fast.data.decode import decode_frames
 from synpo_fast.data.rgb import RgbWriter
 from synpo_fast.ops import native_library
 
 needs_native = pytest.mark.skipif(not native_library.is_available(), reason="the native library is not built")
 SIZES = [(2, 2), (2, 10), (10, 2), (4, 6), (16, 32), (30, 34), (64, 64), (50, 98), (120, 162)]  # height, width
-CODECS = {"h264": "left", "vp9": "between"}
 MATRICES = {1: (0.2126, 0.0722), 2: (0.299, 0.114), 6: (0.299, 0.114), 7: (0.212, 0.087), 9: (0.2627, 0.0593)}
 
 
@@ -51,19 +52,32 @@ def by_definition(planes, *, across, weights, full_range):
     return np.clip(np.stack([r, g, b], -1), 0, 255)
 
 
-def written(frame, codec):
+def written(frame):
+    out = np.empty((frame.height, frame.width, 3), np.uint8)
+    RgbWriter().write(frame, out)
+    return out
+
+
+def converted(frame, at_left):
+    """By our converter alone: a frame made by hand states no place of its chroma."""
     out = np.full((frame.height, frame.width, 3), 77, np.uint8)
-    RgbWriter(codec).write(frame, out)
+    rgb._convert(frame, out, rgb.LUMA_WEIGHTS[int(frame.colorspace)], at_left)
+    return out
+
+
+def by_ffmpeg(frame):
+    out = np.empty((frame.height, frame.width, 3), np.uint8)
+    RgbWriter()._by_ffmpeg(frame, out)
     return out
 
 
 @needs_native
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("at_left", [True, False], ids=["left", "between"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_colours_are_those_of_the_definition(codec, size):
+def test_colours_are_those_of_the_definition(at_left, size):
     frame, planes = picture(*size)
-    truth = by_definition(planes, across=CODECS[codec], weights=(0.299, 0.114), full_range=False)
-    error = np.abs(written(frame, codec) - truth)
+    truth = by_definition(planes, across="left" if at_left else "between", weights=(0.299, 0.114), full_range=False)
+    error = np.abs(converted(frame, at_left) - truth)
     assert error.max() < 0.6, "half a level is rounding, the rest that of 16-bit products"
 
 
@@ -73,20 +87,73 @@ def test_colours_are_those_of_the_definition(codec, size):
 def test_every_matrix_and_range(matrix, full_range):
     frame, planes = picture(40, 66, matrix=matrix, full_range=full_range)
     truth = by_definition(planes, across="left", weights=MATRICES[matrix], full_range=full_range)
-    assert np.abs(written(frame, "h264") - truth).max() < 0.6
+    assert np.abs(converted(frame, True) - truth).max() < 0.6
 
 
 @needs_native
-@pytest.mark.parametrize("codec", ["h264", "hevc", "mpeg2video", "mpeg4"])
-def test_ffmpegs_exact_conversion_agrees_where_it_lays_chroma_alike(codec, monkeypatch):
-    """A frame made by hand states no place of its chroma, which FFmpeg takes as between the pixels."""
-    monkeypatch.setitem(rgb.CHROMA_AT_LEFT, codec, False)
-    frame, _ = picture(122, 162)
-    ours = written(frame, codec)
-    monkeypatch.setattr(rgb, "_native", lambda: False)
-    theirs = written(frame, codec)
+def test_ffmpegs_exact_conversion_agrees():
+    frame, _ = picture(122, 162)  # FFmpeg takes its chroma as between the pixels
+    ours, theirs = converted(frame, False), by_ffmpeg(frame)
     assert not np.array_equal(ours, theirs), "the same path was taken twice"
     assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+STATED = [
+    ("h264", ".mp4", {}, True),
+    ("h264", ".mp4", {"options": {"x264-params": "chromaloc=1"}}, False),
+    ("h264", ".mp4", {"options": {"x264-params": "chromaloc=2"}}, "elsewhere"),
+    ("hevc", ".mp4", {"options": {"x265-params": "log-level=none:chromaloc=2:pools=none"}}, "elsewhere"),
+    ("vp9", ".webm", {}, False),
+    ("vp9", ".webm", {"options": {"chroma_sample_location": "left"}}, True),
+    ("av1", ".mp4", {"options": {"chroma_sample_location": "left"}}, True),
+    ("mjpeg", ".avi", {}, False),
+]
+
+
+@needs_native
+@pytest.mark.parametrize(("codec", "suffix", "more", "where"), STATED, ids=str)
+def test_where_chroma_lies_is_found_out(tmp_path, codec, suffix, more, where):
+    path = write_clip(tmp_path / f"clip{suffix}", codec=codec, num_frames=4, width=96, height=64, **more)
+    writer = RgbWriter()
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            out = np.empty((64, 96, 3), np.uint8)
+            writer.write(frame, out)
+            assert np.abs(out.astype(int) - by_ffmpeg(frame)).max() <= 1
+    assert ("elsewhere" if writer.is_other else writer.at_left) == where
+
+
+@needs_native
+def test_pictures_without_coloured_edges_leave_it_open(monkeypatch):
+    asked = []
+    monkeypatch.setattr(RgbWriter, "_by_ffmpeg", lambda self, frame, out: asked.append(frame))
+    frame, _ = picture(32, 48)
+    for plane in frame.planes[1:]:
+        plane.update(bytes([90]) * (plane.height * plane.line_size))
+    writer = RgbWriter()
+    out = np.zeros((32, 48, 3), np.uint8)
+    for _ in range(2):
+        writer.write(frame, out)
+    assert writer.at_left is None and not asked
+    assert np.array_equal(out, converted(frame, True))
+
+
+@needs_native
+@pytest.mark.parametrize("codec", ["h264", "mpeg2video"])
+def test_interlaced_pictures_are_ffmpegs(tmp_path, codec):
+    """Their chroma belongs to a field, not to the picture."""
+    options = {"x264-params": "tff=1"} if codec == "h264" else {"flags": "+ildct+ilme", "top": "1"}
+    with av.open(str(tmp_path / "clip.ts"), "w") as container:
+        stream = container.add_stream("libx264" if codec == "h264" else codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 96, 64, "yuv420p", options
+        for index in range(4):
+            frame = av.VideoFrame.from_ndarray(draw_frame(index, 96, 64), format="rgb24").reformat(format="yuv420p")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    frames, _ = decode_frames(tmp_path / "clip.ts")
+    with av.open(str(tmp_path / "clip.ts")) as container:
+        for ours, frame in zip(frames, container.decode(video=0), strict=True):
+            assert frame.interlaced_frame and np.array_equal(ours.numpy(), by_ffmpeg(frame))
 
 
 @needs_native
@@ -95,8 +162,8 @@ def test_writes_nothing_beside_its_place(size):
     height, width = size
     frames = np.full((3, height, width, 3), 77, np.uint8)
     frame, _ = picture(*size)
-    RgbWriter("h264").write(frame, frames[1])
-    assert (frames[0] == 77).all() and (frames[2] == 77).all() and np.array_equal(frames[1], written(frame, "h264"))
+    rgb._convert(frame, frames[1], (0.299, 0.114), True)
+    assert (frames[0] == 77).all() and (frames[2] == 77).all() and np.array_equal(frames[1], converted(frame, True))
 
 
 @pytest.mark.parametrize("pixel_format", ["yuv444p", "yuv422p", "gray", "yuv420p10le", "rgb24", "yuv420p"])
@@ -104,14 +171,14 @@ def test_other_formats_and_odd_sizes_are_left_to_ffmpeg(pixel_format):
     frame, _ = picture(34, 61, pixel_format=pixel_format)
     exact = av.video.reformatter.Interpolation.BILINEAR | av.video.reformatter.Interpolation.FULL_CHR_H_INT
     exact |= av.video.reformatter.Interpolation.ACCURATE_RND
-    assert np.array_equal(written(frame, "h264"), frame.to_ndarray(format="rgb24", interpolation=exact))
+    assert np.array_equal(written(frame), frame.to_ndarray(format="rgb24", interpolation=exact))
 
 
 @pytest.mark.parametrize("matrix", [0, 4])  # RGB as it is, FCC
 def test_other_matrices_are_left_to_ffmpeg(matrix, monkeypatch):
     monkeypatch.setattr(rgb, "_native", lambda: pytest.fail("asked for the native library"))
     frame, _ = picture(34, 62, matrix=matrix)
-    assert written(frame, "h264").std() > 10
+    assert written(frame).std() > 10
 
 
 def test_says_once_that_the_library_is_missing(monkeypatch, caplog):
@@ -119,7 +186,7 @@ def test_says_once_that_the_library_is_missing(monkeypatch, caplog):
     rgb._native.cache_clear()
     try:
         for _ in range(3):
-            written(picture(16, 16)[0], "h264")
+            written(picture(16, 16)[0])
     finally:
         rgb._native.cache_clear()
     assert caplog.text.count("it was not built") == 1

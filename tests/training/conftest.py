@@ -2,6 +2,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.training.world import make_world
 
@@ -34,4 +35,5 @@ def in_one_process(group):
     from synpo_fast.training.config import TrainConfig
     from synpo_fast.training.start import train_in_group
 
+    torch.set_num_threads(1)  # as the processes that runs are compared with: sums in another order have other bits
     return lambda values: train_in_group(TrainConfig(**values), group)

@@ -154,7 +154,9 @@ def test_bad_videos_are_counted_skipped_and_listed(world, tmp_path, in_one_proce
     assert {row["id"] for row in listed} == {"p0-0", "p0-1"} and all("bad" in row["reason"] for row in listed)
     # A resumed run meets them again, and lists them once; on fewer ranks than before, too.
     shutil.rmtree(tmp_path / "out" / "checkpoint-000004")
-    (tmp_path / "out" / "skipped_pairs.rank1.jsonl").write_text('{"id": "a", "step": 1}\n{"id": "b", "step": 4}\n')
+    (tmp_path / "out" / "skipped_pairs.rank1.jsonl").write_text(
+        '{"id": "a", "step": 1}\n{"id": "of a ki{"id": "c", "step": 2}\n{"id": "b", "step": 4}\n'
+    )
     in_one_process({**values, "train_file": str(tmp_path / "pairs.jsonl"), "resume": "auto"})
     again = [json.loads(line) for line in (tmp_path / "out" / "skipped_pairs.rank0.jsonl").read_text().splitlines()]
     assert again == listed
@@ -264,3 +266,22 @@ def test_memory_does_not_grow_over_500_steps(world, tmp_path):
     slope = float(((steps - steps.mean()) * (tail - tail.mean())).sum() / (steps - steps.mean()).square().sum())
     print(f"{slope * 1000:.1f} KiB a step, {tail[0]:.0f} -> {tail[-1]:.0f} MiB")
     assert slope * 400 < 16, f"{slope * 400:.1f} MiB over 400 steps"
+
+
+def test_ranks_with_unequal_evaluations_take_part_in_each_others(world, tmp_path, port, in_one_process):
+    """3 held-out pairs on 2 ranks, a pair a forward: one rank has a forward more, which under ZeRO-3 both must take."""
+    pairs = read_manifest(world / "pairs.jsonl")
+    write_manifest(world / "three.jsonl", pairs[:3])
+    values = options(
+        world, tmp_path / "one", max_steps=1, zero_stage=3, eval_file=str(world / "three.jsonl"), report=False,
+        max_batch_tokens=1, per_device_eval_batch_size=2, num_eval_captions=0, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    in_one_process(values)
+    two = {**values, "output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1}
+    done = run(train_command(two, num_ranks=2, port=port), timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = [
+        [row["eval_loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "eval_loss" in row]
+        for name in ("one", "two")
+    ]
+    assert len(found[0]) == 2 and found[0] == pytest.approx(found[1], abs=2e-5)

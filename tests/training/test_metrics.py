@@ -47,12 +47,15 @@ def test_values_that_are_not_finite_are_null_in_json(tmp_path):
 def test_a_window_gives_means_and_what_stands_last(tmp_path):
     window = Window()
     for step, loss in enumerate((1.0, math.nan, 4.0, math.inf), 1):
-        window.add({"loss": loss, "num_tokens": 10 * step, "grad_norm": math.inf})
+        window.add(
+            {"loss": loss, "num_tokens": 10 * step, "grad_norm": math.inf, "pairs_per_s": 8 / step, "step_s": step}
+        )
         window = Window(**json.loads(json.dumps(asdict(window))))  # as a checkpoint keeps it
-    window.add({"loss": 1.0, "num_tokens": 50, "diagnosis": 3.0})
+    window.add({"loss": 1.0, "num_tokens": 50, "diagnosis": 3.0, "pairs_per_s": 0.0, "step_s": 6.0})
     means = window.take()
     assert math.isnan(means.pop("grad_norm"))
-    assert means == {"loss": 2.0, "num_tokens": 50, "diagnosis": 3.0}
+    # 8 pairs in each of the first four steps, none in the last, in 16 seconds
+    assert means == {"loss": 2.0, "num_tokens": 50, "diagnosis": 3.0, "pairs_per_s": 2.0, "step_s": 3.2}
     assert window.take() == {}
 
 
@@ -65,6 +68,15 @@ def test_a_resumed_run_is_the_same_run_at_wandb(tmp_path, monkeypatch):
     new, resumed, anew = (given["id"] for given in begun)
     assert new == resumed != anew
     assert all(given["resume"] == "allow" and given["name"] == "mine" for given in begun)
+
+
+def test_an_identifier_of_wandbs_own_is_kept(tmp_path, monkeypatch):
+    begun = []
+    fake = SimpleNamespace(init=lambda **given: begun.append(given) or SimpleNamespace(finish=lambda: None))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_RUN_ID", "given")
+    log_of(tmp_path, first_step=0, report_to=("wandb",)).close()
+    assert begun[0]["id"] == "given"
 
 
 def test_a_line_broken_in_the_middle_is_an_error(tmp_path):

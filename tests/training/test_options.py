@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from synpo_fast.training import loop
 from synpo_fast.training.checkpoint import newest_checkpoint
 from synpo_fast.training.engine import Engine, launch_environment
 from synpo_fast.training.metrics import read_metrics
@@ -134,6 +135,25 @@ def test_lines_of_several_steps_are_means_and_go_on_after_a_resume(world, tmp_pa
         assert [row[name] for row in again] == [row[name] for row in whole], name
 
 
+def test_a_run_that_was_asked_to_stop_writes_the_same_lines_when_it_goes_on(
+    world, tmp_path, in_one_process, monkeypatch
+):
+    values = options(world, tmp_path / "out", logging_steps=4, report=False)
+    in_one_process({**values, "output_dir": str(tmp_path / "whole")})
+    step = loop.train_step
+
+    def asked(run, batch):
+        run.asked_to_stop = run.state.step == 4
+        return step(run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", asked)
+        assert in_one_process(values).step == 5
+    in_one_process({**values, "resume": "auto"})
+    found, whole = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("out", "whole"))
+    assert [(row["step"], row["loss"]) for row in found] == [(row["step"], row["loss"]) for row in whole]
+
+
 def test_evaluation_keeps_to_the_tokens_of_a_batch(world, tmp_path, in_one_process, monkeypatch):
     taken = []
     forward = Engine.forward
@@ -146,7 +166,7 @@ def test_evaluation_keeps_to_the_tokens_of_a_batch(world, tmp_path, in_one_proce
         values = options(world, tmp_path / name, max_steps=1, eval_split=0.5, max_batch_tokens=tokens, report=False)
         in_one_process({**values, "per_device_eval_batch_size": 4, "num_eval_captions": 0})
         rows += [row for row in read_metrics(tmp_path / name / "metrics.jsonl") if "eval_loss" in row]
-        assert max(taken) == (1 if tokens else 4)
+        assert taken[:2] == ([1, 1] if tokens else [4, 4]), "the first evaluation is before the first step"
     assert len({round(row["eval_loss"], 5) for row in rows[::2]}) == 1, "before the first step"
 
 
@@ -208,7 +228,7 @@ def test_entries_of_a_deepspeed_file(world, tmp_path, in_one_process):
     assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), abs=2e-5)
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_deepspeed_takes_no_more_memory_for_gradients_than_an_adapter_has(
     world, tmp_path, in_one_process, monkeypatch, zero_stage
 ):
