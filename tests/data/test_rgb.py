@@ -66,9 +66,7 @@ def converted(frame, at_left):
 
 
 def by_ffmpeg(frame):
-    out = np.empty((frame.height, frame.width, 3), np.uint8)
-    RgbWriter()._by_ffmpeg(frame, out)
-    return out
+    return rgb._by_ffmpeg(frame).copy()
 
 
 @needs_native
@@ -126,7 +124,7 @@ def test_where_chroma_lies_is_found_out(tmp_path, codec, suffix, more, where):
 @needs_native
 def test_pictures_without_coloured_edges_leave_it_open(monkeypatch):
     asked = []
-    monkeypatch.setattr(RgbWriter, "_by_ffmpeg", lambda self, frame, out: asked.append(frame))
+    monkeypatch.setattr(rgb, "_by_ffmpeg", asked.append)
     frame, _ = picture(32, 48)
     for plane in frame.planes[1:]:
         plane.update(bytes([90]) * (plane.height * plane.line_size))
