@@ -84,7 +84,7 @@ def median_ratio(samples: Sequence[float], base: Sequence[float]) -> float:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Between which of the values the true median lies in 90 % of repetitions or more, whatever their distribution; the lowest
+    """Two of the values with the true median between them nine times in ten or more, whatever their distribution; the lowest
     and the highest of fewer than eight. (Quartiles are where half of the rounds lie, and narrower than this.)"""
     rising = sorted(values)
     cut = 0

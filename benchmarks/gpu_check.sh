@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs everything that needs a GPU and leaves at most 8 files in a folder:
+# Runs what needs a GPU and leaves its results in a folder, 10 files at most:
 #   bash benchmarks/gpu_check.sh OUT [tests] [kernels] [throughput] [trainer] [decode]     the first three when none is named
 # gpu_tests.xml, gpu_check.log, kernels.json, throughput.json and one picture for each of four shapes; trainer_tests.xml
 # (the trainer in bf16 and fp16, ZeRO 0-3; needs deepspeed, peft and PyAV) and decode.json (needs PyAV, and DALI for NVDEC).
