@@ -34,7 +34,7 @@ LUMA_WEIGHTS = {
 }
 FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 # What may differ by more than a level where chroma is laid alike: FFmpeg lets sums overflow in colours that no screen can show.
-_STRAYS = 1e-3
+_MOST_STRAYS = 1e-3
 _ROW_STEP = 7  # odd: rows of both kinds, on and between the rows of chroma
 
 log = logging.getLogger(__name__)
@@ -45,10 +45,9 @@ class RgbWriter:
     """Writes frames of one video, whose chroma lies in one way."""
 
     def __init__(self) -> None:
-        self.at_left: bool | None = (
-            None  # chroma samples lie on the left pixel of two, or between them; None: not known yet
-        )
-        self.is_other = False  # they lie elsewhere
+        # Chroma samples lie on the left pixel of two, or between them, or elsewhere; None: not known yet.
+        self.at_left: bool | None = None
+        self.is_other = False
 
     def write(self, frame: Any, out: Pixels) -> None:
         """out, contiguous [H, W, 3], becomes the frame as stored, not turned."""
@@ -69,13 +68,17 @@ class RgbWriter:
         if np.array_equal(left[::_ROW_STEP], out[::_ROW_STEP]) and np.array_equal(left, out):  # no coloured edge in it
             return
         exact = _by_ffmpeg(frame)
-        if _agree(out, exact):
-            self.at_left = False
-        elif _agree(left, exact):
-            self.at_left = True
-            out[...] = left
-        else:
+        if_between, if_left = _strays(out, exact), _strays(left, exact)
+        if min(if_between, if_left) > _MOST_STRAYS:
             self.is_other = True
+        elif 4 * if_between < if_left:
+            self.at_left = False
+        elif 4 * if_left < if_between:
+            self.at_left = True
+        # Else there is too little colour to tell: the next picture may have more.
+        if self.at_left is True:
+            out[...] = left
+        elif self.at_left is None:
             out[...] = exact
 
 
@@ -115,11 +118,11 @@ def _reformatter() -> Any:
     return _kept.reformatter
 
 
-def _agree(one: Pixels, other: Pixels) -> bool:
-    """But for rounding, in a part of the rows."""
+def _strays(one: Pixels, other: Pixels) -> float:
+    """The share of values that are apart by more than rounding, in a part of the rows."""
     one, other = one[::_ROW_STEP], other[::_ROW_STEP]
     apart = np.maximum(one, other) - np.minimum(one, other)
-    return bool(np.count_nonzero(apart > 1) <= _STRAYS * apart.size)
+    return float(np.count_nonzero(apart > 1)) / apart.size
 
 
 @functools.cache

@@ -137,6 +137,29 @@ def test_pictures_without_coloured_edges_leave_it_open(monkeypatch):
 
 
 @needs_native
+def test_a_picture_with_too_little_colour_decides_nothing(monkeypatch):
+    """Black but for one sample of chroma."""
+    frame, _ = picture(64, 96)
+    for plane, value in zip(frame.planes, (16, 128, 128), strict=True):
+        rows = np.full((plane.height, plane.line_size), value, np.uint8)
+        if value == 128:
+            rows[10, 20] = 160
+        plane.update(rows.tobytes())
+    exact = {True: converted(frame, True), False: converted(frame, False)}
+    assert not np.array_equal(exact[True], exact[False])
+    monkeypatch.setattr(rgb, "_ROW_STEP", 1)
+    monkeypatch.setattr(rgb, "_by_ffmpeg", lambda _: exact[True])
+    writer = RgbWriter()
+    out = np.zeros((64, 96, 3), np.uint8)
+    writer.write(frame, out)
+    assert writer.at_left is True and np.array_equal(out, exact[True]), "the few values tell"
+    monkeypatch.setattr(rgb, "_ROW_STEP", 60)  # none of them is looked at
+    writer = RgbWriter()
+    writer.write(frame, out)
+    assert writer.at_left is None and not writer.is_other and np.array_equal(out, exact[True])
+
+
+@needs_native
 @pytest.mark.parametrize("codec", ["h264", "mpeg2video"])
 def test_interlaced_pictures_are_ffmpegs(tmp_path, codec):
     """Their chroma belongs to a field, not to the picture."""
