@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor
 
 NAME = re.compile(r"checkpoint-(\d+)")
 COMPLETE, STATE = "complete.json", "state"
+REMOVED = ".removed"  # ends the name of a folder that is being deleted
 logger = logging.getLogger(__name__)
 
 
@@ -114,7 +116,7 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def remove_checkpoints(output_dir: Path) -> None:
     for folder in list_checkpoints(output_dir):
-        shutil.rmtree(folder)
+        _remove(folder)
 
 
 def check_writable(output_dir: Path) -> None:
@@ -165,16 +167,23 @@ def _slow(stream: Any) -> str:
 
 
 def _prune(output_dir: Path, keep: int | None, *, newest: Path) -> None:
+    for folder in output_dir.glob(f"*{REMOVED}"):  # of a run that was killed meanwhile
+        shutil.rmtree(folder, ignore_errors=True)
     if keep is None:
         return
     for folder in list_checkpoints(output_dir)[:-keep]:
         if folder != newest:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # a checkpoint too many is no reason to stop
+                _remove(folder)
 
 
 def _remove(folder: Path) -> None:
+    """In one move: a kill leaves a checkpoint that is whole, or none."""
     if folder.exists():
-        shutil.rmtree(folder)
+        removed = folder.with_name(folder.name + REMOVED)
+        shutil.rmtree(removed, ignore_errors=True)
+        folder.rename(removed)
+        shutil.rmtree(removed)
 
 
 def _step_of(folder: Path) -> int:

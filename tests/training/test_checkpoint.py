@@ -50,6 +50,25 @@ def test_the_newest_is_by_number_and_old_ones_go(tmp_path):
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
+@pytest.mark.parametrize("deleting", ["prune", "all"])
+def test_a_kill_while_one_is_deleted_leaves_none_that_is_broken(tmp_path, monkeypatch, deleting):
+    def killed(folder, **_):
+        if folder.exists():
+            (folder / "adapter_model.safetensors").unlink()
+            raise SystemExit
+
+    for step in (1, 2):
+        write(tmp_path, step)
+    with monkeypatch.context() as patch:
+        patch.setattr("synpo_fast.training.checkpoint.shutil.rmtree", killed)
+        with pytest.raises(SystemExit):
+            write(tmp_path, 3, keep=1) if deleting == "prune" else remove_checkpoints(tmp_path)
+    left = list_checkpoints(tmp_path)
+    assert left and [what_is_broken(folder) for folder in left] == [None] * len(left)
+    write(tmp_path, 4, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000004"]
+
+
 def test_half_written_folders_are_not_seen_and_are_replaced(tmp_path):
     write(tmp_path, 1)
     (tmp_path / "checkpoint-000002.partial").mkdir()
