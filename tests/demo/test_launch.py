@@ -1,5 +1,6 @@
 """What a child process says is kept, shown where it matters, and its failure is told."""
 
+import json
 import os
 import signal
 import sys
@@ -43,3 +44,23 @@ def test_a_failure_names_the_log_and_shows_its_end(tmp_path):
     options = {"train_file": tmp_path / "does-not-exist.jsonl", "max_steps": 1, "model_name_or_path": "tiny:text"}
     with pytest.raises(launch.DemoError, match=r"sft training ended with status .*log\.txt(.|\n)*does-not-exist"):
         launch.train(tmp_path / "run", "sft", options)
+
+
+def test_a_profile_that_fails_says_so_and_one_that_is_there_is_read(tmp_path, monkeypatch):
+    commands = []
+
+    def ends_badly(command, log):
+        commands.append(command)
+        log.write_text("noise\nno room for the frozen copy\n")
+        return 3
+
+    monkeypatch.setattr(launch, "_run_and_show", ends_badly)
+    with pytest.raises(launch.DemoError, match=r"profile of synpo and dpo ended with status 3(.|\n)*no room for"):
+        launch.profile(tmp_path / "run", "synpo", {"seed": 0}, 5)
+    (command,) = commands
+    assert command[command.index("--profile") + 1] == "5"
+    assert not (tmp_path / "run" / "profile.json").exists(), "the next call has to try again"
+
+    (tmp_path / "run" / "profile.json").write_text(json.dumps({"ways": []}))
+    assert launch.profile(tmp_path / "run", "synpo", {"seed": 0}, 5) == {"ways": []}
+    assert len(commands) == 1
