@@ -1,6 +1,6 @@
 # make venv   the environment: pinned packages and the compiled extension, in .venv
 # make test   the whole suite (sets the environment up first)
-# make demo   from nothing to a tiny model trained with SynPO, beside DPO, and a report; 3 to 4 minutes on 2 cores (DEMO_ARGS="--seed 1")
+# make demo   from nothing to a tiny model trained with SynPO, beside DPO, and a report; 4 to 5 minutes on 2 cores (DEMO_ARGS="--seed 1")
 # make demo-loss  the fused SynPO loss beside eager torch, on this machine as it is
 PYTHON ?= python3
 VENV ?= .venv
