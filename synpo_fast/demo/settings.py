@@ -1,10 +1,11 @@
 """Sizes and options of the demo, and the folder that belongs to one choice of them.
 
 All was chosen on worlds of other seeds than those whose results are published.
-Warm-up: with steps of 8 captions the model had not learned to see sizes on four seeds of six, with 16 on one of eight. Preferences
-about what it does not see make it guess with more confidence, and the NLL of the truth can rise.
-SynPO: alpha = 10 and beta = 1 instead of 30 and 0.2, because captions of twenty tokens differ more in their mean probability than
-captions of two hundred, and alpha = 30 would saturate at once. At a rate of 1e-3 it guessed with more confidence than at 5e-4.
+Warm-up: with steps of 8 captions the model had not learned to see sizes on four seeds of six, with 16 on one of eight.
+Preferences about what it does not see make it guess with more confidence, and the NLL of the truth can rise.
+SynPO: alpha = 10 and beta = 1 instead of 30 and 0.2, because captions of twenty tokens differ more in their mean
+probability than captions of two hundred, and alpha = 30 would saturate at once. At a rate of 1e-3 it guessed with more
+confidence than at 5e-4.
 DPO: of six pairs of rate and beta the one with the best accuracy, which had the best NLL too.
 """
 
