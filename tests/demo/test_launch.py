@@ -30,7 +30,15 @@ def test_it_tells_that_it_is_at_work_while_nothing_comes(tmp_path, capsys, monke
     assert "at work for" in capsys.readouterr().out
 
 
-def test_an_interrupt_ends_the_child_too(tmp_path):
+@pytest.fixture
+def interruptible():
+    """Started in the background by a shell, Python is told to ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_the_child_too(tmp_path, interruptible):
     code = "import os, time; print('step', os.getpid(), flush=True); time.sleep(60)"
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
