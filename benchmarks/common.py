@@ -83,9 +83,13 @@ def median_ratio(samples: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(own / other for own, other in zip(samples, base, strict=True))
 
 
+ROUNDS_FOR_AN_INTERVAL = 5  # the median of all lies outside the range of n values with probability 2 ** (1 - n)
+
+
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Two of the values with the true median between them nine times in ten or more, whatever their distribution; the lowest
-    and the highest of fewer than eight. (Quartiles are where half of the rounds lie, and narrower than this.)"""
+    """Two of the values with the true median between them nine times in ten or more, whatever their distribution. Of fewer than
+    eight, the lowest and the highest; of fewer than ROUNDS_FOR_AN_INTERVAL these hold it less often, three times in four with
+    three. (Quartiles are where half of the rounds lie, and narrower than this.)"""
     rising = sorted(values)
     cut = 0
     while 2 * sum(math.comb(len(rising), k) for k in range(cut + 2)) <= 0.1 * 2 ** len(rising):

@@ -19,7 +19,7 @@ from typing import Any
 if __package__ in (None, ""):  # started by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.common import format_bytes, format_seconds
+from benchmarks.common import ROUNDS_FOR_AN_INTERVAL, format_bytes, format_seconds
 from benchmarks.plot import OURS_COLOUR, PEER_COLOUR, QUIET, _clean, _spread, machine_line
 from benchmarks.steps import FIRST, GAINS
 from benchmarks.steps.cost import tokens_only_limit
@@ -59,6 +59,11 @@ def workload_line(workload: dict[str, Any]) -> str:
 
 def _rounds(rows: Sequence[dict[str, Any]]) -> int:
     return max((row["seconds"]["rounds"] for row in rows if row["seconds"]), default=0)
+
+
+def _interval_name(rounds: int) -> str:
+    """What median_interval gave for so many rounds."""
+    return "the median's 90 % interval" if rounds >= ROUNDS_FOR_AN_INTERVAL else "lowest to highest"
 
 
 def _gains(record: dict[str, Any], machine: str, path: Path) -> Path:
@@ -131,7 +136,8 @@ def _ways(record: dict[str, Any], machine: str, path: Path) -> Path:
     left.set_xlim(0, top * 1.32)
     left.set_ylim(len(rows) - 0.4, -0.6)
     left.set_yticks(places, [row["name"] for row in rows])
-    left.set_xlabel(f"speed-up over {FIRST}   (line: the median's 90 % interval, dashed: theory, by counted passes)")
+    interval = _interval_name(_rounds(rows))
+    left.set_xlabel(f"speed-up over {FIRST}   (line: {interval}, dashed: theory, by counted passes)")
     _clean(left)
     most = max(row["peak_memory_bytes"] for row in rows)
     right.barh(places, [row["peak_memory_bytes"] for row in rows], color=colours)
@@ -154,7 +160,7 @@ def _ways(record: dict[str, Any], machine: str, path: Path) -> Path:
 
 
 def _sweep(sweep: dict[str, Any], machine: str, path: Path) -> Path:
-    """Speed-up over the first row along the axis: measured with the median's 90 % interval, and dashed what counting predicts."""
+    """Speed-up over the first row along the axis: measured with its spread, and dashed what counting predicts."""
     import matplotlib.pyplot as plt
 
     points = sweep["points"]
@@ -187,7 +193,7 @@ def _sweep(sweep: dict[str, Any], machine: str, path: Path) -> Path:
         about += f", responses of {workload['completion']} tokens"
     below = (
         f"{about}, a pair a step. {machine}.\n"
-        f"Solid: medians of {rounds} interleaved rounds (band: the median's 90 % interval). Dashed: theory, by counted passes."
+        f"Solid: medians of {rounds} interleaved rounds (band: {_interval_name(rounds)}). Dashed: theory, by counted passes."
     )
     figure.text(0.02, 0.87, below, fontsize=8.5, color=QUIET)
     figure.savefig(path, dpi=130)

@@ -10,6 +10,7 @@ pytest.importorskip("peft", reason="the ways train an adapter")
 pytest.importorskip("trl", reason="TRL is what is compared with")
 
 from benchmarks import plot_throughput, throughput
+from benchmarks.common import median_interval
 from benchmarks.steps import FIRST, WAYS, largest_batch, sweeps
 from benchmarks.steps.presets import PRESETS, build_policy
 from benchmarks.steps.sweeps import SWEEPS, presets_along
@@ -66,6 +67,17 @@ def test_a_sweep_prints_writes_and_draws(name, monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.count("synpo-fast") >= 2
     assert plot_throughput.main([str(file), "--out", str(tmp_path / "again")]) == 0
     assert [path.name for path in (tmp_path / "again").iterdir()] == [f"sweep-{name}.png"]
+
+
+def test_an_interval_is_called_one_where_it_holds_the_median_nine_times_in_ten():
+    random = torch.Generator().manual_seed(0)
+    for rounds in (1, 3, 4, 5, 7, 8, 11, 20):
+        trials = torch.randn(20_000, rounds, generator=random, dtype=torch.float64)
+        held = sum(low <= 0 <= high for low, high in map(median_interval, trials.tolist())) / len(trials)
+        assert (plot_throughput._interval_name(rounds) == "the median's 90 % interval") == (held >= 0.895), (
+            rounds,
+            held,
+        )
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 5, 31, 32, 33, 100])
