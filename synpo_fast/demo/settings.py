@@ -39,7 +39,7 @@ class Settings:
         default_factory=lambda: {"max_steps": 100, "learning_rate": 5e-4, "alpha": 10.0, "beta": 1.0}
     )
     dpo: dict[str, Any] = field(default_factory=lambda: {"max_steps": 100, "learning_rate": 1.5e-4, "beta": 0.3})
-    profile_rounds: int = 5
+    profile_rounds: int = 10
     pairs_per_step: int = 16
     lora_r: int = 16
     lora_alpha: int = 32

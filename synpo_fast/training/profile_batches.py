@@ -89,12 +89,6 @@ def _profiled_step(config: TrainConfig, batch: StepBatch, reading_s: float) -> P
     return ProfiledStep(micros, total[0], total[1], total[2], total[3], reading_s)
 
 
-def pairs_differ_between_ranks(steps: list[ProfiledStep]) -> bool:
-    """Whether some micro-batch has more pairs on one rank than on another."""
-    sizes = every_rank([[len(micro) for micro, _ in step.micros] for step in steps])
-    return any(each != sizes[0] for each in sizes)
-
-
 def every_rank(value: Any) -> list[Any]:
     """This rank's value and those of all others, by rank."""
     found: list[Any] = [None] * dist.get_world_size()

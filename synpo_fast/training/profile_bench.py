@@ -43,7 +43,10 @@ class Bench:
         return [way for way in self.ways if way.skipped is None]
 
     def run(self, progress: Progress) -> tuple[dict[str, list[StageTimes]], dict[str, float]]:
-        """Times of every way in every round, and its loss in the first. Raises TrainingStopped if losses disagree."""
+        """Times of every way in every round, and its loss in the first.
+
+        Raises TrainingStopped if losses disagree or memory runs out.
+        """
         clock = StageClock(self.device)
         times: dict[str, list[StageTimes]] = {way.name: [] for way in self.measured}
         first: dict[str, float] = {}
@@ -66,7 +69,12 @@ class Bench:
     def _timed_step(self, way: Way, step: ProfiledStep, seed: int, clock: StageClock) -> tuple[float, StageTimes]:
         self.switch.use(way)
         clock.start()
-        loss = self.take(step, seed)
+        try:
+            loss = self.take(step, seed)
+        except torch.OutOfMemoryError as error:
+            raise TrainingStopped(
+                f"{way.name} ran out of memory, so nothing was compared: take a smaller per_device_train_batch_size"
+            ) from error
         times = clock.stop()
         wait = step.wait_s(times.seconds, self.config.reads_ahead)
         return loss, StageTimes(times.seconds + wait, {**times.stages, WAIT: wait})

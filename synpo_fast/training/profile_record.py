@@ -1,4 +1,7 @@
-"""profile.json and the table on the screen: medians and quartiles of what the rounds of a profile measured.
+"""profile.json and the table on the screen: medians of what the rounds of a profile measured, and the lowest and highest of them.
+
+The spread is the whole range, since rounds are no independent draws: the speed of a shared machine wanders over minutes, and an
+interval that takes rounds for draws is too narrow to hold what the next profile finds.
 
 A way's ratio is the time of the slowest baseline (DPO with the adapter off, without the gains of sharing) over its own, round by
 round, so that a machine that slows down slows both. The limit beside it counts forward passes of the language model per token:
@@ -26,11 +29,7 @@ Spread = dict[str, float]
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median, lower and upper quartile."""
-    if len(values) == 1:
-        return dict.fromkeys(("median", "low", "high"), values[0])
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high}
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def stage_spreads(times: Sequence[StageTimes]) -> dict[str, Spread]:
@@ -73,7 +72,7 @@ def way_record(
     if way.skipped is not None:
         return record | dict.fromkeys((*measured, "peak_memory_bytes", "flops", "loss", "amortised_s"))
     seconds = [each.seconds for each in times]
-    record["seconds"] = spread(seconds)
+    record["seconds"] = {**spread(seconds), "samples": seconds}
     record["stages"] = stage_spreads(times)
     record["stages_over_step"] = spread([sum(each.stages.values()) / each.seconds for each in times])
     record["tokens_per_s"] = statistics.median(count / second for count, second in zip(tokens, seconds, strict=True))
@@ -120,7 +119,8 @@ def _title(record: Mapping[str, Any]) -> str:
     return (
         f"{record['rounds']} rounds of one step each: {batch['pairs']:.4g} pairs, {batch['prompt_tokens']:.0f} prompt and "
         f"{batch['response_tokens']:.0f} response tokens, prefix/completion {batch['prefix_to_completion']:.2f}\n"
-        f"medians [quartiles]; ratio: time of {base} over the way's own; limit: what passes of the language model predict"
+        f"medians [lowest - highest]; ratio: time of {base} over the way's own, round by round; "
+        "limit: what passes of the language model predict"
     )
 
 

@@ -6,9 +6,9 @@
     dpo-precomputed          ... log-probs made beforehand
 
 and each once more as `-unshared`. What is not SynPO's own gain is given to DPO, too: prompts shared by both responses, pairs
-packed into rows, the fused head on response tokens only, one pass of the vision tower for policy and reference. `-unshared` does
-without these, but for the head: the prompt runs once a response, every response is a row of its own, and the reference
-calls the tower again.
+packed into rows, the fused head on response tokens only, one pass of the vision tower for policy and reference. `-unshared` runs
+the prompt once a response and has the reference call the tower again. It keeps packed rows: run one by one, short rows would take
+longer than in the padded batch of a plain implementation, and DPO would look worse than it is.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Way:
     skipped: str | None = None
 
 
-def ways_of(config: TrainConfig, *, equal_batches: bool, copied: bool) -> list[Way]:
-    """equal_batches: whether all ranks have as many pairs in each micro-batch. copied: whether there is a frozen copy."""
+def ways_of(config: TrainConfig, *, copied: bool) -> list[Way]:
+    """copied: whether there is a frozen copy."""
     own = config.loss_type
     if own in LOSSES and LOSSES[own].needs_reference:
         own = "synpo"
@@ -53,18 +53,16 @@ def ways_of(config: TrainConfig, *, equal_batches: bool, copied: bool) -> list[W
         suffix = "" if shared else "-unshared"
         ways.append(Way(own + suffix, own, None, shared))
         ways += [Way(f"dpo-{kind.replace('_', '-')}{suffix}", "dpo", kind, shared) for kind in KINDS]
-    return [replace(way, skipped=_why_impossible(way, config, equal_batches, copied)) for way in ways]
+    return [replace(way, skipped=_why_impossible(way, config, copied)) for way in ways]
 
 
-def _why_impossible(way: Way, config: TrainConfig, equal_batches: bool, copied: bool) -> str | None:
+def _why_impossible(way: Way, config: TrainConfig, copied: bool) -> str | None:
     if way.reference == "adapter_off" and not config.use_peft:
         return "use_peft=false: there is no adapter to switch off"
     if way.reference == "frozen_copy" and config.zero_stage == 3:
         return "zero_stage=3: a copy would hold the whole model on every device"
     if way.reference == "frozen_copy" and not copied:
         return "a copy of the model does not fit the device's memory"
-    if not way.shared and config.zero_stage == 3 and not equal_batches:
-        return "zero_stage=3 needs the same number of rows on every device, and micro-batches differ in pairs"
     return None
 
 
@@ -151,7 +149,6 @@ class WaySwitch:
         for policy in (module.policy, self.references.copy):
             if policy is not None:
                 policy.feature_store = self.store if way.shared else None
-                policy.row_tokens = self.config.row_tokens if way.shared else 1  # 1: no two branches fit one row
 
     def _options(self, loss_type: str) -> dict[str, Any]:
         """The configured options for the configured loss, and defaults for another."""

@@ -107,7 +107,7 @@ def _explained(profile: Mapping[str, Any], ways: Sequence[dict[str, Any]]) -> st
     facts = [f"{short(number_in(profile.get('rounds')))} rounds"] if "rounds" in profile else []
     for name, what in (("pairs", "pairs"), ("prompt_tokens", "prompt tokens"), ("response_tokens", "response tokens")):
         facts += [f"{short(number_in(batch[name]), digits=3)} {what}"] if name in batch else []
-    lines = [", ".join(facts) + " a step. Spread: lower and upper quartile."] if facts else []
+    lines = [", ".join(facts) + " a step. Spread: lowest to highest round."] if facts else []
     if isinstance(profile.get("ratio_base"), str):
         lines.append(f"Ratio: time of {profile['ratio_base']} over the way's own, round by round.")
     shared, apart = (short(number_in(limit.get(name)), digits=3) for name in ("dpo_over_synpo_shared", "unshared"))

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from synpo_fast.training.checkpoint import check_writable
 from synpo_fast.training.config import LOSS_OPTIONS, TrainConfig
-from synpo_fast.training.profile_batches import ProfiledStep, every_rank, pairs_differ_between_ranks, read_steps
+from synpo_fast.training.profile_batches import ProfiledStep, every_rank, read_steps
 from synpo_fast.training.profile_bench import WARM_UP, Bench
 from synpo_fast.training.profile_record import baseline_of, limit, table, way_record
 from synpo_fast.training.profile_ways import WaySwitch, make_references, ways_of
@@ -38,7 +38,7 @@ FILE = "profile.json"
 def profile_in_group(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """Every rank calls it; rank 0 writes and shows. Returns what profile.json holds.
 
-    Raises TrainingStopped if two ways to the same loss differ: their times would mean nothing.
+    Raises TrainingStopped if two ways to the same loss differ, since their times would mean nothing, or if memory runs out.
     """
     folder, rank = Path(config.output_dir), dist.get_rank()
     _check_folder(folder)
@@ -81,8 +81,7 @@ def _build(config: TrainConfig, data: RunData, device: torch.device) -> Bench:
         steps = read_steps(config, loader)
     references = make_references(config, model.policy, [step.samples for step in steps])
     engine = build_engine(config, model)
-    equal = not pairs_differ_between_ranks(steps)
-    ways = ways_of(config, equal_batches=equal, copied=references.copy is not None)
+    ways = ways_of(config, copied=references.copy is not None)
     return Bench(config, engine, WaySwitch(config, model.module, references), ways, steps, device)
 
 

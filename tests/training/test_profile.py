@@ -138,7 +138,8 @@ def test_profile_json_holds_what_the_report_reads(profiled):
     assert record["rounds"] == 2 and record["ratio_base"] == "dpo-adapter-off-unshared"
     for way in record["ways"]:
         assert way["skipped"] is None and set(way["stages"]) == set(STAGES)
-        assert set(way["seconds"]) == set(way["ratio"]) == {"median", "low", "high"}
+        assert set(way["seconds"]) == {"median", "low", "high", "samples"} and len(way["seconds"]["samples"]) == 2
+        assert set(way["ratio"]) == {"median", "low", "high"}
         assert sum(stage["median"] for stage in way["stages"].values()) == pytest.approx(way["seconds"]["median"])
         # The host's clock around the step against the borders inside it.
         assert way["stages_over_step"]["median"] == pytest.approx(1, abs=0.05)
@@ -163,14 +164,14 @@ def test_batches_are_counted_as_the_pairs_are_long(profiled):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_way_computes_what_it_says(profiled, name):
-    """Micro-batches of one pair: with the gains a pair is one row, and one video for policy and reference."""
+    """Micro-batches of one pair, one row each; with the gains its prompt is there once, and its video runs once."""
     found = [step for step in profiled[0].steps if step.way == name]
     assert len(found) == WARM_UP + 2 + 3  # and three steps that are counted
     passes = 2 if name.startswith(("dpo-adapter-off", "dpo-frozen-copy")) else 1
     shared = not name.endswith("-unshared")
     for step in found:
         assert step.videos == PAIRS * (1 if shared else passes)
-        assert step.rows == PAIRS * passes * (1 if shared else 2)
+        assert step.rows == PAIRS * passes  # unshared ones are packed, too
         prompts = sum(len(sample.prompt) for sample in step.pairs) * (1 if shared else 2)
         branches = sum(len(response) - 1 for sample in step.pairs for response in sample.responses)
         assert step.tokens == passes * (prompts + branches)
@@ -204,6 +205,7 @@ def test_the_table_names_every_way_and_every_reason(profiled):
     record = json.loads(json.dumps(profiled[0].record))
     text = table(record)
     assert all(sum(line.startswith(f"{name} ") for line in text.splitlines()) == 2 for name in NAMES)
+    assert "medians [lowest - highest]" in text
     record["ways"][2] |= {"skipped": "no room for it", "seconds": None, "stages": None}
     assert "dpo-frozen-copy: not measured, no room for it" in table(record)
 
@@ -237,6 +239,20 @@ def test_ways_whose_losses_differ_stop_the_profile(world, tmp_path, group, monke
     values = options(world, tmp_path, profile=1, gradient_accumulation_steps=2)
     with pytest.raises(TrainingStopped, match="dpo-precomputed"):
         watch(values, group)
+    assert not (tmp_path / "profile.json").exists()
+
+
+def test_a_way_that_runs_out_of_memory_is_named(world, tmp_path, group, monkeypatch):
+    own = Policy.forward
+
+    def forward(self, samples, *, share_prefix=True, **more):
+        if not share_prefix:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return own(self, samples, share_prefix=share_prefix, **more)
+
+    monkeypatch.setattr(Policy, "forward", forward)
+    with pytest.raises(TrainingStopped, match=r"-unshared ran out of memory.*smaller per_device_train_batch_size"):
+        watch(options(world, tmp_path, profile=1), group)
     assert not (tmp_path / "profile.json").exists()
 
 

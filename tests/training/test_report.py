@@ -291,7 +291,10 @@ def test_the_profile_shows_bars_to_scale_and_its_figures(run):
     ]
     assert sum(widths[:3]) == pytest.approx(50) and sum(widths[3:]) == pytest.approx(100)
     assert "DPO, adapter off 8 s 7.2 s to 9.6 s 1,234 3 GiB 2.5e15 2x 1.8x to 2.4x" in page.text
-    assert "9 rounds, 2 pairs, 1,293 prompt tokens, 485 response tokens a step." in page.text
+    assert (
+        "9 rounds, 2 pairs, 1,293 prompt tokens, 485 response tokens a step. Spread: lowest to highest round."
+        in page.text
+    )
     assert (
         "time of DPO, adapter off over the way's own" in page.text
         and "predict 2.59 for SynPO, 1.5 without" in page.text
