@@ -18,7 +18,7 @@ from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.metrics import add_sums, means_of, summed_over_ranks
 from synpo_fast.training.peak_memory import peak_of_step
 from synpo_fast.training.profile_batches import ProfiledStep, every_rank
-from synpo_fast.training.profile_ways import Way, WaySwitch
+from synpo_fast.training.profile_ways import Way, WaySwitch, memory_for
 from synpo_fast.training.progress import Progress
 from synpo_fast.training.stage_clock import WAIT, StageClock, StageTimes, timed_stages
 
@@ -69,12 +69,8 @@ class Bench:
     def _timed_step(self, way: Way, step: ProfiledStep, seed: int, clock: StageClock) -> tuple[float, StageTimes]:
         self.switch.use(way)
         clock.start()
-        try:
+        with memory_for(way.name):
             loss = self.take(step, seed)
-        except torch.OutOfMemoryError as error:
-            raise TrainingStopped(
-                f"{way.name} ran out of memory, so nothing was compared: take a smaller per_device_train_batch_size"
-            ) from error
         times = clock.stop()
         wait = step.wait_s(times.seconds, self.config.reads_ahead)
         return loss, StageTimes(times.seconds + wait, {**times.stages, WAIT: wait})
@@ -126,7 +122,7 @@ class Bench:
         return {
             "peak_memory_bytes": max(rank[0] for rank in ranks),
             "flops": sum(rank[1] for rank in ranks),
-            "amortised_s": self.switch.references.precompute_s if way.reference == "precomputed" else None,
+            "amortised_s": self.switch.references.precompute_s[way.shared] if way.reference == "precomputed" else None,
         }
 
     def _held_bytes(self, way: Way) -> int:

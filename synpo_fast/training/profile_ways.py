@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from synpo_fast.losses import LOSSES
 from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.references import AdapterOff, FrozenCopy, Precomputed, Reference, detached_logps, precompute
 from synpo_fast.training.config import LOSS_OPTIONS, REFERENCES, TrainConfig
+from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.pair_module import PairModule, loss_options
 
 KINDS = tuple(kind for kind in REFERENCES if kind != "auto")
@@ -68,11 +70,12 @@ def _why_impossible(way: Way, config: TrainConfig, copied: bool) -> str | None:
 
 @dataclass
 class ReferenceSet:
-    """References by kind. copy: the frozen copy. precompute_s: seconds a step's log-probs took to make beforehand."""
+    """References by kind. copy: the frozen copy. precompute_s: seconds a step's log-probs took to make beforehand, with prompts
+    shared (True) and without."""
 
     by_kind: dict[str, Any]
     copy: Policy | None
-    precompute_s: float
+    precompute_s: dict[bool, float]
 
     @property
     def copy_bytes(self) -> int:
@@ -92,11 +95,27 @@ def make_references(config: TrainConfig, policy: Policy, steps: Sequence[Sequenc
     if config.use_peft:
         by_kind["adapter_off"] = AdapterOff(policy)
     detached_logps(policy, steps[0][:1], config.share_prefix)  # the first call of an operator is slow
-    begin = time.perf_counter()
-    by_kind["precomputed"] = _precomputed(config, policy, [sample for step in steps for sample in step])
-    seconds = (time.perf_counter() - begin) / len(steps)
+    seconds, store = {}, policy.feature_store
+    every = [sample for step in steps for sample in step]
+    for shared in (False, True):  # both find the same log-probs
+        policy.feature_store = store if shared else None
+        begin = time.perf_counter()
+        with memory_for("dpo-precomputed" + "-unshared" * (not shared)):
+            by_kind["precomputed"] = _precomputed(config, policy, every, share_prefix=shared and config.share_prefix)
+        seconds[shared] = (time.perf_counter() - begin) / len(steps)
     policy.train()
     return ReferenceSet(by_kind, None if copied is None else copied.policy, seconds)
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Raises TrainingStopped with its name where it runs out of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingStopped(
+            f"{what} ran out of memory, so nothing was compared: take a smaller per_device_train_batch_size"
+        ) from error
 
 
 def _copy_that_fits(policy: Policy) -> FrozenCopy | None:
@@ -121,9 +140,9 @@ class _OnDevice:
         return [[values.to(self.device, non_blocking=True) for values in sample] for sample in self.inner(samples)]
 
 
-def _precomputed(config: TrainConfig, policy: Policy, every: Sequence[Sample]) -> Reference:
+def _precomputed(config: TrainConfig, policy: Policy, every: Sequence[Sample], *, share_prefix: bool) -> Reference:
     def reference(samples: Sequence[Sample]) -> Logps:
-        return detached_logps(policy, samples, config.share_prefix)
+        return detached_logps(policy, samples, share_prefix)
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "reference.pt"

@@ -15,6 +15,7 @@ import torch
 
 from synpo_fast.models.policy import Policy
 from synpo_fast.models.qwen2_5_vl import Qwen25VL
+from synpo_fast.training import profile_ways
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.profile_bench import WARM_UP, Bench
@@ -210,9 +211,16 @@ def test_the_table_names_every_way_and_every_reason(profiled):
     assert "dpo-frozen-copy: not measured, no room for it" in table(record)
 
 
-def test_full_fine_tuning_from_a_dpo_config_with_a_feature_cache(world, tmp_path, group):
+def test_full_fine_tuning_from_a_dpo_config_with_a_feature_cache(world, tmp_path, group, monkeypatch):
     """No adapter to switch off; the run's own precomputed reference is not made; the cache spares the tower, except where
-    the gains are left out."""
+    the gains are left out, as they are when log-probs are made for the unshared way."""
+    beforehand, own = [], profile_ways.detached_logps
+
+    def spied(policy, samples, share_prefix=True):
+        beforehand.append((share_prefix, policy.feature_store is not None))
+        return own(policy, samples, share_prefix)
+
+    monkeypatch.setattr(profile_ways, "detached_logps", spied)
     more = {"use_peft": False, "loss_type": "dpo", "reference": "precomputed", "zero_stage": 0, "variant": "ipo"}
     values = options(world, tmp_path / "out", profile=1, feature_cache=str(tmp_path / "features"), **more)
     watched = watch({**values, "gradient_accumulation_steps": 2}, group)
@@ -226,11 +234,14 @@ def test_full_fine_tuning_from_a_dpo_config_with_a_feature_cache(world, tmp_path
     assert {name: step.videos for name, step in last.items()} == videos | unshared
     dpo = {way["loss"] for way in ways.values() if way["loss_type"] == "dpo" and not way["skipped"]}
     assert max(dpo) - min(dpo) < 1e-3 and min(dpo) > 1  # ipo begins at 1 / (2 beta) ** 2
+    assert beforehand[0] == (True, True), "one call to warm up"
+    assert sorted(beforehand[1:]) == sorted([(False, False), (True, True)] * (len(beforehand) // 2))
+    taken = {name: way["amortised_s"] for name, way in ways.items() if way["amortised_s"] is not None}
+    assert set(taken) == {"dpo-precomputed", "dpo-precomputed-unshared"} and len(set(taken.values())) == 2
 
 
 def test_ways_whose_losses_differ_stop_the_profile(world, tmp_path, group, monkeypatch):
     """A reference that is not the policy as it begins."""
-    from synpo_fast.training import profile_ways
 
     def shifted(policy, samples, share_prefix=True):
         return [[torch.full((len(r),), -1.0 - i) for i, r in enumerate(sample.responses)] for sample in samples]
@@ -242,16 +253,20 @@ def test_ways_whose_losses_differ_stop_the_profile(world, tmp_path, group, monke
     assert not (tmp_path / "profile.json").exists()
 
 
-def test_a_way_that_runs_out_of_memory_is_named(world, tmp_path, group, monkeypatch):
+@pytest.mark.parametrize("in_the_step", [True, False])
+def test_a_way_that_runs_out_of_memory_is_named(world, tmp_path, group, monkeypatch, in_the_step):
     own = Policy.forward
 
     def forward(self, samples, *, share_prefix=True, **more):
-        if not share_prefix:
+        if not share_prefix and torch.is_grad_enabled() == in_the_step:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return own(self, samples, share_prefix=share_prefix, **more)
 
     monkeypatch.setattr(Policy, "forward", forward)
-    with pytest.raises(TrainingStopped, match=r"-unshared ran out of memory.*smaller per_device_train_batch_size"):
+    with pytest.raises(
+        TrainingStopped,
+        match=rf"{'.*' if in_the_step else 'dpo-precomputed'}-unshared ran out of memory.*smaller per_device_train_batch_size",
+    ):
         watch(options(world, tmp_path, profile=1), group)
     assert not (tmp_path / "profile.json").exists()
 
