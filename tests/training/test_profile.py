@@ -33,7 +33,7 @@ from synpo_fast.training.stage_clock import (
     VISION,
 )
 from tests.training.test_profile_parts import NAMES, PAIRS
-from tests.training.world import options, run, train_command
+from tests.training.world import options, run, train_command, with_gaps
 
 
 @dataclass
@@ -285,3 +285,15 @@ def test_two_ranks(world, tmp_path, port, stage):
         assert way["stages_over_step"]["median"] == pytest.approx(1, abs=0.05)
         assert way["stages"][COMMUNICATION]["median"] > 0
     assert done.stdout.count("milliseconds by stage") == 1
+
+
+@pytest.mark.heavy
+def test_ranks_with_unequal_numbers_of_pairs_share_the_weights(world, tmp_path, port):
+    """zero_stage=3 has all ranks gather weights in step, whatever each of them holds."""
+    with_gaps(world / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    values = options(world, tmp_path / "out", profile=3, zero_stage=3, per_device_train_batch_size=2)
+    values |= {"train_file": tmp_path / "pairs.jsonl", "video_root": world, "gradient_accumulation_steps": 1}
+    done = run(train_command(values, num_ranks=2, port=port))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    record = json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert [way["name"] for way in record["ways"] if way["skipped"] is None] == [n for n in NAMES if "frozen" not in n]

@@ -6,6 +6,7 @@ The truth is eager.py. Tolerances are for fp32, whose sums come in another order
 import itertools
 import json
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from synpo_fast.training.metrics import read_metrics
 from tests.training.eager import eager_run
-from tests.training.world import ROOT, options, run
+from tests.training.world import ROOT, options, run, with_gaps
 
 STAGES = (0, 1, 2, 3)
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-5, 5e-5  # weights move by about 1e-3 a step
@@ -40,13 +41,13 @@ def assert_same_weights(found, expected, tolerance):
         )
 
 
-def launch(values, tmp_path, num_ranks, port):
+def launch(values, tmp_path, num_ranks, port, timeout=580):
     file = tmp_path / "runs.json"
     file.write_text(json.dumps(values))
     script = [str(ROOT / "tests" / "training" / "many_runs.py"), str(file)]
     launcher = [sys.executable.replace("python", "deepspeed").rsplit("/", 1)[0] + "/deepspeed"]
     head = [*launcher, "--num_gpus", str(num_ranks), "--master_port", str(port)] if num_ranks > 1 else [sys.executable]
-    done = run([*head, *script], timeout=580)
+    done = run([*head, *script], timeout=timeout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -86,6 +87,27 @@ def test_stages_ranks_and_resumes_agree_with_the_eager_run(world, tmp_path, port
         torch.testing.assert_close(reference[match], value, rtol=0, atol=WEIGHT_TOLERANCE)
         moved_most = max(moved_most, float(value.abs().max()))
     assert moved_most > 1e-3
+
+
+@pytest.mark.parametrize("loss_type", ["synpo", "dpo"])
+def test_ranks_that_have_unequal_numbers_of_pairs_take_the_same_steps_at_every_stage(world, tmp_path, port, loss_type):
+    """Where a video is missing one rank has a pair less, and fewer responses. ZeRO-3 has all ranks gather weights in step."""
+    with_gaps(world / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    more = {"loss_type": loss_type, "train_file": str(tmp_path / "pairs.jsonl"), "video_root": str(world)}
+    more |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_bad_share": 1.0}
+    stages = (0, 3)
+    values = [options(world, tmp_path / f"stage-{stage}", zero_stage=stage, **more) for stage in stages]
+    launch(values, tmp_path, 2, port, timeout=150)
+
+    def missing_by_step(folder, rank):
+        lines = (folder / f"skipped_pairs.rank{rank}.jsonl").read_text().splitlines()
+        return Counter(json.loads(line)["step"] for line in lines)
+
+    plain, sharded = (tmp_path / f"stage-{stage}" for stage in stages)
+    assert missing_by_step(sharded, 0) != missing_by_step(sharded, 1), "ranks are unequal in some step"
+    assert losses_of(sharded) == pytest.approx(losses_of(plain), abs=LOSS_TOLERANCE)
+    ends = [weights_of(folder / "checkpoint-000006", True) for folder in (plain, sharded)]
+    assert_same_weights(*ends, tolerance=WEIGHT_TOLERANCE)
 
 
 def test_two_ranks_equal_an_uninterrupted_run_bit_for_bit_after_a_resume(world, tmp_path, port):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.clips import write_clip
-from synpo_fast.data import Pair, write_manifest
+from synpo_fast.data import Pair, read_manifest, write_manifest
 from synpo_fast.models import load_policy
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -37,6 +38,13 @@ def make_world(folder: Path, *, num_videos: int = 8) -> Path:
     policy.model.save_pretrained(str(folder / "base"))
     policy.tokenizer.save_pretrained(str(folder / "base"))
     return folder
+
+
+def with_gaps(manifest: Path, copy: Path) -> None:
+    """The pairs of a manifest, every third with a video that is not there."""
+    pairs = list(read_manifest(manifest))
+    pairs[::3] = [replace(pair, video="gone.mp4") for pair in pairs[::3]]
+    write_manifest(copy, pairs)
 
 
 def options(world: Path, output_dir: Path, **more: Any) -> dict[str, Any]:
