@@ -33,13 +33,13 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def _speed(steps: dict[str, Any]) -> list[str]:
-    """DPO both ways: with all that SynPO has too, and as it is usually computed."""
+    """DPO both ways: with all that SynPO has too, and without the prompt shared."""
     synpo = steps["synpo"]["seconds"]["median"]
     lines = [f"A step of SynPO took {1e3 * synpo:.0f} ms. On the same pairs in turn with it, DPO's took"]
     for name, how in (
         ("dpo-adapter-off", "reference computed in the step, prompt shared and rows packed as SynPO's"),
         ("dpo-precomputed", "reference computed beforehand, the rest as SynPO's"),
-        ("dpo-adapter-off-unshared", "reference computed in the step, prompt run for each caption, as is usual"),
+        ("dpo-adapter-off-unshared", "reference computed in the step, prompt run for each caption"),
     ):
         step = steps[name]
         if step["skipped"] is None:

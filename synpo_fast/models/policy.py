@@ -49,7 +49,11 @@ class FeatureStore(Protocol):
 
 
 class Policy(nn.Module):
-    """model: a transformers model, possibly wrapped by peft. Call it with samples to get their responses' log-probs."""
+    """model: a transformers model, possibly wrapped by peft. Call it with samples to get their responses' log-probs.
+
+    Inside a module under ZeRO-3 call forward() instead: DeepSpeed hooks the backward of every tensor that __call__ returns, one a
+    response, and ranks with unequal numbers of them would wait for each other for ever.
+    """
 
     def __init__(
         self,

@@ -53,8 +53,7 @@ class PairModule(nn.Module):
     def forward(self, pairs: Sequence[EncodedPair], scale: float) -> tuple[Tensor, Sums]:
         samples = [pair.sample for pair in pairs]
         with self._one_pass_of_the_tower():
-            # Not through __call__: ZeRO-3 would hook the backward of every tensor that comes out, one a response, and ranks with
-            # unequal numbers of them would wait for each other for ever.
+            # Not through __call__: see Policy.
             logps = self.policy.forward(samples, share_prefix=self.share_prefix)
             reference = None if self.reference is None else self.reference_logps(samples)
         output = self.loss_of_logps(pairs, logps, reference)

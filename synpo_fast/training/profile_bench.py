@@ -114,10 +114,11 @@ class Bench:
         def take() -> float:
             return self.take(self.steps[0], self.config.seed)
 
-        peak = self._held_bytes(way) + peak_of_step(take, self.device)
-        with visible_products([policy for policy in policies if policy is not None]):
-            take()
-            flops = count_flops(take)
+        with memory_for(way.name):
+            peak = self._held_bytes(way) + peak_of_step(take, self.device)
+            with visible_products([policy for policy in policies if policy is not None]):
+                take()
+                flops = count_flops(take)
         ranks = every_rank((peak, flops))
         return {
             "peak_memory_bytes": max(rank[0] for rank in ranks),

@@ -7,8 +7,9 @@
 
 and each once more as `-unshared`. What is not SynPO's own gain is given to DPO, too: prompts shared by both responses, pairs
 packed into rows, the fused head on response tokens only, one pass of the vision tower for policy and reference. `-unshared` runs
-the prompt once a response and has the reference call the tower again. It keeps packed rows: run one by one, short rows would take
-longer than in the padded batch of a plain implementation, and DPO would look worse than it is.
+the prompt once a response and has the reference call the tower again. It keeps packed rows, or DPO would look worse than it
+is: run one by one, short rows take longer than in the padded batch of a plain implementation. Under sdpa and eager, where a row
+costs by its square, it is packed rows that would, and there they run one by one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from synpo_fast.losses import LOSSES
+from synpo_fast.models.attention import SEGMENTS, VARLEN
 from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.references import AdapterOff, FrozenCopy, Precomputed, Reference, detached_logps, precompute
 from synpo_fast.training.config import LOSS_OPTIONS, REFERENCES, TrainConfig
@@ -36,7 +38,8 @@ KINDS = tuple(kind for kind in REFERENCES if kind != "auto")
 
 @dataclass(frozen=True)
 class Way:
-    """reference: its kind, or None. shared: with the gains that are not SynPO's own. skipped: why it can not be measured."""
+    """reference: its kind, or None. shared: the prompt runs once a pair, the tower once a video. skipped: why it can not be
+    measured."""
 
     name: str
     loss_type: str
@@ -99,12 +102,20 @@ def make_references(config: TrainConfig, policy: Policy, steps: Sequence[Sequenc
     every = [sample for step in steps for sample in step]
     for shared in (False, True):  # both find the same log-probs
         policy.feature_store = store if shared else None
+        policy.row_tokens = _row_tokens(config, policy, shared)
         begin = time.perf_counter()
         with memory_for("dpo-precomputed" + "-unshared" * (not shared)):
             by_kind["precomputed"] = _precomputed(config, policy, every, share_prefix=shared and config.share_prefix)
         seconds[shared] = (time.perf_counter() - begin) / len(steps)
+    policy.row_tokens = config.row_tokens
     policy.train()
     return ReferenceSet(by_kind, None if copied is None else copied.policy, seconds)
+
+
+def _row_tokens(config: TrainConfig, policy: Policy, shared: bool) -> int | None:
+    """1: no two branches fit one row. ZeRO-3 has every rank run as many rows, so there rows stay packed."""
+    by_the_square = policy.attn_implementation not in (SEGMENTS, VARLEN)
+    return 1 if by_the_square and not shared and config.zero_stage != 3 else config.row_tokens
 
 
 @contextmanager
@@ -114,7 +125,7 @@ def memory_for(what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingStopped(
-            f"{what} ran out of memory, so nothing was compared: take a smaller per_device_train_batch_size"
+            f"{what} ran out of memory, so nothing was compared: lower per_device_train_batch_size or max_batch_tokens"
         ) from error
 
 
@@ -168,6 +179,7 @@ class WaySwitch:
         for policy in (module.policy, self.references.copy):
             if policy is not None:
                 policy.feature_store = self.store if way.shared else None
+                policy.row_tokens = _row_tokens(self.config, policy, way.shared)
 
     def _options(self, loss_type: str) -> dict[str, Any]:
         """The configured options for the configured loss, and defaults for another."""

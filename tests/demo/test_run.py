@@ -82,7 +82,7 @@ def test_the_summary_shows_all_three_whatever_the_outcome():
     text = summary(results)
     for expected in ("61.0", "50.0", "90.0", "0.200", "0.300", "200 ms", "1.25 times", "0.50 times", "v.webm"):
         assert expected in text
-    assert "as is usual" not in text, "it was not measured"
+    assert "prompt run for each caption" not in text, "it was not measured"
 
 
 @pytest.mark.heavy

@@ -15,7 +15,7 @@ import torch
 
 from synpo_fast.models.policy import Policy
 from synpo_fast.models.qwen2_5_vl import Qwen25VL
-from synpo_fast.training import profile_ways
+from synpo_fast.training import profile_bench, profile_ways
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.profile_bench import WARM_UP, Bench
@@ -240,6 +240,23 @@ def test_full_fine_tuning_from_a_dpo_config_with_a_feature_cache(world, tmp_path
     assert set(taken) == {"dpo-precomputed", "dpo-precomputed-unshared"} and len(set(taken.values())) == 2
 
 
+def test_rows_are_not_packed_where_attention_takes_their_square(world, tmp_path, group):
+    values = options(world, tmp_path, profile=1, per_device_train_batch_size=2, attn_implementation="sdpa")
+    watched = watch({**values, "gradient_accumulation_steps": 1}, group)
+    rows = {step.way: step.rows for step in watched.steps}
+    passes = {name: 1 if name.startswith(("synpo", "dpo-precomputed")) else 2 for name in NAMES}
+    assert rows == {name: passes[name] * (4 if name.endswith("-unshared") else 1) for name in NAMES}
+
+
+def test_counting_that_runs_out_of_memory_is_named(world, tmp_path, group, monkeypatch):
+    def count(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(profile_bench, "count_flops", count)
+    with pytest.raises(TrainingStopped, match=r"^synpo ran out of memory.*max_batch_tokens"):
+        watch(options(world, tmp_path, profile=1, gradient_accumulation_steps=1), group)
+
+
 def test_ways_whose_losses_differ_stop_the_profile(world, tmp_path, group, monkeypatch):
     """A reference that is not the policy as it begins."""
 
@@ -265,7 +282,7 @@ def test_a_way_that_runs_out_of_memory_is_named(world, tmp_path, group, monkeypa
     monkeypatch.setattr(Policy, "forward", forward)
     with pytest.raises(
         TrainingStopped,
-        match=rf"{'.*' if in_the_step else 'dpo-precomputed'}-unshared ran out of memory.*smaller per_device_train_batch_size",
+        match=rf"{'.*' if in_the_step else 'dpo-precomputed'}-unshared ran out of memory.*lower per_device_train_batch_size",
     ):
         watch(options(world, tmp_path, profile=1), group)
     assert not (tmp_path / "profile.json").exists()
