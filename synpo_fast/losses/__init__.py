@@ -25,6 +25,7 @@ __all__ = [
     "LossOutput",
     "LossSpec",
     "PairLogprobs",
+    "check_options",
     "cpo",
     "dpo",
     "nll",
@@ -141,3 +142,19 @@ def preference_loss(
     elif policy.preference is not None and not spec.has_nll:
         losses = losses + torch.where(policy.preference, 0.0, nll(policy))
     return replace(output, losses=losses, metrics=metrics)
+
+
+def check_options(name: str, *, auxiliary: AuxiliaryNLL | None = None, **options: float | str | bool) -> None:
+    """Tries the loss on a few tokens: raises ValueError for options it refuses, or that are too large for fp32."""
+    logps = torch.tensor([-0.5, -1.5, -3.0], requires_grad=True)
+    responses = [(logps[:2], logps[1:]), (logps[1:], logps[:2]), (logps[:2], logps[:2])]
+    policy = PairLogprobs.from_pairs(responses, ground_truth=[logps] * len(responses))
+    reference = None
+    if LOSSES[name].needs_reference and not options.get("reference_free"):
+        reference = PairLogprobs.from_pairs([(y.detach() - 0.1, z.detach() + 0.1) for y, z in responses])
+    loss = preference_loss(name, policy, reference, auxiliary=auxiliary, **options).losses.mean()
+    loss.backward()
+    if not torch.isfinite(loss) or logps.grad is None or not torch.isfinite(logps.grad).all():
+        given = options if auxiliary is None else {**options, "auxiliary weight": auxiliary.weight}
+        values = ", ".join(f"{option}={value!r}" for option, value in given.items())
+        raise ValueError(f"the loss or its gradient is not finite with {values}: a number is too large or too small")

@@ -12,9 +12,17 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 
 
 def check_number(
-    name: str, value: object, *, above: float | None = None, at_least: float | None = None, below: float | None = None
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
 ) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}, expected a finite number")
+    if isinstance(value, float) and not math.isfinite(value):  # an int always is, but may be too large for isfinite
         raise ValueError(f"{name} is {value!r}, expected a finite number")
     if above is not None and not value > above:
         raise ValueError(f"{name} is {value!r}, expected more than {above}")
@@ -22,6 +30,8 @@ def check_number(
         raise ValueError(f"{name} is {value!r}, expected at least {at_least}")
     if below is not None and not value < below:
         raise ValueError(f"{name} is {value!r}, expected less than {below}")
+    if at_most is not None and not value <= at_most:
+        raise ValueError(f"{name} is {value!r}, expected at most {at_most}")
 
 
 def check_label_smoothing(label_smoothing: object, variant: str) -> None:

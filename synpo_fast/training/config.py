@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from synpo_fast.losses import LOSSES
+from synpo_fast.losses import LOSSES, AuxiliaryNLL, check_options
+from synpo_fast.losses.checks import check_number
 
 REFERENCES = ("auto", "adapter_off", "frozen_copy", "precomputed")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -18,8 +19,19 @@ REPORTERS = ("tensorboard", "wandb")
 LOSS_OPTIONS = ("alpha", "beta", "gamma", "link", "variant", "label_smoothing")
 
 
-def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
-    metadata = {"help": text, "choices": choices}
+def option(
+    default: Any,
+    text: str,
+    choices: tuple[str, ...] = (),
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A field with its help text and the values it takes. Every number must be finite, whether it has bounds or not."""
+    bounds = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
+    metadata = {"help": text, "choices": choices, "bounds": {name: b for name, b in bounds.items() if b is not None}}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -47,9 +59,9 @@ class TrainConfig:
 
     # Adapter
     use_peft: bool = option(True, "train a LoRA adapter on the language model; false: full fine-tuning")
-    lora_r: int = option(128, "rank of the adapter")
-    lora_alpha: int = option(64, "scale of the adapter")
-    lora_dropout: float = option(0.05, "dropout in front of the adapter")
+    lora_r: int = option(128, "rank of the adapter", above=0)
+    lora_alpha: int = option(64, "scale of the adapter", above=0)
+    lora_dropout: float = option(0.05, "dropout in front of the adapter", at_least=0, below=1)
     lora_target_modules: tuple[str, ...] = option(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         "layers of the language model that get an adapter",
@@ -58,7 +70,9 @@ class TrainConfig:
     # Data
     train_file: str = option("", "manifest of pairs: JSONL, Parquet, or a datasets folder")
     eval_file: str | None = option(None, "manifest of held-out pairs")
-    eval_split: float = option(0.0, "share of train_file held out for evaluation when there is no eval_file")
+    eval_split: float = option(
+        0.0, "share of train_file held out for evaluation when there is no eval_file", at_least=0, below=1
+    )
     video_root: str | None = option(
         None, "folder the manifest's video paths are relative to; default: the manifest's own"
     )
@@ -68,16 +82,20 @@ class TrainConfig:
         "cuda: decode on the GPU, by DALI where that pays, ahead in a thread in place of dataloader_num_workers processes",
         ("cpu", "cuda"),
     )
-    num_frames: int | None = option(None, "frames of every video; default: by fps, min_frames and max_frames")
-    fps: float = option(0.5, "frames taken a second")
-    min_frames: int = option(8, "at least so many frames of a video")
-    max_frames: int = option(16, "at most so many frames of a video")
-    max_length: int | None = option(None, "a pair with more tokens is skipped and counted; nothing is ever cut")
-    min_score_gap: float | None = option(None, "leave out pairs whose scores are nearer than this")
+    num_frames: int | None = option(None, "frames of every video; default: by fps, min_frames and max_frames", above=0)
+    fps: float = option(0.5, "frames taken a second", above=0, at_most=1000)
+    min_frames: int = option(8, "at least so many frames of a video", above=0)
+    max_frames: int = option(16, "at most so many frames of a video", above=0)
+    max_length: int | None = option(
+        None, "a pair with more tokens is skipped and counted; nothing is ever cut", above=0
+    )
+    min_score_gap: float | None = option(None, "leave out pairs whose scores are nearer than this", at_least=0)
     allow_bad_rows: bool = option(False, "train although rows of the manifest are bad; default: stop and list them")
-    max_bad_share: float = option(0.05, "stop when more than this share of the pairs seen could not be used")
-    dataloader_num_workers: int = option(2, "processes that decode videos; 0: the training process does")
-    prefetch_steps: int = option(2, "steps decoded ahead")
+    max_bad_share: float = option(
+        0.05, "stop when more than this share of the pairs seen could not be used", at_least=0, at_most=1
+    )
+    dataloader_num_workers: int = option(2, "processes that decode videos; 0: the training process does", at_least=0)
+    prefetch_steps: int = option(2, "steps decoded ahead", above=0)
     feature_cache: str | None = option(
         None, "folder that keeps the frozen vision tower's features between epochs and runs"
     )
@@ -90,39 +108,43 @@ class TrainConfig:
     link: str | None = option(None, "option of the loss (synpo): sigmoid or logsigmoid")
     variant: str | None = option(None, "option of the loss (dpo: sigmoid, hinge, ipo; cpo: sigmoid, hinge)")
     label_smoothing: float | None = option(None, "option of the loss (dpo, simpo, cpo)")
-    auxiliary_nll: float = option(0.0, "weight of an NLL term added to the loss")
+    auxiliary_nll: float = option(0.0, "weight of an NLL term added to the loss", at_least=0)
     auxiliary_target: str = option(
         "chosen", "whose NLL; with ground_truth every pair needs one", ("chosen", "ground_truth")
     )
     reference: str = option("auto", "where dpo's reference comes from; auto: adapter_off, or frozen_copy", REFERENCES)
     share_prefix: bool = option(True, "run video and prompt once for both responses")
-    row_tokens: int | None = option(None, "bound of a packed row; default: a micro-batch is one row")
+    row_tokens: int | None = option(None, "bound of a packed row; default: a micro-batch is one row", above=0)
 
     # Optimisation
-    per_device_train_batch_size: int = option(1, "pairs of a micro-batch")
-    gradient_accumulation_steps: int = option(1, "micro-batches of an optimiser step, on each device")
-    max_batch_tokens: int | None = option(None, "a micro-batch above this many tokens is split further")
-    num_train_epochs: float = option(1.0, "epochs; a part of one counts in steps, rounded up")
-    max_steps: int = option(-1, "optimiser steps, in place of num_train_epochs")
-    learning_rate: float = option(5e-6, "peak learning rate")
-    weight_decay: float = option(0.0, "decoupled weight decay, on matrices only")
-    adam_beta1: float = option(0.9, "Adam's first decay")
-    adam_beta2: float = option(0.999, "Adam's second decay")
-    adam_epsilon: float = option(1e-8, "Adam's epsilon")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not at all")
+    per_device_train_batch_size: int = option(1, "pairs of a micro-batch", above=0)
+    gradient_accumulation_steps: int = option(1, "micro-batches of an optimiser step, on each device", above=0)
+    max_batch_tokens: int | None = option(None, "a micro-batch above this many tokens is split further", above=0)
+    num_train_epochs: float = option(1.0, "epochs; a part of one counts in steps, rounded up", above=0, at_most=1e6)
+    max_steps: int = option(-1, "optimiser steps, in place of num_train_epochs", at_least=-1)
+    learning_rate: float = option(5e-6, "peak learning rate", above=0, at_most=1)
+    weight_decay: float = option(0.0, "decoupled weight decay, on matrices only", at_least=0)
+    adam_beta1: float = option(0.9, "Adam's first decay", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "Adam's second decay", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "Adam's epsilon", at_least=1e-30)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not at all", at_least=0)
     lr_scheduler_type: str = option("linear", "shape of the learning rate after the warm-up", SCHEDULES)
-    warmup_ratio: float = option(0.1, "share of all optimiser steps that warm up")
-    warmup_steps: int = option(0, "steps that warm up, in place of warmup_ratio")
-    seed: int = option(42, "order of the pairs, dropout, new weights")
-    max_nonfinite_steps: int = option(5, "stop after so many steps in a row whose loss or gradient is not finite")
+    warmup_ratio: float = option(0.1, "share of all optimiser steps that warm up", at_least=0, at_most=1)
+    warmup_steps: int = option(0, "steps that warm up, in place of warmup_ratio", at_least=0)
+    seed: int = option(42, "order of the pairs, dropout, new weights", at_least=0)
+    max_nonfinite_steps: int = option(
+        5, "stop after so many steps in a row whose loss or gradient is not finite", above=0
+    )
 
     # DeepSpeed
-    zero_stage: int = option(2, "what DeepSpeed shards: 0 nothing, 1 optimiser, 2 gradients too, 3 weights too")
+    zero_stage: int = option(
+        2, "what DeepSpeed shards: 0 nothing, 1 optimiser, 2 gradients too, 3 weights too", at_least=0, at_most=3
+    )
     offload_optimizer: bool = option(False, "keep optimiser state in host memory (ZeRO 1-3)")
     deepspeed: str | None = option(
         None, "DeepSpeed JSON whose entries are added; the ones this trainer sets are refused"
     )
-    local_rank: int = option(-1, "set by the launcher")
+    local_rank: int = option(-1, "set by the launcher", at_least=-1)
 
     # Output
     output_dir: str = option("", "checkpoints, metrics and the resolved config go here")
@@ -130,17 +152,21 @@ class TrainConfig:
         None, "auto: from the newest good checkpoint of output_dir if there is one; or a folder"
     )
     overwrite_output_dir: bool = option(False, "start anew in a folder that holds checkpoints, and delete those")
-    save_steps: int = option(100, "a checkpoint every so many steps, and at the end; 0: at the end only")
-    save_total_limit: int | None = option(3, "older checkpoints are deleted")
-    logging_steps: int = option(1, "a line of metrics every so many steps: their means")
-    eval_steps: int = option(0, "evaluate every so many steps, and at the end; 0: at the end only")
+    save_steps: int = option(100, "a checkpoint every so many steps, and at the end; 0: at the end only", at_least=0)
+    save_total_limit: int | None = option(3, "older checkpoints are deleted", above=0)
+    logging_steps: int = option(1, "a line of metrics every so many steps: their means", above=0)
+    eval_steps: int = option(0, "evaluate every so many steps, and at the end; 0: at the end only", at_least=0)
     eval_on_start: bool = option(True, "evaluate before the first step too, where there are held-out pairs")
-    per_device_eval_batch_size: int = option(4, "pairs of an evaluation step")
-    num_eval_captions: int = option(2, "captions written by the model at each evaluation")
-    max_new_tokens: int = option(256, "length of those captions")
-    diagnostics: int = option(0, "every so many steps: gradient norms of chosen and rejected rewards apart; 0: never")
+    per_device_eval_batch_size: int = option(4, "pairs of an evaluation step", above=0)
+    num_eval_captions: int = option(2, "captions written by the model at each evaluation", at_least=0)
+    max_new_tokens: int = option(256, "length of those captions", above=0)
+    diagnostics: int = option(
+        0, "every so many steps: gradient norms of chosen and rejected rewards apart; 0: never", at_least=0
+    )
     profile: int = option(
-        0, "measure so many rounds of steps, this loss and dpo in turn, in place of training: profile.json; 0: train"
+        0,
+        "measure so many rounds of steps, this loss and dpo in turn, in place of training: profile.json; 0: train",
+        at_least=0,
     )
     report: bool = option(True, "write report.html at the end of the run")
     report_to: tuple[str, ...] = option((), "tensorboard and wandb; metrics.jsonl is always written")
@@ -178,38 +204,21 @@ class TrainConfig:
         return "adapter_off" if self.use_peft else "frozen_copy"
 
 
-POSITIVE = (
-    "lora_r", "lora_alpha", "fps", "min_frames", "max_frames", "num_frames", "max_length", "prefetch_steps", "row_tokens",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "max_batch_tokens", "num_train_epochs", "learning_rate",
-    "adam_epsilon", "max_nonfinite_steps", "save_total_limit", "logging_steps", "per_device_eval_batch_size", "max_new_tokens",
-)  # fmt: skip
-NOT_NEGATIVE = (
-    "dataloader_num_workers", "auxiliary_nll", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps",
-    "num_eval_captions", "diagnostics", "profile", "seed",
-)  # fmt: skip
-SHARES = ("eval_split", "max_bad_share", "lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2")
-
-
 def _check_ranges(config: TrainConfig) -> None:
-    for name in POSITIVE:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
-    for name in NOT_NEGATIVE:
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"{name} may not be negative, got {getattr(config, name)}")
-    for name in SHARES:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {getattr(config, name)}")
-    for name in ("adam_beta1", "adam_beta2"):
-        if getattr(config, name) == 1:
-            raise ValueError(f"{name} must be below 1, got 1")
-    if config.max_steps == 0 or config.max_steps < -1:
-        raise ValueError(f"max_steps must be above 0, or -1 to go by num_train_epochs, got {config.max_steps}")
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            widest = {"below": 2**63} if isinstance(value, int) else {}  # what torch can count
+            check_number(item.name, value, **widest | item.metadata["bounds"])
+    if config.max_steps == 0:
+        raise ValueError("max_steps must be above 0, or -1 to go by num_train_epochs, got 0")
     if config.min_frames > config.max_frames:
         raise ValueError(f"min_frames={config.min_frames} is above max_frames={config.max_frames}")
-    if config.zero_stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {config.zero_stage}")
+    if config.learning_rate * config.weight_decay >= 1:
+        raise ValueError(
+            f"learning_rate={config.learning_rate} x weight_decay={config.weight_decay} is 1 or more: each step multiplies "
+            "weights by 1 minus that, and none would be left of them"
+        )
 
 
 def _check_choices(config: TrainConfig) -> None:
@@ -241,6 +250,12 @@ def _check_loss(config: TrainConfig) -> None:
             raise ValueError(f"loss_type={config.loss_type} has no option {name}; it has {', '.join(known) or 'none'}")
     if config.loss_type == "sft" and config.auxiliary_nll:
         raise ValueError("loss_type=sft is an NLL already: leave auxiliary_nll at 0")
+    if config.loss_type in LOSSES:
+        auxiliary = AuxiliaryNLL(config.auxiliary_target, config.auxiliary_nll) if config.auxiliary_nll else None
+        try:
+            check_options(config.loss_type, auxiliary=auxiliary, **config.loss_options)
+        except ValueError as error:
+            raise ValueError(f"loss_type={config.loss_type}: {error}") from error
     if config.auxiliary_target != "chosen" and not config.auxiliary_nll:
         raise ValueError(
             f"auxiliary_target={config.auxiliary_target} has no effect while auxiliary_nll is 0: set its weight"

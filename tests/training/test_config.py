@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from synpo_fast.losses import LOSSES
-from synpo_fast.training.config import LOSS_OPTIONS, NOT_NEGATIVE, POSITIVE, SHARES, TrainConfig
+from synpo_fast.training.config import LOSS_OPTIONS, TrainConfig
 from synpo_fast.training.config_sources import dump_config, recipe_names, resolve_config
 from synpo_fast.training.option_help import groups, help_text, markdown
 from tests.training.world import ROOT, environment
@@ -78,14 +78,14 @@ def test_words_become_values_of_the_right_type(words, expected):
         (["--loss_type", "dpo", "--reference", "frozen_copy", "--zero_stage", "3"], "take adapter_off"),
         (["--bf16", "--fp16"], "choose one"),
         (["--bf16", "--zero_stage", "0"], "no fp32 master weights"),
-        (["--zero_stage", "4"], "zero_stage must be 0, 1, 2 or 3"),
+        (["--zero_stage", "4"], "zero_stage is 4, expected at most 3"),
         (["--zero_stage", "3", "--diagnostics", "5"], "diagnostics need whole gradients"),
         (["--zero_stage", "3", "--row_tokens", "100"], "leave row_tokens unset"),
         (["--zero_stage", "3", "--feature_cache", "x"], "leave feature_cache unset"),
         (["--zero_stage", "0", "--offload_optimizer"], "offload_optimizer needs"),
         (["--feature_cache", "x", "--freeze_vision", "false", "--use_peft", "false"], "needs freeze_vision=true"),
         (["--freeze_vision", "false"], "has no effect beside an adapter"),
-        (["--adam_beta1", "1"], "adam_beta1 must be below 1"),
+        (["--adam_beta1", "1"], "adam_beta1 is 1.0, expected less than 1"),
         (["--eval_file", "x", "--eval_split", "0.1"], "eval_file or eval_split, not both"),
         (["--min_frames", "9", "--max_frames", "8"], "min_frames=9 is above max_frames=8"),
         (["--resume", "auto", "--overwrite_output_dir"], "choose one"),
@@ -97,12 +97,6 @@ def test_words_become_values_of_the_right_type(words, expected):
 def test_a_mistake_is_named(words, message):
     with pytest.raises(ValueError, match=message):
         config(*words)
-
-
-@pytest.mark.parametrize("name", [*POSITIVE, *NOT_NEGATIVE, *SHARES])
-def test_numbers_out_of_range_are_refused_by_name(name):
-    with pytest.raises(ValueError, match=name):
-        config(f"--{name}=-3")
 
 
 @pytest.mark.parametrize("missing", ["model_name_or_path", "train_file", "output_dir"])
