@@ -87,6 +87,7 @@ def write_clip(
     b_frames: int = 0,
     times: Sequence[float] | None = None,
     rotation: int = 0,
+    mirrored: bool = False,
     audio: bool = False,
     pixel: str = "moving",
     pixel_format: str | None = None,
@@ -97,7 +98,8 @@ def write_clip(
 
     width, height: of the upright picture. keyframe_every: in frames; None leaves it to the encoder. b_frames: for h264,
     hevc and mpeg4. times: seconds at which the frames are shown, rising (variable frame rate; not in .avi). rotation:
-    degrees counter-clockwise that a player has to apply, 0, 90, 180 or 270 (.mp4, .mov, .mkv). pixel: "moving" texture or
+    degrees counter-clockwise that a player has to apply, 0, 90, 180 or 270 (.mp4, .mov, .mkv), mirrored: after mirroring the
+    stored picture left to right (.mp4, .mov). pixel: "moving" texture or
     a plain grey "barcode" picture, which compresses to nothing. pixel_format: None is 4:2:0, and 4:4:4 where x264 and x265
     refuse an odd size. quality: the encoder's CRF. options: the encoder's own, these win.
     """
@@ -125,12 +127,13 @@ def write_clip(
             stream.max_b_frames = b_frames
         stream.codec_context.thread_count = 1
         stream.options = _encoder_options(codec, keyframe_every, b_frames, quality) | (options or {})
-        if rotation:
-            stream.set_display_rotation(rotation)
+        if rotation or mirrored:
+            stream.set_display_matrix(display_matrix(rotation, mirrored))
         sound = container.add_stream(AUDIO_CODECS[path.suffix], rate=48_000) if audio else None
         for index in range(num_frames):
             picture = draw_frame(index, width, height, moving=pixel == "moving")
-            picture = np.ascontiguousarray(np.rot90(picture, -rotation // 90))
+            picture = np.rot90(picture, -rotation // 90)
+            picture = np.ascontiguousarray(picture[:, ::-1] if mirrored else picture)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = round(times[index] / TIME_BASE), TIME_BASE
@@ -139,6 +142,13 @@ def write_clip(
         if sound is not None:
             _write_tone(container, sound, float(num_frames / fps if times is None else times[-1]))
     return path
+
+
+def display_matrix(rotation: int, mirrored: bool) -> list[int]:
+    """Of a container that asks for the stored picture to be mirrored left to right, or not, then turned counter-clockwise."""
+    a, b, c, d = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}[rotation]
+    a, b = (-a, -b) if mirrored else (a, b)
+    return [65536 * a, 65536 * b, 0, 65536 * c, 65536 * d, 0, 0, 0, 2**30]
 
 
 def write_sound(path: str | Path, seconds: float = 1.0) -> Path:

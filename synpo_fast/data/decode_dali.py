@@ -9,7 +9,7 @@ What DALI leaves out is done or refused here, so that frames equal those of the 
   BT.2020 are put right afterwards, frame = frame @ correction; only colours that BT.601 had clipped stay off.
 - DALI numbers packets, not frames. Where a container holds a packet that is never shown it would return other frames, and
   memory it never wrote for the last ones. So packets are counted, and a video with too many or too few is refused.
-- DALI ignores the rotation of the container.
+- DALI ignores how the container wants pictures turned or mirrored.
 - A frame that is not there raises here (pad_mode "none"); DALI's default is to return a grey one.
 
 Limits. On a CPU, DALI takes chroma samples to lie between the pixels, where a file says otherwise too: 44 dB from the
@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from synpo_fast.data.container import check_deadline, open_video
+from synpo_fast.data.orientation import upright_tensor
 from synpo_fast.data.rgb import BT601, LUMA_WEIGHTS
 from synpo_fast.data.video_info import BackendRefusal, VideoError, VideoInfo
 
@@ -64,8 +65,7 @@ def decode(path: Path, info: VideoInfo, indices: Sequence[int], *, device: torch
         raise VideoError(path, f"DALI returned {frames.shape[0]} of {len(wanted)} frames")
     if correction is not None:
         _correct_colours(frames, correction.to(device))
-    if info.rotation:
-        frames = torch.rot90(frames, info.rotation // 90, dims=(1, 2))
+    frames = upright_tensor(frames, info.rotation, info.mirrored)
     if len(wanted) < len(places) or (np.diff(places) < 0).any():
         frames = frames[torch.from_numpy(places).to(device)]
     return frames.contiguous()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from synpo_fast.data.container import check_deadline, codec_name, open_video
+from synpo_fast.data.orientation import upright
 from synpo_fast.data.rgb import RgbWriter
 from synpo_fast.data.video_info import VideoError, VideoInfo
 
@@ -73,8 +74,7 @@ class _Frames:
         )  # NumPy asks for huge pages, torch not
         self.out = torch.from_numpy(self.pixels)
         self.rgb = RgbWriter()
-        self.turns = info.rotation // 90
-        self.stored = (info.width, info.height) if self.turns % 2 == 0 else (info.height, info.width)
+        self.stored = (info.width, info.height) if info.rotation % 180 == 0 else (info.height, info.width)
 
     def put(self, index: int, frame: Any) -> None:
         if (frame.width, frame.height) != self.stored:
@@ -83,12 +83,12 @@ class _Frames:
         if frame.is_corrupt:
             raise VideoError(self.path, f"frame {index} is damaged")
         first, *others = self.places[index]
-        if self.turns == 0:
+        if not (self.info.rotation or self.info.mirrored):
             self.rgb.write(frame, self.pixels[first])
         else:
             as_stored = np.empty((frame.height, frame.width, 3), np.uint8)
             self.rgb.write(frame, as_stored)
-            self.pixels[first] = np.rot90(as_stored, self.turns)
+            self.pixels[first] = upright(as_stored, self.info.rotation, self.info.mirrored)
         for place in others:
             self.pixels[place] = self.pixels[first]
         self.missing.discard(index)

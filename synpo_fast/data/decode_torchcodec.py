@@ -3,7 +3,8 @@
 seek_mode "exact": torchcodec scans the file first, so that index i is frame i for variable frame rates too; its count must
 be the container's. One thread: several decoders run side by side in workers. Frames come group by group into one tensor,
 with a look at the deadline between groups; torchcodec decodes on from where it stands, so sorted groups cost no seeks.
-torchcodec turns frames upright by itself. On a CUDA device it decodes with NVDEC where it can, which has not been run here.
+torchcodec turns frames by the angle in its metadata, which knows no mirroring; where the container asks for
+something else, that is put right here. On a CUDA device it decodes with NVDEC where it can, which has not been run here.
 
 torchcodec's wheels bring no FFmpeg, and those on PyPI from 0.14 on want a CUDA build of torch as well.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from synpo_fast.data.container import check_deadline, open_video
+from synpo_fast.data.orientation import upright_tensor
 from synpo_fast.data.video_info import VideoError, VideoInfo
 
 GROUP = 16  # frames decoded between two looks at the deadline
@@ -48,9 +50,12 @@ def decode(path: Path, info: VideoInfo, indices: Sequence[int], *, device: torch
         )
         if len(decoder) != info.num_frames:
             raise VideoError(path, f"torchcodec counts {len(decoder)} frames where the container has {info.num_frames}")
+        turned = round(getattr(decoder.metadata, "rotation", None) or 0) % 360  # before 0.11 it turned nothing
         for start in range(0, len(wanted), GROUP):
             check_deadline(path, deadline, "torchcodec was decoding")
             group = decoder.get_frames_at(wanted[start : start + GROUP]).data
+            if (turned, False) != (info.rotation, info.mirrored):
+                group = upright_tensor(upright_tensor(group, -turned % 360, False), info.rotation, info.mirrored)
             if group.shape[1:] != frames.shape[1:]:
                 raise VideoError(path, f"torchcodec returns {list(group.shape[1:])} for {list(frames.shape[1:])}")
             frames[start : start + len(group)] = group

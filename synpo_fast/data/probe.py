@@ -3,7 +3,8 @@
 Headers are not believed: they promise ten hours and hold three frames. Reading every packet is exact and costs a small part
 of decoding a few frames. A packet is a frame except where it is empty, marked as outside the edit list, damaged, before the
 first keyframe, or a hidden reference picture of VP8 or VP9. Presentation times put the packets in order, B-frames included.
-The first packets are decoded too, until a frame comes out: it shows the true size, the rotation, and where output begins.
+The first packets are decoded too, until a frame comes out: it shows the true size, how it is turned or mirrored, and where
+output begins.
 
 Where presentation times are missing or only guessed (AVI, MPEG program and transport streams, ASF) frames are told
 apart by counting: by packets in AVI, which has one a frame, by decoding the whole file in the others.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from synpo_fast.data.container import MAX_PIXELS, check_deadline, codec_name, open_video
+from synpo_fast.data.orientation import frame_orientation
 from synpo_fast.data.video_info import VideoError, VideoInfo
 
 MAX_FRAMES = 2_000_000  # 18 hours at 30 a second
@@ -42,7 +44,9 @@ def probe_container(path: Path, container: Any, stream: Any, deadline: float) ->
     frame, codec = packets.first_frame, codec_name(stream)
     if frame is None:
         raise VideoError(path, f"has no frame that can be decoded, in {len(packets.pts)} packets")
-    turned = _rotation(path, frame)
+    if frame.width * frame.height > MAX_PIXELS:
+        raise VideoError(path, f"has frames of {frame.width}x{frame.height}, more than {MAX_PIXELS} pixels")
+    turned, mirrored = frame_orientation(path, frame)
     intra, kind = stream.codec_context.codec.intra_only, container.format.name
     time_base, rate = stream.time_base, stream.average_rate or stream.guessed_rate or Fraction(25)
     keyframes: tuple[int, ...] = ()
@@ -70,6 +74,7 @@ def probe_container(path: Path, container: Any, stream: Any, deadline: float) ->
         timestamps=times,
         keyframes=keyframes,
         rotation=turned,
+        mirrored=mirrored,
         first_pts=shown[0],
         time_base=time_base,
         by_order=by_order,
@@ -129,15 +134,6 @@ def _last_duration(times: tuple[float, ...], stated: float, rate: Fraction) -> f
     if len(times) > 1:
         return statistics.median(after - before for before, after in pairwise(times))
     return float(1 / rate)
-
-
-def _rotation(path: Path, frame: Any) -> int:
-    if frame.width * frame.height > MAX_PIXELS:
-        raise VideoError(path, f"has frames of {frame.width}x{frame.height}, more than {MAX_PIXELS} pixels")
-    turned = int(frame.rotation) % 360
-    if turned % 90:
-        raise VideoError(path, f"asks to be turned by {turned} degrees; only multiples of 90 are known")
-    return turned
 
 
 def _vp8_hidden(packet: Any) -> bool:

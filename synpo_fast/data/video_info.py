@@ -23,11 +23,12 @@ class BackendRefusal(VideoError):
 class VideoInfo:
     """A video as a reader of frames sees it.
 
-    codec: FFmpeg's name, "images" for a folder of frames. width, height: of the frames as returned, rotation applied.
+    codec: FFmpeg's name, "images" for a folder of frames. width, height: of the frames as returned, upright.
     num_frames: how many there are. duration: in seconds, from the first frame's start to the last one's end.
     timestamps: when each of all frames is shown, in seconds from the first frame, rising; [num_frames].
     keyframes: indices of frames that decoding can start from.
-    rotation: degrees counter-clockwise that the container asks for: 0, 90, 180 or 270.
+    rotation, mirrored: how the container wants stored pictures to be shown: mirrored left to right or not, then turned by 0,
+        90, 180 or 270 degrees counter-clockwise.
     first_pts, time_base: frame i carries the container's timestamp first_pts + timestamps[i] / time_base, if by_order is
         False. True says that the container's timestamps can not tell frames apart, so that they have to be counted.
     backend, indices: who decoded, and which frames, in the order returned; empty when nothing was decoded.
@@ -42,6 +43,7 @@ class VideoInfo:
     timestamps: tuple[float, ...]
     keyframes: tuple[int, ...] = ()
     rotation: int = 0
+    mirrored: bool = False
     first_pts: int = 0
     time_base: Fraction = Fraction(1)
     by_order: bool = False

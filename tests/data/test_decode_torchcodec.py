@@ -103,6 +103,7 @@ def test_asks_for_each_frame_once_in_groups_and_one_thread(tmp_path, monkeypatch
     class Decoder:
         def __init__(self, source, **options):
             settings.update(options, source=source)
+            self.metadata = types.SimpleNamespace(rotation=None)
 
         def __len__(self):
             return 40
