@@ -35,7 +35,8 @@ def sample_key(sample: Sample) -> str:
 
 
 def _named(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return sorted(module.state_dict().items())
+    """Buffers outside the state_dict, too: rotary frequencies decide a result as weights do."""
+    return sorted({**module.state_dict(), **dict(module.named_buffers())}.items())
 
 
 def _digest(facts: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:

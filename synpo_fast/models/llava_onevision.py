@@ -70,7 +70,10 @@ class LlavaOneVision(Family):
 
     def vision_modules(self, model: nn.Module) -> list[nn.Module]:
         base = inner(model)
-        return [base.vision_tower, base.multi_modal_projector, nn.ParameterList([base.image_newline])]
+        modules: list[nn.Module] = [base.vision_tower, base.multi_modal_projector]
+        if isinstance(base.image_newline, nn.Parameter):  # a buffer where it is kept from training's type
+            modules.append(nn.ParameterList([base.image_newline]))
+        return modules
 
 
 def tokens_per_frame(config: Any) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from synpo_fast.models import attention
 from synpo_fast.models.family import FAMILIES, attention_kinds, family_of
+from synpo_fast.models.low_precision import cast_as_loaded
 from synpo_fast.models.policy import Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,7 +33,8 @@ def load_policy(
     Args:
         name_or_path: "tiny:<family>" builds a small random model with a tokenizer of its own, without network; `seed` and
             `tiny_options` (sizes) are for those.
-        dtype: of the weights; None: fp32 on a CPU, bf16 on a GPU.
+        dtype: type of the weights; None: fp32 on a CPU, bf16 on a GPU. What transformers keeps in fp32 (rotary frequencies,
+            parameters a model declares) stays in fp32.
         attn_implementation: sdpa, eager, synpo_fast_segments, synpo_fast_varlen, or auto: segments on a CPU, varlen on a GPU.
         freeze_vision: tower and projector do not train; their features may then be kept.
         liger_kernels: Liger's norms, rotary and MLP, on a GPU.
@@ -46,9 +48,10 @@ def load_policy(
     implementation = _attention(attn_implementation, device)
     if name_or_path.startswith("tiny:"):
         model, tokenizer, family = _tiny(name_or_path.removeprefix("tiny:"), seed, tiny_options or {})
+        cast_as_loaded(model, dtype)
     else:
         model, tokenizer, family = _pretrained(name_or_path, dtype, trust_remote_code)
-    model.to(device=device, dtype=dtype)
+    model.to(device=device)  # never dtype=: see low_precision.py
     policy = Policy(model, tokenizer, family, attn_implementation=implementation, row_tokens=row_tokens)
     if not name_or_path.startswith("tiny:") and family.placeholder_token:
         policy.processing = family.processing(model.config, _preprocessor(name_or_path))

@@ -52,6 +52,12 @@ def our_hidden(family, model, token_ids, video=None, features=None, positions=No
 
 @torch.no_grad()
 def official_hidden(name, model, token_ids, video=None):
+    inputs = official_inputs(name, model, token_ids, video)
+    return model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+
+
+def official_inputs(name, model, token_ids, video=None):
+    """What transformers' own processor of the family would hand to the model's forward."""
     inputs = {"input_ids": token_ids[None], "attention_mask": torch.ones(1, len(token_ids), dtype=torch.long)}
     if video is not None:
         inputs |= video.tensors
@@ -61,4 +67,4 @@ def official_hidden(name, model, token_ids, video=None):
             inputs["mm_token_type_ids"] = 2 * (inputs["input_ids"] == model.config.video_token_id).int()
         if name == "qwen2_5_vl":
             inputs["second_per_grid_ts"] = torch.tensor([video.seconds_per_grid])
-    return model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    return inputs
