@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.fp32_parameters import keep_from_casting
 from synpo_fast.training.optimizer import MOMENTS, AdamW
 
 # Entries of DeepSpeed's config that follow from this trainer's options.
@@ -103,6 +104,8 @@ class Engine:
         self.max_grad_norm = config.max_grad_norm
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         entries = deepspeed_config(config, dtype)
+        if dtype != torch.float32:
+            keep_from_casting(module, dtype)
         trained = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
         # DeepSpeed takes memory for a whole bucket, 2 GB by default, of which an adapter fills a hundredth.
         entries["zero_optimization"].setdefault("reduce_bucket_size", min(LARGEST_BUCKET, trained))
@@ -276,6 +279,11 @@ def _user_entries(file: str | None) -> dict[str, Any]:
         raise ValueError(
             f"deepspeed={file!r} sets {', '.join(clash) or 'zero_optimization.stage'}, which this trainer sets from its own "
             "options (zero_stage, bf16, max_grad_norm, per_device_train_batch_size, ...): take it out"
+        )
+    if entries.get("data_types", {}).get("buffer_dtype") is not None:
+        raise ValueError(
+            f"deepspeed={file!r} sets data_types.buffer_dtype, which would round rotary frequencies: positions of long "
+            "prompts would be wrong. Take it out"
         )
     return {name: value for name, value in entries.items() if name not in OURS}
 

@@ -37,6 +37,11 @@ def add_lora(
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none")
     # autocast_adapter_dtype would put the adapter in fp32 under ZeRO-3, where dtypes must match.
     model: Any = get_peft_model(policy.base, config, autocast_adapter_dtype=False)
+    # peft gives an adapter its layer's type. A layer kept in fp32 stays so; what trains has one type.
+    dtype = policy.base.get_input_embeddings().weight.dtype
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     policy.model = model
     return policy
 

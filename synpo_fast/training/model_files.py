@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from synpo_fast.models.loading import DTYPES
+from synpo_fast.models.low_precision import cast_as_loaded
 from synpo_fast.models.policy import Policy
 from synpo_fast.training.engine import Engine
 from synpo_fast.training.lora import load_adapter_model, save_adapter
@@ -85,12 +86,15 @@ def merge_adapter(adapter: Path, out: Path, *, model_name_or_path: str | None = 
     model, tokenizer, base = load_adapter_model(adapter, model_name_or_path, torch.float32)
     merged = model.merge_and_unload()
     if dtype is not None:
-        merged = merged.to(DTYPES[dtype])
+        merged = cast_as_loaded(merged, DTYPES[dtype])
     merged.save_pretrained(str(out))
     tokenizer.save_pretrained(str(out))
     copy_processor_files(base, out)
 
 
-def _persistent_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
-    kept = set(module.state_dict(keep_vars=True)) if not hasattr(module, "ds_id") else set()
-    return ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those that a state_dict holds, at every stage: ZeRO shards parameters alone."""
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer

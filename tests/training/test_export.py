@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from synpo_fast.data import read_manifest
 from synpo_fast.models import load_policy
@@ -108,6 +109,20 @@ def test_merging_small_updates_in_fp32_keeps_them(world, tmp_path, in_one_proces
     base, merged = (load_policy(str(folder), device="cpu").base for folder in (world / "base", tmp_path / "merged"))
     difference = [float((a - b).abs().max()) for a, b in zip(base.parameters(), merged.parameters(), strict=True)]
     assert 0 < max(difference) < 1e-5
+
+
+def test_a_merge_in_bf16_has_the_types_that_transformers_loads(world, tmp_path, in_one_process, monkeypatch):
+    from transformers import Qwen2_5_VLForConditionalGeneration as Model
+
+    in_one_process(options(world, tmp_path / "out", max_steps=1))
+    monkeypatch.setattr(Model, "_keep_in_fp32_modules_strict", ["input_layernorm"])
+    merge_adapter(tmp_path / "out" / "checkpoint-000001", tmp_path / "merged", dtype="bfloat16")
+    saved = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for name, tensor in saved.items() if "input_layernorm" in name} == {torch.float32}
+    assert {tensor.dtype for name, tensor in saved.items() if "input_layernorm" not in name} == {torch.bfloat16}
+    loaded = Model.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert loaded.config.dtype == torch.bfloat16
+    assert sum(p.dtype == torch.float32 for p in loaded.parameters()) == loaded.config.text_config.num_hidden_layers
 
 
 def test_an_unknown_dtype_is_refused(tmp_path):

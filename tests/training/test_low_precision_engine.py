@@ -1,0 +1,170 @@
+"""The model inside DeepSpeed's engine is, at every stage, the one that transformers loads: types, log-probs of long prompts."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from synpo_fast.models import load_policy
+from synpo_fast.models.family import FAMILIES
+from synpo_fast.models.tiny import tiny_model
+from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.engine import deepspeed_config
+from synpo_fast.training.lora import add_lora
+from synpo_fast.training.model_files import save_model_files, whole_weights
+from synpo_fast.training.pair_module import PairModule
+from synpo_fast.training.run_model import RunModel, build_engine
+from tests.models.test_low_precision import SIZES, SLACK, composite_logps, long_sample, theirs
+from tests.training.world import options
+
+STAGES = (0, 1, 2, 3)
+
+
+class Scores(PairModule):
+    """The module a run trains, its forward cut short at the log-probs."""
+
+    def forward(self, samples):
+        return torch.cat(self.policy.forward(samples)[0])
+
+
+def config_of(stage, **more):
+    return TrainConfig(model_name_or_path="x", train_file="x", output_dir="x", use_cpu=True, zero_stage=stage, **more)
+
+
+def engine_of(policy, stage, *, use_peft=True, dtype=None):
+    """As start.py builds it; stage 0 trains in fp32 alone."""
+    dtype = dtype or (torch.bfloat16 if stage else torch.float32)
+    if use_peft:
+        add_lora(policy, r=4)  # begins at zero: log-probs are the base model's
+    module = Scores(policy, config_of(stage))
+    return build_engine(config_of(stage), RunModel(policy, module, dtype))
+
+
+def dtype_at(stage):
+    return torch.bfloat16 if stage else torch.float32
+
+
+def float_buffers(model):
+    # peft puts a frozen layer's parameters one level down; buffers of the model keep their names.
+    return {name: buffer.dtype for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    made = {}
+
+    def measured(name, length):
+        """Folder, a sample, fp32 log-probs and the error of transformers' own bf16 model: of the composite forward."""
+        if name not in made:
+            folder = str(tmp_path_factory.mktemp(name))
+            model, tokenizer = tiny_model(name, **SIZES)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[name] = folder
+        if (name, length) not in made:
+            policy = load_policy(made[name], device="cpu")
+            sample = long_sample(policy, length, with_video=name != "text")
+            truth = composite_logps(name, theirs(name, made[name], torch.float32), sample)
+            other = composite_logps(name, theirs(name, made[name], torch.bfloat16), sample)
+            made[name, length] = sample, truth, float((other - truth).abs().mean())
+        return made[name], *made[name, length]
+
+    return measured
+
+
+def _cases():
+    """Every family at every stage, half of them where time is no matter; the longest prompt with one family."""
+    for name, stage in itertools.product(FAMILIES, STAGES):
+        later = name not in ("qwen2_5_vl", "text") and stage < 2
+        yield pytest.param(name, 2000, stage, marks=[pytest.mark.heavy] if later else [])
+    yield from (("qwen2_5_vl", 8000, stage) for stage in STAGES)
+
+
+@pytest.mark.parametrize(("name", "length", "stage"), _cases())
+def test_the_engine_runs_the_model_that_transformers_loads(saved, group, name, length, stage):
+    folder, sample, truth, allowed = saved(name, length)
+    dtype = dtype_at(stage)
+    policy = load_policy(folder, dtype=dtype, device="cpu")
+    engine = engine_of(policy, stage)
+    assert float_buffers(policy.base) == float_buffers(theirs(name, folder, dtype))
+    with torch.no_grad():
+        error = float((engine.forward([sample]).double() - truth).abs().mean())
+    assert error <= (1e-5 if dtype == torch.float32 else SLACK * allowed)
+
+
+@pytest.fixture
+def newline_in_fp32(monkeypatch):
+    """A LLaVA-OneVision that declares its newline, a parameter of the model itself, to stay in fp32."""
+    from transformers import LlavaOnevisionForConditionalGeneration as Model
+
+    monkeypatch.setattr(Model, "_keep_in_fp32_modules_strict", ["image_newline"])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_frozen_parameters_that_are_declared_stay_in_fp32(newline_in_fp32, group, tmp_path, stage):
+    policy = load_policy("tiny:llava_onevision", dtype=torch.bfloat16, device="cpu")
+    before = policy.base.model.image_newline.detach().clone()
+    assert before.dtype == torch.float32 and not torch.equal(before, before.bfloat16().float())
+    engine = engine_of(policy, stage, use_peft=False)
+    assert torch.equal(policy.base.model.image_newline, before)
+    assert policy.vision_is_frozen()
+    sample = long_sample(policy, 300, with_video=True)
+    engine.backward(-engine.forward([sample]).mean())
+    assert engine.step(1e-2).applied
+    assert torch.equal(policy.base.model.image_newline, before)
+    # A checkpoint of full fine-tuning holds it, in its type.
+    save_model_files(policy, tmp_path, whole_weights(engine, trained_only=False), adapter=False, source="tiny:x")
+    again = load_policy(str(tmp_path), dtype=torch.bfloat16, device="cpu")
+    assert torch.equal(again.base.model.image_newline, before)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_trained_parameter_that_is_declared_is_refused(group, monkeypatch, stage):
+    from transformers import Qwen2ForCausalLM
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "_keep_in_fp32_modules_strict", ["input_layernorm"])
+    policy = load_policy("tiny:text", dtype=torch.bfloat16, device="cpu")
+    with pytest.raises(ValueError, match=r"2 trained parameters .*input_layernorm.weight \(float32\).*use_peft=true"):
+        engine_of(policy, stage, use_peft=False)
+    # Frozen under an adapter it is no obstacle.
+    policy = load_policy("tiny:text", dtype=torch.bfloat16, device="cpu")
+    engine_of(policy, stage)
+    assert policy.base.model.layers[0].input_layernorm.weight.dtype == torch.float32
+
+
+def test_an_adapter_on_a_layer_kept_in_fp32_trains_in_the_type_of_the_others(group, monkeypatch):
+    from transformers import Qwen2ForCausalLM
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "_keep_in_fp32_modules_strict", ["k_proj"])
+    policy = load_policy("tiny:text", dtype=torch.bfloat16, device="cpu")
+    engine = engine_of(policy, 2)
+    assert {parameter.dtype for _, parameter in engine.trained_parameters()} == {torch.bfloat16}
+    assert policy.base.model.layers[0].self_attn.k_proj.base_layer.weight.dtype == torch.float32
+
+
+def test_a_deepspeed_file_may_not_round_buffers(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"data_types": {"buffer_dtype": "bf16"}}))
+    with pytest.raises(ValueError, match=r"data_types\.buffer_dtype, which would round rotary frequencies"):
+        deepspeed_config(config_of(2, deepspeed=str(file)), torch.bfloat16)
+
+
+def test_resumed_full_fine_tuning_in_bf16_has_the_same_model(world, tmp_path, in_one_process, monkeypatch):
+    """Frequencies in fp32 again, and the weights of the run that was not interrupted."""
+    seen = []
+
+    def noted(config, model):
+        seen.append(float_buffers(model.policy.base))
+        return build_engine(config, model)
+
+    monkeypatch.setattr("synpo_fast.training.start.build_engine", noted)
+    common = {"use_peft": False, "bf16": True, "loss_type": "dpo", "learning_rate": 3e-4, "max_steps": 4}
+    in_one_process(options(world, tmp_path / "whole", save_steps=2, **common))
+    half = str(tmp_path / "whole" / "checkpoint-000002")
+    in_one_process(options(world, tmp_path / "part", resume=half, **common))
+    assert seen[0] == seen[1] and set(seen[0].values()) == {torch.float32}
+    ends = [load_file(tmp_path / name / "checkpoint-000004" / "model.safetensors") for name in ("whole", "part")]
+    assert {tensor.dtype for tensor in ends[0].values()} == {torch.bfloat16}
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
