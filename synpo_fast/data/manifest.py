@@ -2,7 +2,7 @@
 
     {"id": "...", "video": "relative/path.mp4", "prompt": "...", "chosen": "...", "rejected": "...",
      "chosen_score": 12.1, "rejected_score": 6.4, "ground_truth": "...", "loss": "preference",
-     "clips": [{"path": "...", "start": 0.0, "end": 9.5}], "reference_clips": [0], "meta": {...}}
+     "clips": [{"path": "...", "start": 0.0, "end": 9.5}], "audio": false, "meta": {...}}
 
 prompt, chosen and rejected are required, except that a row with loss "sft" needs no rejected. A row has a video, or clips, or
 neither, which makes it a text pair. Videos are relative to a root the reader of frames is given, and may not leave it; here
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN_ROWS = 20
 SCORE_SLACK = 1e-9
+NO_SOUND = "sound is not read yet, and the pair would be used as if it were silent"
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def pair_from_row(row: dict[str, Any], *, default_id: str = "") -> Pair:
             close = get_close_matches(key, PARSERS, n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(PARSERS)}"
             raise ValueError(f"unknown key {key!r}{hint} (anything else belongs under 'meta')")
-    values = {key: PARSERS[key](key, value) for key, value in given.items()}
-    values.pop("meta", None)
+    parsed = {key: PARSERS[key](key, value) for key, value in given.items()}
+    values = {key: value for key, value in parsed.items() if value is not None}  # None: of a key that nothing reads
     required = ("prompt", "chosen") if values.get("loss") == "sft" else ("prompt", "chosen", "rejected")
     missing = [key for key in required if key not in values]
     if missing:
@@ -166,10 +167,17 @@ def _clip(key: str, value: object) -> Clip:
     return Clip(relative_path(f"{key}.path", value["path"]), **times)
 
 
-def _indices(key: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, list) or any(isinstance(part, bool) or not isinstance(part, int) for part in value):
-        raise ValueError(f"{key} must be a list of whole numbers, got {value!r:.60}")
-    return tuple(value)
+def _reference_clips(key: str, value: object) -> None:
+    if value != []:  # a Parquet column may hold an empty list where other formats leave the key out
+        raise ValueError(
+            f"{key} is not read yet: a reference would be shown every clip. Leave the key out to train so, got {value!r:.60}"
+        )
+
+
+def _audio(key: str, value: object) -> None:
+    """Texts that speak of a sound nobody hears teach a model to make sounds up."""
+    if value is not False:
+        raise ValueError(f"{key} must be false: {NO_SOUND}, got {value!r:.60}")
 
 
 def _meta(key: str, value: object) -> None:
@@ -187,7 +195,8 @@ PARSERS: dict[str, Callable[[str, object], Any]] = {
     "rejected_score": _number,
     "ground_truth": _text,
     "clips": _clips,
-    "reference_clips": _indices,
+    "reference_clips": _reference_clips,
+    "audio": _audio,
     "loss": _text,
     "meta": _meta,
 }
@@ -203,7 +212,6 @@ def row_from_pair(pair: Pair) -> dict[str, Any]:
     row |= {"ground_truth": pair.ground_truth, "loss": None if pair.loss == "preference" else pair.loss}
     clips = [{"path": clip.path, "start": clip.start, "end": clip.end} for clip in pair.clips]
     row["clips"] = [{name: value for name, value in clip.items() if value is not None} for clip in clips] or None
-    row["reference_clips"] = list(pair.reference_clips) or None
     return {key: value for key, value in row.items() if value is not None}
 
 

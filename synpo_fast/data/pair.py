@@ -27,11 +27,10 @@ class Pair:
     """video: a path, or frames already chosen as a uint8 tensor [T, H, W, 3]; None makes a text pair.
 
     clips: in place of video, parts of one or several files, shown one after another as one video.
-    reference_clips: indices into clips that a reference is shown (LongVPO's anchor).
     ground_truth: a caption for the auxiliary NLL. loss: "preference", or "sft" for a row that trains on chosen alone, whose
         rejected may be empty.
-    Raises ValueError, naming the pair, for an empty or equal response, for frames of another shape or type, for a video
-    beside clips, and for reference clips that are not there.
+    Raises ValueError, naming the pair, for an empty or equal response, for frames of another shape or type, and for a
+    video beside clips.
     """
 
     prompt: str
@@ -44,7 +43,6 @@ class Pair:
     ground_truth: str | None = None
     loss: str = "preference"
     clips: tuple[Clip, ...] = ()
-    reference_clips: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         name = f"pair {self.id!r}"
@@ -57,10 +55,6 @@ class Pair:
                 raise ValueError(f"{name}: {field} is empty")
         if self.clips and self.video is not None:
             raise ValueError(f"{name}: give video or clips, not both")
-        if any(not 0 <= index < len(self.clips) for index in self.reference_clips):
-            raise ValueError(
-                f"{name}: reference_clips {self.reference_clips} point outside its {len(self.clips)} clips"
-            )
         if self.loss == "preference" and self.chosen == self.rejected:
             raise ValueError(f"{name}: chosen and rejected are the same text, so there is nothing to prefer")
         video = self.video

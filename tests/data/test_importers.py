@@ -39,6 +39,12 @@ def turns(**texts):
     return [{"from": role, "value": text} for role, text in texts.items()]
 
 
+def part(**more):
+    """One user turn with a video part, as Qwen's tools write it."""
+    content = [{"type": "video", "video": "a.webm", **more}, {"type": "text", "text": "What happens?"}]
+    return [{"role": "user", "content": content}]
+
+
 @pytest.fixture
 def videos(tmp_path):
     """A root with the file that the sample of synpo names without its suffix."""
@@ -137,10 +143,11 @@ def test_salmonn_v1_rows_of_cross_entropy_alone():
         (V1, {"conversations": [*turns(human="Q", gpt="G", reject_gpt="R"), *turns(gpt="H")]}, "role is given twice"),
         (V1, {"conversations": turns(human="Q", gpt="G", reject_gpt="G")}, "same text"),
         (V1, {"conversations": None}, "conversations is not a list"),
-        (V1, {"video": None}, "no video: has audio alone"),
+        (V1, {"video": None}, "no video"),
         (V1, {"image": "a.jpg"}, "images are not supported"),
         (V1, {"timestamps": [3, 3]}, "timestamps are not"),
         (V1, {"timestamps": [3, "9"]}, "timestamps are not"),
+        (PLUS, {"timestamps": [2.0, 9.5]}, "has timestamps: they cut a clip in v1"),
         (PLUS, {"conversations": turns(human="Q", gpt="G", chosen="C")}, "no reject"),
         (PLUS, {"conversations": turns(human="Q", gpt="G", reject="C")}, "no chosen"),
         (PLUS, {"conversations": turns(human="<video><video>Q", chosen="C", reject="R")}, "more tags than videos"),
@@ -167,6 +174,15 @@ def test_salmonn_v1_rows_of_cross_entropy_alone():
         ("trl", {"prompt": "Q", "chosen": "A", "rejected": "B", "video": "v.mp4"}, "use messages for a video"),
         ("trl", {"prompt": None}, "do not begin alike"),
         ("trl", {"video": "other.mp4"}, "different videos"),
+        ("trl", {"prompt": part(path="b.webm")}, "names several videos"),
+        ("trl", {"prompt": part(video_start=9, video_end=4)}, "no part of a video: .*start=9.0 and end=4.0"),
+        ("trl", {"prompt": part(video_start="9")}, "are not seconds"),
+        ("trl", {"prompt": part(video_start=True)}, "are not seconds"),
+        ("trl", {"prompt": part(start_time=9)}, "only video_start and video_end, in seconds, cut a video part: start_time"),
+        ("ms-swift", {"messages": part()}, "a video inside the turns"),
+        ("llama-factory", {"conversations": part()}, "a video inside the turns"),
+        ("llava-hound", {"conversations": part(), "prompt": None}, "a video inside the turns"),
+        (V1, {"conversations": part()}, "a video inside the turns"),
         ("trl", {"tools": ["x"]}, "tools are not supported"),
         ("longvpo", {"task_type": None}, "no task_type"),
         ("longvpo", {"question": 4}, "question is not text: 4"),
@@ -220,6 +236,56 @@ def test_trl_in_its_other_shapes():
     assert "without a part" in refusal("trl", {**row, "video": "v.mp4"})
     assert "several videos" in refusal("trl", {**row, "prompt": [{"role": "user", "content": [{"type": "video"}] * 2}]})
     assert "not one user turn" in refusal("trl", {**row, "prompt": [plain, answers[0], plain]})
+
+
+@pytest.mark.parametrize(
+    ("times", "clip"),
+    [
+        ({"video_start": 3, "video_end": 9.5}, {"start": 3.0, "end": 9.5}),
+        ({"video_end": 9.5}, {"end": 9.5}),
+        ({"video_start": 3.0, "video_end": None}, {"start": 3.0}),
+    ],
+)
+def test_a_span_in_a_video_part_becomes_a_clip_and_the_rest_is_listed(tmp_path, times, clip):
+    """A caption of a clip must not become one of the whole video, and what is dropped must be said."""
+    path = tmp_path / "rows.jsonl"
+    prompt = part(fps=2.0, max_pixels=360 * 420, nframes=None, **times)
+    prompt[0]["content"][1]["cache_control"] = "x"
+    row = {"prompt": prompt, "chosen": [{"role": "assistant", "content": "A."}]}
+    row["rejected"] = [{"role": "assistant", "content": "B.", "weight": 0.5}]
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "prompt": part(**times)}))
+    result = import_pairs(path, "trl")
+    assert not result.refused
+    for pair in result.pairs:
+        assert row_from_pair(pair)["clips"] == [{"path": "a.webm", **clip}] and pair.video is None
+    assert result.unused_keys == {
+        "prompt.content.fps": 1, "prompt.content.max_pixels": 1, "prompt.content.cache_control": 1, "rejected.weight": 2
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in IMPORTERS if name != "synpo"])
+@pytest.mark.parametrize("sound", [{"use_audio": True}, {"audio": "a.wav"}, {"audio": True}, {"audios": ["a.wav"]}])
+def test_rows_with_sound_are_refused_with_the_reason(tmp_path, name, sound):
+    path = tmp_path / "rows.jsonl"
+    silent = dict.fromkeys(sound, False)
+    if name == "manifest" and "audio" not in sound:
+        return  # keys that a manifest does not know are refused as such
+    path.write_text("\n".join(map(json.dumps, [sample(name, id=None) | sound, sample(name, id=None) | silent])))
+    result = import_pairs(path, name)
+    assert [row.line for row in result.refused] == [1] and len(result.pairs) == 1
+    assert "sound is not read yet" in str(result.refused[0])
+    assert sum(result.reasons.values()) == 1 and not result.unused_keys.keys() & sound.keys()
+
+
+def test_keys_of_turns_that_nothing_uses_are_listed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = sample("ms-swift")
+    first, last = row["messages"]
+    row["messages"] = [first | {"loss": False}, last | {"name": ""}]  # an empty one says nothing
+    path.write_text(json.dumps(row | {"objects": {"bbox": [1]}}))
+    assert import_pairs(path, "ms-swift").unused_keys == {"messages.loss": 1, "objects": 1}
+    path.write_text(json.dumps(sample("manifest")))
+    assert import_pairs(path, "manifest").unused_keys == {"meta": 1}
 
 
 def test_ms_swift_with_rejected_messages():

@@ -32,13 +32,11 @@ def as_dict(pair):
 def test_every_key_arrives(tmp_path):
     row = {**GOOD, "id": "a", "chosen_score": 12.1, "rejected_score": 6, "ground_truth": "Ball.", "loss": "preference"}
     clips = [{"path": "v/1.mp4", "start": 1, "end": 9.5}, {"path": "w"}, {"path": "v/1.mp4", "start": None}]
-    path = lines(
-        tmp_path, {**row, "video": "v/1.mp4", "meta": {"any": 1}}, {**GOOD, "clips": clips, "reference_clips": [1]}
-    )
+    path = lines(tmp_path, {**row, "video": "v/1.mp4", "meta": {"any": 1}}, {**GOOD, "clips": clips, "audio": False})
     first, second = read_manifest(path)
     assert as_dict(first) == as_dict(Pair(**{**row, "video": "v/1.mp4"}))
     assert second.clips == (Clip("v/1.mp4", 1.0, 9.5), Clip("w"), Clip("v/1.mp4"))
-    assert second.reference_clips == (1,) and second.id == "pairs-2" and second.video is None
+    assert second.id == "pairs-2" and second.video is None
 
 
 def test_sft_rows_need_no_rejected_and_null_is_absent(tmp_path):
@@ -90,8 +88,9 @@ def test_byte_order_mark_blank_lines_and_crlf(tmp_path):
         ({**GOOD, "clips": [{"path": "v", "start": 5, "end": 5}]}, "need 0 <= start < end"),
         ({**GOOD, "clips": [{"path": "v", "end": "9"}]}, r"clips\[0\].end must be a number"),
         ({**GOOD, "clips": [{"path": "v"}], "video": "w"}, "video or clips, not both"),
-        ({**GOOD, "clips": [{"path": "v"}], "reference_clips": [1]}, "outside its 1 clips"),
-        ({**GOOD, "clips": [{"path": "v"}], "reference_clips": [True]}, "list of whole numbers"),
+        ({**GOOD, "clips": [{"path": "v"}], "reference_clips": [0]}, "reference_clips is not read yet: a reference would"),
+        ({**GOOD, "video": "v.mp4", "audio": True}, "audio must be false: sound is not read yet, .*silent, got True"),
+        ({**GOOD, "video": "v.mp4", "audio": "v.wav"}, "audio must be false: sound is not read yet"),
         ("{", "not JSON: "),
         ("[1]", "a row must be a JSON object"),
         ('{"prompt": "q", "prompt": "r"}', "key 'prompt' is given twice"),
@@ -169,8 +168,8 @@ def test_files_that_are_no_manifest(tmp_path):
 
 TABLE = [
     {**GOOD, "id": "a", "video": "v.mp4", "chosen_score": 2.5},
-    {**GOOD, "prompt": "Why?", "clips": [{"path": "w.mp4", "end": 3.0}, {"path": "x", "start": 1.0}], "reference_clips": [1]},
-    {**GOOD, "prompt": "So?"},
+    {**GOOD, "prompt": "Why?", "clips": [{"path": "w.mp4", "end": 3.0}, {"path": "x", "start": 1.0}], "reference_clips": []},
+    {**GOOD, "prompt": "So?", "audio": False},
 ]  # fmt: skip
 
 
@@ -246,7 +245,6 @@ def some_pairs(draw):
             Pair(
                 prompt=draw(words), chosen=chosen, rejected=rejected, id=f"{draw(text)}-{index}",
                 video=draw(paths) if shown == "video" else None, clips=some_clips,
-                reference_clips=tuple(draw(st.lists(st.integers(0, len(some_clips) - 1)))) if some_clips else (),
                 chosen_score=draw(scores), rejected_score=draw(scores), ground_truth=draw(st.none() | text),
                 loss=draw(st.sampled_from(["preference", "sft"])),
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from synpo_fast.data.importers import chat, flat, synpo, trl, video_salmonn2
 from synpo_fast.data.importers.source_row import ImportOptions, Refused, SourceRow
-from synpo_fast.data.manifest import BadRow, pair_from_row, row_from_pair
+from synpo_fast.data.manifest import NO_SOUND, BadRow, pair_from_row, row_from_pair
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.row_files import FileRow, read_rows
 
@@ -24,7 +24,7 @@ DETECTION_ROWS = 50
 
 def import_manifest_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
     """Our own rows: to filter them, to look for their videos, or to turn Parquet into JSON Lines."""
-    row.used.update(row.content)
+    row.used.update(row.content.keys() - {"meta"})
     try:
         pair = pair_from_row(row.content)
     except ValueError as error:
@@ -79,7 +79,7 @@ def import_pairs(path: str | Path, format: str, options: ImportOptions | None = 
             result.refused.append(BadRow(row.file, row.line, str(error)))
             result.reasons[error.reason] += 1
             continue
-        result.unused_keys.update(source.content.keys() - source.used)
+        result.unused_keys.update(source.unused)
         for pair in pairs:
             pair_id = _unused_id(pair.id, row, used_ids)
             used_ids.add(pair_id)
@@ -90,6 +90,8 @@ def import_pairs(path: str | Path, format: str, options: ImportOptions | None = 
 def _import_row(row: FileRow, source: SourceRow, importer: Importer, options: ImportOptions) -> list[Pair]:
     if row.content is None:
         raise Refused("not a readable row", row.error)
+    if importer is not import_manifest_row:  # which says it in its own words
+        source.refuse("audio", "audios", "use_audio", because=NO_SOUND)
     pairs = importer(source, options)
     for pair in pairs:
         try:

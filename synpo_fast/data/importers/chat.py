@@ -11,9 +11,9 @@ from synpo_fast.data.pair import Pair
 
 def import_llama_factory_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
     """{conversations: [one user turn], chosen: turn, rejected: turn, videos: [path], system}."""
-    row.refuse("images", "audios", because="only videos are supported")
+    row.refuse("images", because="only videos are supported")
     row.refuse("tools", because="tools are not supported")
-    turns = read_turns(row.get("conversations"), "conversations")
+    turns = read_turns(row, "conversations")
     if row.get("system"):
         turns = [Turn("system", row.text("system")), *turns]
     answers = {}
@@ -23,15 +23,15 @@ def import_llama_factory_row(row: SourceRow, options: ImportOptions) -> list[Pai
             raise Refused(f"no {key}")
         if not isinstance(value, (dict, list)):
             raise Refused(f"{key} is not a turn", f"{value!r:.60}")
-        answers[key] = single_answer(read_turns(value, key), key)
+        answers[key] = single_answer(read_turns(row, key), key)
     return [make_pair(id=row.id(), **_video_and_prompt(row, single_prompt(turns, options), options), **answers)]
 
 
 def import_ms_swift_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
     """{messages: [user turn, chosen turn], rejected_response: text or rejected_messages: [user turn, turn], videos}."""
-    row.refuse("images", "audios", "rejected_images", "rejected_audios", because="only videos are supported")
+    row.refuse("images", "rejected_images", "rejected_audios", because="only videos are supported")
     row.refuse("tools", "rejected_tools", because="tools are not supported")
-    turns = read_turns(row.get("messages"), "messages")
+    turns = read_turns(row, "messages")
     given = [key for key in ("rejected_response", "rejected_messages") if row.get(key) is not None]
     if len(given) != 1:
         raise Refused("has both rejected_response and rejected_messages" if given else "no rejected_response")
@@ -39,7 +39,7 @@ def import_ms_swift_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
         rejected = row.text("rejected_response")
         row.refuse("rejected_videos", because="it belongs to rejected_messages")
     else:
-        rejected_turns = read_turns(row.get("rejected_messages"), "rejected_messages")
+        rejected_turns = read_turns(row, "rejected_messages")
         if rejected_turns[:-1] != turns[:-1]:
             raise Refused("rejected_messages has another prompt than messages")
         if (row.get("rejected_videos") or row.get("videos")) != row.get("videos"):
@@ -51,8 +51,6 @@ def import_ms_swift_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
 
 def _video_and_prompt(row: SourceRow, prompt: Turn, options: ImportOptions) -> dict[str, str | None]:
     videos = row.get("videos") or []
-    if prompt.videos:
-        raise Refused("a video inside the turns; this format lists them under videos")
     num_videos = len(videos) if isinstance(videos, list) else 1
     text = clean_prompt(prompt.text, num_videos=num_videos, system=prompt.system)
     return {"prompt": text, "video": options.video(videos) if videos else None}

@@ -25,7 +25,7 @@ def import_llava_hound_row(row: SourceRow, options: ImportOptions) -> list[Pair]
     """
     _refuse_foreign(row, "rejected_2", "task_type", "question")
     if row.get("conversations") is not None:
-        turn = single_prompt(read_turns(row.get("conversations"), "conversations"), options)
+        turn = single_prompt(read_turns(row, "conversations"), options)
         prompt, system = turn.text, turn.system
         if row.get("prompt") not in (None, prompt):
             raise Refused("prompt and conversations differ")
@@ -34,7 +34,7 @@ def import_llava_hound_row(row: SourceRow, options: ImportOptions) -> list[Pair]
     answers = {}
     for key in ("chosen", "rejected"):
         value = row.get(key)
-        answers[key] = single_answer(read_turns(value, key), key) if isinstance(value, (dict, list)) else row.text(key)
+        answers[key] = single_answer(read_turns(row, key), key) if isinstance(value, (dict, list)) else row.text(key)
     return [_pair(row, options, prompt=prompt, system=system, **answers)]
 
 

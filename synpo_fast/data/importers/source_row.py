@@ -29,10 +29,20 @@ class SourceRow:
     def __init__(self, content: dict[str, Any]) -> None:
         self.content = {key: value for key, value in content.items() if value is not None}
         self.used: set[str] = set()
+        self.left: set[str] = set()
+
+    @property
+    def unused(self) -> set[str]:
+        """Keys that nothing asked for, those inside turns by their path: "prompt.content.fps"."""
+        return (self.content.keys() - self.used) | self.left
 
     def get(self, key: str) -> Any:
         self.used.add(key)
         return self.content.get(key)
+
+    def leave(self, place: str, part: dict[str, Any], *used: str) -> None:
+        """Notes the keys of an object inside the row that are not among the used ones. Null and "" say nothing."""
+        self.left |= {f"{place}.{key}" for key, value in part.items() if key not in used and value not in (None, "")}
 
     def text(self, key: str) -> str:
         value = self.get(key)

@@ -1,14 +1,15 @@
 """TRL's preference rows: prompt, chosen and rejected, each a text ("standard") or a list of messages ("conversational").
 
 Without a prompt, chosen and rejected are whole conversations that share all but their last turn. A video is a content part
-{"type": "video"} of the user turn; its path is in the part, or in a column video or videos. Standard rows are text pairs.
+{"type": "video"} of the user turn; its path is in the part, or in a column video or videos. video_start and video_end in
+the part make a clip. Standard rows are text pairs.
 """
 
 from typing import Any
 
 from synpo_fast.data.importers.conversations import Turn, read_turns, single_answer, single_prompt
 from synpo_fast.data.importers.source_row import ImportOptions, Refused, SourceRow, clean_prompt, make_pair
-from synpo_fast.data.pair import Pair
+from synpo_fast.data.pair import Clip, Pair
 
 
 def import_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
@@ -25,26 +26,38 @@ def import_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
     for key, value in zip(("chosen", "rejected"), values[1:], strict=True):
         if value is None:
             raise Refused(f"no {key}")
-    chosen_turns, rejected_turns = read_turns(values[1], "chosen"), read_turns(values[2], "rejected")
+    chosen_turns, rejected_turns = (read_turns(row, key, may_hold_videos=True) for key in ("chosen", "rejected"))
     if values[0] is None:
         prompt_turns = chosen_turns[:-1]
         if prompt_turns != rejected_turns[:-1] or not prompt_turns:
             raise Refused("no prompt, and chosen and rejected do not begin alike")
         chosen_turns, rejected_turns = chosen_turns[-1:], rejected_turns[-1:]
     else:
-        prompt_turns = read_turns(values[0], "prompt")
+        prompt_turns = read_turns(row, "prompt", may_hold_videos=True)
     turn = single_prompt(prompt_turns, options)
-    video = _video(turn, row)
     return [
         make_pair(
             id=row.id(),
-            video=None if video is None else options.video(video),
+            **_shown(turn, _video(turn, row), options),
             prompt=clean_prompt(turn.text, num_videos=0, system=turn.system),
             chosen=single_answer(chosen_turns, "chosen"),
             rejected=single_answer(rejected_turns, "rejected"),
             **scores,
         )
     ]
+
+
+def _shown(turn: Turn, video: Any, options: ImportOptions) -> dict[str, Any]:
+    """The video, or the clip of it."""
+    if video is None:
+        return {}
+    part, path = turn.videos[0], options.video(video)
+    if part.start is None and part.end is None:
+        return {"video": path}
+    try:
+        return {"clips": (Clip(path, part.start, part.end),)}
+    except ValueError as error:
+        raise Refused("video_start and video_end are no part of a video", str(error)) from error
 
 
 def _video(turn: Turn, row: SourceRow) -> Any:
@@ -61,7 +74,7 @@ def _video(turn: Turn, row: SourceRow) -> Any:
         return None
     if len(turn.videos) > 1:
         raise Refused("several videos in a row: this format shows them apart, a pair shows one")
-    part = turn.videos[0]
+    part = turn.videos[0].path
     if part is None and column is None:
         raise Refused('a part {"type": "video"} without a path')
     if part is not None and column is not None and part != column:

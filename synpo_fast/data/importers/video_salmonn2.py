@@ -5,7 +5,8 @@
 
 A row with gpt and none of the roles that tell them apart fits both and is refused by both. v1 may mark a row "ce_only": it
 then trains on cross-entropy alone, over gt where there is one and gpt otherwise, which is what its code calls the target.
-"timestamps": [start, end] in v1 cuts a clip out of the video. Audio tracks are not used.
+"timestamps": [start, end] in v1 cuts a clip out of the video; in plus they are refused, since their meaning there is not known.
+Rows with sound are refused for as long as sound is not read.
 """
 
 from synpo_fast.data.importers.conversations import read_turns, split_system
@@ -39,6 +40,7 @@ def import_v1_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
 
 def import_plus_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
     roles, prompt = _roles_and_prompt(row, options)
+    row.refuse("timestamps", because="they cut a clip in v1, and it is not known what they mean in plus")
     if roles.keys() & V1_ONLY or "ce_only" in row.content:
         marks = sorted((roles.keys() & V1_ONLY) | ({"ce_only"} & row.content.keys()))
         raise Refused("marks of video-salmonn2-v1 in a plus row", ", ".join(marks))
@@ -55,8 +57,8 @@ def _roles_and_prompt(row: SourceRow, options: ImportOptions) -> tuple[dict[str,
     """Text by role, and the prompt."""
     row.refuse("image", because="images are not supported")
     if not row.get("video"):
-        raise Refused("no video", "has audio alone" if "audio" in row.content else "")
-    system, turns = split_system(read_turns(row.get("conversations"), "conversations"), options)
+        raise Refused("no video")
+    system, turns = split_system(read_turns(row, "conversations"), options)
     known = {"human", "gpt"} | V1_ONLY | PLUS_ONLY
     names = [turn.role for turn in turns]
     if set(names) - known:
