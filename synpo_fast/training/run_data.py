@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from synpo_fast.data.encoding import BadPair, PairReader
+from synpo_fast.data.hold_out import files_of, hold_out
 from synpo_fast.data.loader import PairLoader
 from synpo_fast.data.manifest import filter_by_score_gap, read_manifest
-from synpo_fast.data.order import epoch_order
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.sampling import FrameSampling
 from synpo_fast.models.policy import Policy
@@ -45,34 +45,17 @@ def read_data(config: TrainConfig) -> RunData:
         )  # fmt: skip
         train = list(result.kept)
     evaluation = _read(config.eval_file, config) if config.eval_file else []
+    root = Path(config.video_root) if config.video_root else None
+    train_root = root or Path(config.train_file).resolve().parent
+    eval_root = root or Path(config.eval_file or config.train_file).resolve().parent
     if config.eval_split:
-        train, evaluation = split(train, config.eval_split, config.seed)
+        train, evaluation = hold_out(train, config.eval_split, seed=config.seed, root=train_root)
+    elif evaluation:
+        _warn_of_shared_files(config, files_of(train, train_root) & files_of(evaluation, eval_root))
     if not train:
         raise ValueError(f"no pair of {config.train_file} is left to train on")
     _check_uses(config, [*train, *evaluation])
-    root = Path(config.video_root) if config.video_root else None
-    return RunData(
-        train,
-        evaluation,
-        root or Path(config.train_file).resolve().parent,
-        root or Path(config.eval_file or config.train_file).resolve().parent,
-        data_key(train),
-    )
-
-
-def split(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """(training, held out): whole videos are held out, or the model would be asked about videos it has seen."""
-    groups: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault(str(pair.video or pair.clips or pair.id), []).append(pair)
-    names = sorted(groups)
-    wanted = max(1, round(share * len(pairs)))
-    held_out: list[Pair] = []
-    for index in epoch_order(len(names), seed=seed, epoch=0):
-        if len(held_out) < wanted:
-            held_out += groups[names[index]]
-    chosen = {id(pair) for pair in held_out}
-    return [pair for pair in pairs if id(pair) not in chosen], held_out
+    return RunData(train, evaluation, train_root, eval_root, data_key(train))
 
 
 def data_key(pairs: Sequence[Pair]) -> str:
@@ -155,6 +138,15 @@ def _read(file: str, config: TrainConfig) -> list[Pair]:
     if not Path(file).exists():
         raise ValueError(f"there is no manifest {file!r}")
     return read_manifest(file, on_bad="skip" if config.allow_bad_rows else "raise")
+
+
+def _warn_of_shared_files(config: TrainConfig, shared: set[object]) -> None:
+    if shared:
+        logger.warning(
+            "%d files of eval_file=%s are trained on, too: what is measured on them is memory",
+            len(shared),
+            config.eval_file,
+        )
 
 
 def _check_uses(config: TrainConfig, pairs: Sequence[Pair]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from synpo_fast.data.hold_out import num_files
 from synpo_fast.data.loader import PairLoader
 from synpo_fast.training.checkpoint import (
     check_writable,
@@ -203,6 +204,11 @@ def _facts(config: TrainConfig, data: RunData, world_size: int) -> dict[str, Any
     }
 
 
+def _held_out(data: RunData) -> str:
+    files = num_files(data.evaluation, data.eval_root)
+    return f"{len(data.evaluation)} held out" + (f", of {files} file{'s' if files > 1 else ''}" if files else "")
+
+
 def _announce(
     progress: Progress,
     config: TrainConfig,
@@ -216,7 +222,7 @@ def _announce(
     every = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
     dtype = str(engine.dtype).removeprefix("torch.")
     progress.say(
-        f"{config.loss_type} on {len(data.train)} pairs ({len(data.evaluation)} held out), {num_steps} steps of "
+        f"{config.loss_type} on {len(data.train)} pairs ({_held_out(data)}), {num_steps} steps of "
         f"{config.per_device_train_batch_size * config.gradient_accumulation_steps * engine.world_size} pairs; "
         f"{policy.family.name}, {trained:,} of {every:,} parameters train, {dtype}, ZeRO {engine.stage}, "
         f"{engine.world_size} process{'es' if engine.world_size > 1 else ''} on {policy.device.type}"

@@ -1,0 +1,97 @@
+"""Pairs held out for evaluation: never of a file that training sees.
+
+Pairs that share a file, as a video or by a clip of it, belong together, and so do pairs connected over other pairs; a group is
+held out whole or not at all. A file is what the file system says it is, whatever it is called: a link, a hard link and another
+spelling are the same file. Pairs without a video belong together where their prompts are the same text.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from synpo_fast.data.order import epoch_order
+from synpo_fast.data.pair import Pair
+
+
+def hold_out(pairs: Sequence[Pair], share: float, *, seed: int, root: str | Path) -> tuple[list[Pair], list[Pair]]:
+    """(training, held out), as near to the share of all pairs as whole groups allow, both in the order given.
+
+    At least one group is held out and one trained on; ValueError where all pairs are one group.
+    """
+    groups = connected_groups(pairs, root)
+    if len(groups) < 2:
+        raise ValueError(
+            f"eval_split={share}: all {len(pairs)} pairs show the same file, or files that other pairs connect (pairs without a "
+            "video: the same prompt), so none can be held out unseen. Give an eval_file, or leave eval_split at 0"
+        )
+    wanted, chosen = share * len(pairs), set[int]()
+    order = [groups[place] for place in epoch_order(len(groups), seed=seed, epoch=0)]
+    for group in order:
+        grown = len(chosen) + len(group)
+        if abs(grown - wanted) < abs(len(chosen) - wanted) and grown < len(pairs):
+            chosen.update(group)
+    if not chosen:
+        chosen.update(min(order, key=len))
+    return (
+        [pair for place, pair in enumerate(pairs) if place not in chosen],
+        [pair for place, pair in enumerate(pairs) if place in chosen],
+    )
+
+
+def connected_groups(pairs: Sequence[Pair], root: str | Path) -> list[list[int]]:
+    """Places of pairs that share something, directly or over others; groups by their first pair."""
+    first_use: dict[object, int] = {}
+    leader = list(range(len(pairs)))
+    known: dict[str, object] = {}
+
+    def leader_of(place: int) -> int:
+        while leader[place] != place:
+            leader[place] = leader[leader[place]]
+            place = leader[place]
+        return place
+
+    for place, pair in enumerate(pairs):
+        for key in _keys(pair, Path(root), known):
+            one, other = sorted((leader_of(first_use.setdefault(key, place)), leader_of(place)))
+            leader[other] = one
+    groups: dict[int, list[int]] = {}
+    for place in range(len(pairs)):
+        groups.setdefault(leader_of(place), []).append(place)
+    return list(groups.values())
+
+
+def num_files(pairs: Iterable[Pair], root: str | Path) -> int:
+    """How many different files the pairs show."""
+    return len(files_of(pairs, root))
+
+
+def files_of(pairs: Iterable[Pair], root: str | Path) -> set[object]:
+    known: dict[str, object] = {}
+    return {_file(name, Path(root), known) for pair in pairs for name in _names(pair)}
+
+
+def _names(pair: Pair) -> list[str]:
+    if pair.clips:
+        return [clip.path for clip in pair.clips]
+    return [] if pair.video is None or isinstance(pair.video, Tensor) else [str(pair.video)]
+
+
+def _keys(pair: Pair, root: Path, known: dict[str, object]) -> list[object]:
+    names = _names(pair)
+    if names:
+        return [_file(name, root, known) for name in names]
+    return [("frames", id(pair.video))] if isinstance(pair.video, Tensor) else [("prompt", pair.prompt)]
+
+
+def _file(name: str, root: Path, known: dict[str, object]) -> object:
+    if name not in known:
+        path = os.path.realpath(root / name)
+        try:
+            facts = os.stat(path)
+        except OSError:  # not there: it is reported when it is read
+            known[name] = path
+        else:
+            known[name] = (facts.st_dev, facts.st_ino)
+    return known[name]
