@@ -10,6 +10,7 @@ from pathlib import Path
 from synpo_fast.data.check import CheckReport, check_manifest, histogram
 from synpo_fast.data.importers import IMPORTERS, ImportOptions, ImportResult, detect_format, import_pairs
 from synpo_fast.data.manifest import filter_by_score_gap, write_manifest
+from synpo_fast.data.row_folders import named_split
 
 SHOWN = 20
 BAR_WIDTH = 40
@@ -31,7 +32,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     bring = commands.add_parser("import", help="rows of another format into a manifest")
     bring.add_argument(
-        "source", metavar="IN", type=Path, help="a .json, .jsonl, .csv, .parquet file or a folder of them"
+        "source",
+        metavar="IN",
+        type=Path,
+        help="a .json, .jsonl, .csv, .parquet file, a folder of them, or FOLDER:SPLIT",
     )
     bring.add_argument("target", metavar="OUT", type=Path, help="the manifest to write, .jsonl")
     bring.add_argument(
@@ -48,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("--allow_bad", action="store_true", help="write the good rows although others were refused")
     bring.add_argument("--force", action="store_true", help="overwrite OUT")
     check = commands.add_parser("check", help="what is wrong with a manifest")
-    check.add_argument("manifest", metavar="FILE", type=Path)
+    check.add_argument("manifest", metavar="FILE", type=Path, help="a manifest, a folder, or FOLDER:SPLIT")
     check.add_argument("--video_root", type=Path, help="where the videos are; without it they are not looked at")
     check.add_argument("--decode", action="store_true", help="decode the first and last frame of every video too")
     check.add_argument(
@@ -105,7 +109,7 @@ def _print_refusals(result: ImportResult) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    if not arguments.manifest.exists():
+    if not named_split(arguments.manifest)[0].exists():
         raise FileNotFoundError(f"{arguments.manifest} does not exist")
     if arguments.video_root is not None and not arguments.video_root.is_dir():
         raise ValueError(f"video root {arguments.video_root} is not a folder")

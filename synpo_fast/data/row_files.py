@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from synpo_fast.data.row_folders import named_split, split_files
+
 BOM = b"\xef\xbb\xbf"
 BATCH_ROWS = 1024
 
@@ -27,10 +29,18 @@ class FileRow:
 
 
 def read_rows(path: str | Path) -> Iterator[FileRow]:
-    """Rows in the order of the file. ValueError for what can not be read at all, FileNotFoundError for what is not there."""
-    path = Path(path)
-    if path.is_dir():
-        return _read_folder(path)
+    """Rows in the order of the file. path: a file, a folder, or FOLDER:SPLIT.
+
+    ValueError for what can not be read at all, FileNotFoundError for what is not there.
+    """
+    folder, split = named_split(path)
+    if folder.is_dir():
+        files = split_files(folder, split)  # before the first row is asked for
+        return (row for file in files for row in _read_file(file))
+    return _read_file(folder)
+
+
+def _read_file(path: Path) -> Iterator[FileRow]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     reader = READERS.get(path.suffix.lower())
@@ -154,23 +164,6 @@ def _pyarrow() -> Any:
     except ImportError as error:
         raise ImportError("reading Parquet and Arrow needs pyarrow: pip install pyarrow") from error
     return pyarrow
-
-
-def _read_folder(path: Path) -> Iterator[FileRow]:
-    """A folder of datasets.save_to_disk, or one of Parquet files; of several splits the caller must name one."""
-    if (path / "dataset_dict.json").exists():
-        splits = sorted(part.name for part in path.iterdir() if part.is_dir())
-        raise ValueError(f"{path} holds several splits ({', '.join(splits)}): give the folder of one of them")
-    if (path / "state.json").exists():
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if state.get("_indices_data_files"):
-            raise ValueError(f"{path} holds a selection of rows: save it again with dataset.flatten_indices()")
-        files = [path / part["filename"] for part in state["_data_files"]]
-    else:
-        files = sorted(path.glob("data-*.arrow")) or sorted(path.glob("*.parquet"))
-    if not files:
-        raise ValueError(f"{path} is a folder with no data-*.arrow and no *.parquet file directly in it")
-    return (row for file in files for row in read_rows(file))
 
 
 READERS: dict[str, Callable[[Path], Iterator[FileRow]]] = {

@@ -14,6 +14,7 @@ from synpo_fast.data.hold_out import files_of, hold_out
 from synpo_fast.data.loader import PairLoader
 from synpo_fast.data.manifest import filter_by_score_gap, read_manifest
 from synpo_fast.data.pair import Pair
+from synpo_fast.data.row_folders import named_split
 from synpo_fast.data.sampling import FrameSampling
 from synpo_fast.models.policy import Policy
 from synpo_fast.models.scoring import EncodedPair, PairEncoder
@@ -135,7 +136,7 @@ def read_some(config: TrainConfig, data: RunData, policy: Policy, count: int) ->
 
 
 def _read(file: str, config: TrainConfig) -> list[Pair]:
-    if not Path(file).exists():
+    if not named_split(file)[0].exists():
         raise ValueError(f"there is no manifest {file!r}")
     return read_manifest(file, on_bad="skip" if config.allow_bad_rows else "raise")
 

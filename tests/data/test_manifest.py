@@ -221,7 +221,7 @@ def test_hugging_face_folders(tmp_path):
         read_manifest(tmp_path / "selected")
     splits = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:2])}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "splits")
-    with pytest.raises(ManifestError, match=r"several splits \(test, train\)"):
+    with pytest.raises(ManifestError, match=r"several splits: test \(1 file\), train \(1 file\)"):
         read_manifest(tmp_path / "splits")
     assert len(read_manifest(tmp_path / "splits" / "test")) == 2
 

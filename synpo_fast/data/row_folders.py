@@ -1,0 +1,95 @@
+"""Which files of a folder hold the rows: those of one split, never several splits as one.
+
+Folders of three kinds are known: what datasets.save_to_disk writes, with or without splits; the layout of data sets on the
+Hugging Face hub, files or folders named after their split (train-00000-of-00002.parquet, data/test-*.parquet, validation/),
+Parquet, JSON Lines or CSV; and a plain folder of such files that name no split. FOLDER:SPLIT names one of several.
+"""
+
+import json
+import re
+from pathlib import Path
+
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+PATTERNS = ("data-*.arrow", "*.parquet", "*.jsonl", "*.csv")  # the first kind that is there
+NO_SPLIT = "no split named"
+
+
+def named_split(path: str | Path) -> tuple[Path, str]:
+    """The folder and the split of FOLDER:SPLIT; for any other path the path itself and ""."""
+    folder, colon, split = str(path).rpartition(":")
+    if colon and split and not Path(path).exists() and Path(folder).is_dir():
+        return Path(folder), split
+    return Path(path), ""
+
+
+def split_files(folder: Path, split: str = "") -> list[Path]:
+    """The files with the folder's rows, in order; ValueError where there are several splits and none of them is named."""
+    splits = _splits(folder)
+    names = ", ".join(sorted(splits))
+    if split:
+        found = splits.get(split) or splits.get(SPLITS.get(split, split))
+        if not found:
+            known = f"it has {names}" if splits.keys() - {NO_SPLIT} else "its files name none"
+            raise ValueError(f"{folder} has no split {split!r}: {known}")
+        return found
+    if not splits:
+        raise ValueError(
+            f"{folder} is a folder with no {', '.join(PATTERNS[:-1])} or {PATTERNS[-1]} file directly in it"
+        )
+    if len(splits) > 1:
+        sizes = ", ".join(
+            f"{name} ({len(files)} file{'s' if len(files) > 1 else ''})" for name, files in sorted(splits.items())
+        )
+        first = "train" if "train" in splits else next(name for name in sorted(splits) if name != NO_SPLIT)
+        raise ValueError(f"{folder} holds several splits: {sizes}; name one, as in {folder}:{first}, or give one file")
+    ((name, files),) = splits.items()
+    if (
+        name == NO_SPLIT and len(files) > 1 and files[0].suffix in (".jsonl", ".csv")
+    ):  # Parquet and Arrow come in shards
+        raise ValueError(
+            f"{folder} holds {len(files)} {files[0].suffix} files that name no split, {files[0].name} the first: give one"
+        )
+    return files
+
+
+def _splits(folder: Path) -> dict[str, list[Path]]:
+    """Files by split."""
+    if (folder / "dataset_dict.json").exists():
+        parts = sorted(part for part in folder.iterdir() if (part / "state.json").exists())
+        return {part.name: _saved_files(part) for part in parts}
+    if saved := _saved_files(folder):
+        return {NO_SPLIT: saved}
+    files = _data_files(folder) or _data_files(folder / "data")
+    if not files:
+        parts = sorted(part for part in folder.iterdir() if part.is_dir() and _split_of(part.name))
+        files = [file for part in parts for file in _saved_files(part) or _data_files(part)]
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        inside = file.relative_to(folder).parts[:-1]  # data/, or a folder named after the split
+        found.setdefault(_split_of("-".join(inside)) or _split_of(file.stem) or NO_SPLIT, []).append(file)
+    return found
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """Those of one data set of datasets.save_to_disk; [] for another folder."""
+    if not (folder / "state.json").exists():
+        return []
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state.get("_indices_data_files"):
+        raise ValueError(f"{folder} holds a selection of rows: save it again with dataset.flatten_indices()")
+    return [folder / part["filename"] for part in state["_data_files"]]
+
+
+def _data_files(folder: Path) -> list[Path]:
+    found = (sorted(folder.glob(pattern)) for pattern in PATTERNS)
+    return next((files for files in found if files), [])
+
+
+def _split_of(name: str) -> str:
+    """The split a file or folder is named after: "train" of train-00000-of-00002 and of pairs_train; "" for none."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((SPLITS[word] for word in words if word in SPLITS), "")
