@@ -71,7 +71,10 @@ class TrainConfig:
     train_file: str = option("", "manifest of pairs: JSONL, Parquet, or a datasets folder; FOLDER:train names a split")
     eval_file: str | None = option(None, "manifest of held-out pairs")
     eval_split: float = option(
-        0.0, "share of train_file held out for evaluation, by whole files, when there is no eval_file", at_least=0, below=1
+        0.0,
+        "share of train_file held out for evaluation, by whole files, when there is no eval_file",
+        at_least=0,
+        below=1,
     )
     video_root: str | None = option(
         None, "folder the manifest's video paths are relative to; default: the manifest's own"
