@@ -91,9 +91,9 @@ def _video(policy: Policy, preset: Preset, generator: torch.Generator) -> VideoI
     # Pixels on the device, so that no way is charged for the copy; the grid on the host, where positions are computed.
     tensors = {
         name: tensor.to(policy.device, policy.base.dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in video.tensors.items()
+        for name, tensor in video.arguments().items()
     }
-    return replace(video, tensors=tensors)
+    return replace(video, tensors=tensors, frames=None, recipe=None)
 
 
 def _around_video(policy: Policy, video: VideoInputs | None) -> tuple[int, ...]:

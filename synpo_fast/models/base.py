@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from synpo_fast.models.video_frames import VideoProcessing, processing_with
+from synpo_fast.models.video_frames import PixelRecipe, VideoProcessing, processing_with
 from synpo_fast.ops.video_patches import check_frames
 
 # Layers whose reach a mask decides. Anything else carries a state from token to token.
@@ -29,7 +29,9 @@ MASKED_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_at
 class VideoInputs:
     """One video, ready for the vision tower and for the prompt.
 
-    tensors: keyword arguments of the family's vision call, for this video alone.
+    tensors: keyword arguments of the family's vision call, for this video alone, but for its pixels.
+    frames: uint8 [T, height, width, 3], resized for the tower; recipe: what makes them pixels, when the tower is called and on
+        its device. Both None: the pixels stand in tensors.
     token_ids: what stands for the video in the prompt: placeholders, with the timestamps, separators and newlines the
         family puts between them.
     placeholder_id: features replace the embeddings where token_ids equals it.
@@ -40,10 +42,33 @@ class VideoInputs:
     token_ids: tuple[int, ...]
     placeholder_id: int
     seconds_per_grid: float | None = None
+    frames: Tensor | None = None
+    recipe: PixelRecipe | None = None
 
     @property
     def num_placeholders(self) -> int:
         return self.token_ids.count(self.placeholder_id)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its tensors, frames included."""
+        held = [*self.tensors.values(), *([] if self.frames is None else [self.frames])]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def argument(self, name: str, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """One keyword argument of the vision call, on a device (None: where it is held). Pixels are made here; they and no
+        others take the dtype (None: fp32)."""
+        if self.recipe is None or self.recipe.name != name:
+            tensor = self.tensors[name]
+            return tensor if device is None else tensor.to(device)
+        assert self.frames is not None
+        frames = self.frames if device is None else self.frames.to(device)
+        return self.recipe.pixels(frames, dtype or torch.float32)
+
+    def arguments(self) -> dict[str, Tensor]:
+        """All of the vision call's keyword arguments, pixels in fp32, where they are held."""
+        names = [*([] if self.recipe is None else [self.recipe.name]), *self.tensors]
+        return {name: self.argument(name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -96,7 +121,7 @@ class Family(abc.ABC):
         seconds_per_frame: float | None = None,
         processing: VideoProcessing | None = None,
     ) -> VideoInputs:
-        """frames uint8 [T, H, W, 3] -> VideoInputs, its pixels on the frames' device. config is the model's;
+        """frames uint8 [T, H, W, 3] -> VideoInputs, on the frames' device. config is the model's;
         seconds_per_frame is the time between two of the frames given (None: default_seconds_per_frame); processing None:
         self.processing(config).
 
@@ -185,10 +210,15 @@ def token_ids_of(tokenizer: Any, pieces: Sequence[str | Sequence[int]]) -> tuple
     return tuple(ids)
 
 
-def concatenated(model: nn.Module, videos: Sequence[VideoInputs], names: Sequence[str]) -> dict[str, Tensor]:
-    """The named tensors of all videos, concatenated along the first dimension, on the model's device."""
-    device = next(model.parameters()).device
-    return {name: torch.cat([video.tensors[name] for video in videos]).to(device) for name in names}
+def concatenated(tower: nn.Module, videos: Sequence[VideoInputs], names: Sequence[str]) -> dict[str, Tensor]:
+    """The named arguments of all videos, concatenated along the first dimension, on the tower's device. Frames travel as
+    uint8 and become pixels there, in the dtype that the tower casts them to first of all."""
+    parameter = next(tower.parameters())
+    joined = {}
+    for name in names:
+        parts = [video.argument(name, device=parameter.device, dtype=parameter.dtype) for video in videos]
+        joined[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined
 
 
 def attention_kinds(config: Any) -> frozenset[str]:

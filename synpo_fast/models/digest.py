@@ -26,7 +26,9 @@ def tower_key(policy: Policy) -> str:
 
 def video_key(video: VideoInputs) -> str:
     """A digest of one video as the tower gets it: frames, size, normalisation and packing included."""
-    return _digest([video.token_ids, video.placeholder_id, video.seconds_per_grid], sorted(video.tensors.items()))
+    facts = [video.token_ids, video.placeholder_id, video.seconds_per_grid, repr(video.recipe)]
+    frames = [] if video.frames is None else [("frames", video.frames)]
+    return _digest(facts, [*sorted(video.tensors.items()), *frames])
 
 
 def sample_key(sample: Sample) -> str:

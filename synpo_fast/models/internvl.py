@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner, token_ids_of
 from synpo_fast.models.chat_template import chatml_template
-from synpo_fast.models.video_frames import IMAGENET_MEAN, IMAGENET_STD, VideoProcessing, pixels_of
+from synpo_fast.models.video_frames import IMAGENET_MEAN, IMAGENET_STD, VideoProcessing, frames_and_recipe
 
 
 class InternVL(Family):
@@ -34,19 +34,22 @@ class InternVL(Family):
         for index in range(len(frames)):
             newline = "\n" if index else ""
             pieces += [f"{newline}Frame{index + 1}: <img>", placeholders, "</img>"]
+        resized, recipe = frames_and_recipe(frames, size, processing, name="pixel_values")
         return VideoInputs(
-            {"pixel_values": pixels_of(frames, size, processing)},
+            {},
             token_ids=token_ids_of(tokenizer, pieces),
             placeholder_id=config.image_token_id,
+            frames=resized,
+            recipe=recipe,
         )
 
     def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:
         if not videos:
             return []
-        frames = concatenated(model, videos, ("pixel_values",))["pixel_values"]
-        output = inner(model).get_image_features(frames, return_dict=True).pooler_output
-        split = output.split([len(video.tensors["pixel_values"]) for video in videos])
-        return [VideoFeatures(features.flatten(0, 1)) for features in split]
+        pixels = concatenated(inner(model).vision_tower, videos, ("pixel_values",))["pixel_values"]
+        output = inner(model).get_image_features(pixels, return_dict=True).pooler_output
+        split = output.flatten(0, 1).split([video.num_placeholders for video in videos])
+        return [VideoFeatures(features) for features in split]
 
     def vision_modules(self, model: nn.Module) -> list[nn.Module]:
         return [inner(model).vision_tower, inner(model).multi_modal_projector]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner
-from synpo_fast.models.video_frames import HALF_MEAN, HALF_STD, VideoProcessing, pixels_of
+from synpo_fast.models.video_frames import HALF_MEAN, HALF_STD, VideoProcessing, frames_and_recipe
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -50,10 +50,13 @@ class LlavaOneVision(Family):
         side = config.vision_config.image_size
         if processing.size != (side, side):
             raise ValueError(f"family {self.name!r} takes frames of {side} x {side}, got size {processing.size}")
+        resized, recipe = frames_and_recipe(frames, (side, side), processing)
         return VideoInputs(
-            {"pixel_values_videos": pixels_of(frames, (side, side), processing)},
+            {},
             token_ids=(config.video_token_id,) * (len(frames) * tokens_per_frame(config) + 1),
             placeholder_id=config.video_token_id,
+            frames=resized,
+            recipe=recipe,
         )
 
     def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:
@@ -61,8 +64,9 @@ class LlavaOneVision(Family):
             return []
         # The tower sees frames one by one, so that videos of any length go in as one. What comes back ends with the
         # newline or not, by the version of transformers.
-        frames = concatenated(model, videos, ("pixel_values_videos",))["pixel_values_videos"]
-        output = inner(model).get_video_features(frames[None], return_dict=True).pooler_output[0]
+        name = "pixel_values_videos"
+        pixels = concatenated(inner(model).vision_tower, videos, (name,))[name]
+        output = inner(model).get_video_features(pixels[None], return_dict=True).pooler_output[0]
         lengths = [video.num_placeholders - 1 for video in videos]
         newline = inner(model).image_newline[None].to(output)
         split = output[: sum(lengths)].split(lengths)

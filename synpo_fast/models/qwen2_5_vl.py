@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner
 from synpo_fast.models.chat_template import chatml_template
-from synpo_fast.models.video_frames import CLIP_MEAN, CLIP_STD, VideoProcessing, pixels_of, smart_resize
+from synpo_fast.models.video_frames import CLIP_MEAN, CLIP_STD, VideoProcessing, frames_and_recipe, smart_resize
 from synpo_fast.ops.video_patches import Packing
 
 
@@ -37,18 +37,22 @@ class Qwen25VL(Family):
             min_pixels=processing.min_pixels,
             max_pixels=processing.max_pixels,
         )
-        tensors, (t, h, w) = patches_and_grid(config, frames, size, processing)
+        packing = packing_of(config)
+        t, h, w = packing.grid(len(frames), size)
+        resized, recipe = frames_and_recipe(frames, size, processing, packing)
         return VideoInputs(
-            tensors,
+            {"video_grid_thw": torch.tensor([[t, h, w]])},
             token_ids=(config.video_token_id,) * (t * h * w // vision.spatial_merge_size**2),
             placeholder_id=config.video_token_id,
             seconds_per_grid=seconds * vision.temporal_patch_size,
+            frames=resized,
+            recipe=recipe,
         )
 
     def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:
         if not videos:
             return []
-        tensors = concatenated(model, videos, ("pixel_values_videos", "video_grid_thw"))
+        tensors = concatenated(inner(model).visual, videos, ("pixel_values_videos", "video_grid_thw"))
         output = inner(model).get_video_features(**tensors, return_dict=True)
         return [VideoFeatures(features) for features in output.pooler_output]
 
@@ -72,12 +76,6 @@ class Qwen25VL(Family):
         return positions[:, 0]
 
 
-def patches_and_grid(
-    config: Any, frames: Tensor, size: tuple[int, int], processing: VideoProcessing
-) -> tuple[dict[str, Tensor], tuple[int, int, int]]:
-    """The tensors of the vision call, and the grid of patches in numbers."""
+def packing_of(config: Any) -> Packing:
     vision = config.vision_config
-    packing = Packing(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
-    grid = packing.grid(len(frames), size)
-    patches = pixels_of(frames, size, processing, packing)
-    return {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([grid])}, grid
+    return Packing(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)

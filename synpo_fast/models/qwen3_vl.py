@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from synpo_fast.models.base import VideoFeatures, VideoInputs, concatenated, inner, token_ids_of
 from synpo_fast.models.chat_template import chatml_template
-from synpo_fast.models.qwen2_5_vl import Qwen25VL, patches_and_grid
-from synpo_fast.models.video_frames import HALF_MEAN, HALF_STD, VideoProcessing, smart_resize_volume
+from synpo_fast.models.qwen2_5_vl import Qwen25VL, packing_of
+from synpo_fast.models.video_frames import HALF_MEAN, HALF_STD, VideoProcessing, frames_and_recipe, smart_resize_volume
 
 
 class Qwen3VL(Qwen25VL):
@@ -36,7 +36,8 @@ class Qwen3VL(Qwen25VL):
             min_pixels=processing.min_pixels,
             max_pixels=processing.max_pixels,
         )
-        tensors, (_, h, w) = patches_and_grid(config, frames, size, processing)
+        packing = packing_of(config)
+        t, h, w = packing.grid(len(frames), size)
         row = (
             config.vision_start_token_id,
             *(config.video_token_id,) * (h * w // vision.spatial_merge_size**2),
@@ -45,12 +46,19 @@ class Qwen3VL(Qwen25VL):
         pieces: list[str | Sequence[int]] = []
         for time in grid_times(len(frames), vision.temporal_patch_size, seconds):
             pieces += [f"<{time:.1f} seconds>", row]
-        return VideoInputs(tensors, token_ids=token_ids_of(tokenizer, pieces), placeholder_id=config.video_token_id)
+        resized, recipe = frames_and_recipe(frames, size, processing, packing)
+        return VideoInputs(
+            {"video_grid_thw": torch.tensor([[t, h, w]])},
+            token_ids=token_ids_of(tokenizer, pieces),
+            placeholder_id=config.video_token_id,
+            frames=resized,
+            recipe=recipe,
+        )
 
     def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:
         if not videos:
             return []
-        tensors = concatenated(model, videos, ("pixel_values_videos", "video_grid_thw"))
+        tensors = concatenated(inner(model).visual, videos, ("pixel_values_videos", "video_grid_thw"))
         output = inner(model).get_video_features(**tensors, return_dict=True)
         encoded = [VideoFeatures(features) for features in output.pooler_output]
         for layer in output.deepstack_features:

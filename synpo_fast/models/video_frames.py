@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from synpo_fast.ops.video_patches import Packing, video_patches
+from synpo_fast.ops.video_patches import Packing, resized_frames, video_patches
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -68,11 +69,35 @@ def processing_with(defaults: VideoProcessing, config: Any, preprocessor: Mappin
     return replace(defaults, **changes)
 
 
-def pixels_of(
-    frames: Tensor, size: tuple[int, int], processing: VideoProcessing, packing: Packing | None = None
-) -> Tensor:
-    """uint8 [T, H, W, 3] -> fp32 [T, 3, height, width], or rows of patches; on the frames' device."""
-    return video_patches(frames, size=size, mean=processing.mean, std=processing.std, packing=packing)
+@dataclass(frozen=True)
+class PixelRecipe:
+    """How frames that have the tower's size become its pixels: normalised, cast, and packed where the tower takes patches.
+
+    name: the argument of the tower's call that takes them. Frames are kept as uint8 until that call: pixels in fp32 are
+    four times as many bytes.
+    """
+
+    name: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    packing: Packing | None = None
+
+    def pixels(self, frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 [T, height, width, 3] -> [T, 3, height, width], or rows of patches; on the frames' device."""
+        size = (frames.shape[1], frames.shape[2])
+        return video_patches(frames, size=size, mean=self.mean, std=self.std, packing=self.packing, dtype=dtype)
+
+
+def frames_and_recipe(
+    frames: Tensor,
+    size: tuple[int, int],
+    processing: VideoProcessing,
+    packing: Packing | None = None,
+    *,
+    name: str = "pixel_values_videos",
+) -> tuple[Tensor, PixelRecipe]:
+    """uint8 [T, H, W, 3] -> uint8 [T, *size, 3] on the same device, and what makes them pixels."""
+    return resized_frames(frames, size), PixelRecipe(name, processing.mean, processing.std, packing)
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner, token_ids_of
 from synpo_fast.models.chat_template import chatml_template
-from synpo_fast.models.video_frames import HALF_MEAN, HALF_STD, VideoProcessing, pixels_of, smart_resize
+from synpo_fast.models.video_frames import HALF_MEAN, HALF_STD, VideoProcessing, frames_and_recipe, smart_resize
 from synpo_fast.ops.video_patches import Packing
 
 CHUNK_BYTES = 32 << 20  # of differences at a time: those of a long video take as much as its pixels
@@ -44,28 +44,31 @@ class VideoLlama3(Family):
         )
         packing = Packing(patch_size, MERGE_SIZE)
         t, h, w = packing.grid(len(frames), size)
-        patches = pixels_of(frames, size, processing, packing)
+        resized, recipe = frames_and_recipe(frames, size, processing, packing)
         kept = torch.ones(t, h * w // MERGE_SIZE**2, dtype=torch.bool)
         if processing.drop_repeated_tokens:
-            kept = kept_tokens(patches.view(*kept.shape, -1)).cpu()
+            kept = kept_tokens(recipe.pixels(resized).view(*kept.shape, -1)).cpu()
         pieces: list[str | Sequence[int]] = []
         for index, num_tokens in enumerate(kept.sum(1).tolist()):
             pieces += [f"{',' if index else ''}Time {index * seconds:.1f}s:", (config.video_token_id,) * num_tokens]
         return VideoInputs(
             {
-                "pixel_values_videos": patches,
                 "video_grid_thw": torch.tensor([[t, h, w]]),
                 "video_merge_sizes": torch.tensor([MERGE_SIZE]),
                 "video_compression_mask": kept.flatten(),
             },
             token_ids=token_ids_of(tokenizer, pieces),
             placeholder_id=config.video_token_id,
+            frames=resized,
+            recipe=recipe,
         )
 
     def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:
         if not videos:
             return []
-        tensors = concatenated(model, videos, ("pixel_values_videos", "video_grid_thw", "video_merge_sizes"))
+        tensors = concatenated(
+            inner(model).vision_model, videos, ("pixel_values_videos", "video_grid_thw", "video_merge_sizes")
+        )
         output = inner(model).get_video_features(**tensors, return_dict=True)
         return [
             VideoFeatures(features[video.tensors["video_compression_mask"].to(features.device)])

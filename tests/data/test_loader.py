@@ -254,8 +254,8 @@ def test_a_real_encoder_in_a_worker(root):
             batches += loader.steps(0)
     for here, there in zip(batches[0].pairs, batches[1].pairs, strict=True):
         assert here.sample.prompt == there.sample.prompt and here.sample.responses == there.sample.responses
-        for name, tensor in here.sample.video.tensors.items():
-            torch.testing.assert_close(there.sample.video.tensors[name], tensor, rtol=0, atol=0)
+        for name, tensor in here.sample.video.arguments().items():
+            torch.testing.assert_close(there.sample.video.argument(name), tensor, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def plain_captions(base, adapter, samples, tmp_path, max_new_tokens=24):
                 "attention_mask": torch.ones_like(tokens),
                 "mm_token_type_ids": 2 * (tokens == sample.video.placeholder_id).int(),
                 "second_per_grid_ts": torch.tensor([sample.video.seconds_per_grid]),
-                **sample.video.tensors,
+                **sample.video.arguments(),
             }
         )
     torch.save(inputs, tmp_path / "inputs.pt")

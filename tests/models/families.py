@@ -60,7 +60,7 @@ def official_inputs(name, model, token_ids, video=None):
     """What transformers' own processor of the family would hand to the model's forward."""
     inputs = {"input_ids": token_ids[None], "attention_mask": torch.ones(1, len(token_ids), dtype=torch.long)}
     if video is not None:
-        inputs |= video.tensors
+        inputs |= video.arguments()
         if name == "llava_onevision":
             inputs["pixel_values_videos"] = inputs["pixel_values_videos"][None]
         if name in ("qwen2_5_vl", "qwen3_vl"):

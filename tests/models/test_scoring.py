@@ -59,8 +59,8 @@ def test_an_encoder_travels_without_the_weights(policy):
     pair = Pair("q", "good", "bad", ground_truth="true")
     here, there = encoder(pair, frames, 0.7), pickle.loads(pickled)(pair, frames, 0.7)
     assert here.sample.prompt == there.sample.prompt and here.sample.responses == there.sample.responses
-    for name, tensor in here.sample.video.tensors.items():
-        assert torch.equal(tensor, there.sample.video.tensors[name])
+    for name, tensor in here.sample.video.arguments().items():
+        assert torch.equal(tensor, there.sample.video.argument(name))
     assert here.sample.video.seconds_per_grid == there.sample.video.seconds_per_grid == pytest.approx(1.4)
 
 

@@ -63,7 +63,7 @@ def test_pixels_equal_the_image_processor(height, width):
     )
     family, model, tokenizer = tiny("qwen2_5_vl")
     processing = VideoProcessing(CLIP_MEAN, CLIP_STD, min_pixels=28 * 28, max_pixels=28 * 28 * 12)
-    ours = family.video_inputs(model.config, tokenizer, frames, processing=processing).tensors
+    ours = family.video_inputs(model.config, tokenizer, frames, processing=processing).arguments()
     assert ours["video_grid_thw"].tolist() == theirs["image_grid_thw"].tolist()
     one_level = 1.01 / 255 / min(CLIP_STD)
     resized = (height % 28, width % 28) != (0, 0)

@@ -55,7 +55,7 @@ def plain_logps(tmp_path, policy, samples, model_dir, adapter_dir):
             "response": list(response),
             "video_token": sample.video.placeholder_id,
             "seconds": sample.video.seconds_per_grid,
-            **sample.video.tensors,
+            **sample.video.arguments(),
         }
         for sample in samples
         for response in sample.responses

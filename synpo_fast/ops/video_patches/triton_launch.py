@@ -22,6 +22,13 @@ def level_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dt
     return table.pin_memory() if pinned else table
 
 
+@functools.lru_cache(maxsize=2)
+def same_levels(pinned: bool) -> Tensor:
+    """[3, 256]: every level as it is, for frames that are resized and nothing else."""
+    table = torch.arange(256, dtype=torch.uint8).expand(3, 256).contiguous()
+    return table.pin_memory() if pinned else table
+
+
 def video_patches_forward(
     frames: Tensor,
     size: tuple[int, int],
@@ -30,21 +37,30 @@ def video_patches_forward(
     packing: Packing | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    return _launch(frames, size, level_table(mean, std, dtype, frames.device.type == "cuda"), packing)
+
+
+def resize_forward(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [T, H, W, 3] -> uint8 [T, 3, height, width]."""
+    return _launch(frames, size, same_levels(frames.device.type == "cuda"), None)
+
+
+def _launch(frames: Tensor, size: tuple[int, int], levels: Tensor, packing: Packing | None) -> Tensor:
+    """levels: [3, 256], what each level of each channel becomes; the result has its dtype."""
     num_frames, in_height, in_width, _ = frames.shape
     height, width = size
     if packing is None:
-        pixels = torch.empty(num_frames, 3, height, width, dtype=dtype, device=frames.device)
+        pixels = torch.empty(num_frames, 3, height, width, dtype=levels.dtype, device=frames.device)
         places = (height, width, 1, 1)  # one patch as large as the frame
     else:
         t, h, w = packing.grid(num_frames, size)
         num_frames = t * packing.temporal_patch_size
-        pixels = torch.empty(t * h * w, packing.num_columns, dtype=dtype, device=frames.device)
+        pixels = torch.empty(t * h * w, packing.num_columns, dtype=levels.dtype, device=frames.device)
         places = (packing.patch_size, packing.patch_size, packing.merge_size, packing.temporal_patch_size)
     if (in_width - 1) * frames.stride(2) + 2 * frames.stride(3) >= 2**31:  # offsets within a row are int32
         frames = frames.contiguous()
     pinned = frames.device.type == "cuda"
     columns, rows = column_taps(in_width, width, pinned), row_taps(in_height, height, BLOCK_Y, pinned)
-    levels = level_table(mean, std, dtype, pinned)
     on_gpu = [table.to(frames.device, non_blocking=True) for table in (columns.table, rows.table, levels)]
     num_tiles = num_frames * -(-height // BLOCK_Y) * -(-width // BLOCK_X)
     with torch.cuda.device_of(frames):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from synpo_fast.ops.linear_logprobs import triton_support
 from synpo_fast.ops.video_patches.packing import Packing
-from synpo_fast.ops.video_patches.reference import video_patches_reference
+from synpo_fast.ops.video_patches.reference import resize_frames, video_patches_reference
 
 BACKENDS = ("reference", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -62,6 +62,24 @@ def video_patches(
     return video_patches_reference(frames, size, mean, std, packing, dtype)
 
 
+def resized_frames(frames: Tensor, size: tuple[int, int], *, backend: str | None = None) -> Tensor:
+    """uint8 [T, H, W, 3] -> uint8 [T, height, width, 3], on the frames' device: the first half of video_patches, whose
+    result with these frames equals its result with the original ones, to the bit. Frames that have this size come back
+    as they are, not copied. Raises ValueError as video_patches does.
+    """
+    check_frames(frames)
+    size = _check_size(size)
+    if frames.shape[1:3] == size:
+        return frames
+    if _choose_backend(frames.device, backend) == "triton":
+        from synpo_fast.ops.video_patches.triton_launch import resize_forward
+
+        resized = resize_forward(frames, size)
+    else:
+        resized = resize_frames(frames, size)
+    return resized.permute(0, 2, 3, 1).contiguous()
+
+
 def check_frames(frames: Tensor) -> None:
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"frames must be uint8 [T, H, W, 3], none of them 0, got {frames.dtype} {list(frames.shape)}")
@@ -70,13 +88,18 @@ def check_frames(frames: Tensor) -> None:
 def _check(
     size: Sequence[int], mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> tuple[tuple[int, int], tuple[float, ...], tuple[float, ...]]:
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(f"size must be (height, width), both positive ints, got {size}")
+    checked_size = _check_size(size)
     if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
         raise ValueError(f"mean and std need 3 finite values, std above 0, got {mean} and {std}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-    return (size[0], size[1]), tuple(mean), tuple(std)
+    return checked_size, tuple(mean), tuple(std)
+
+
+def _check_size(size: Sequence[int]) -> tuple[int, int]:
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"size must be (height, width), both positive ints, got {size}")
+    return size[0], size[1]
 
 
 def _choose_backend(device: torch.device, wanted: str | None) -> str:

@@ -54,7 +54,7 @@ def test_tensors_equal_the_processors(name, shape):
     frames[-2:] = frames[-2:-1]
     processing = family.processing(config)
     theirs = processor_of(name, config, processing)(videos=[frames.permute(0, 3, 1, 2)], return_tensors="pt")
-    ours = family.video_inputs(config, tokenizer, frames, processing=processing).tensors
+    ours = family.video_inputs(config, tokenizer, frames, processing=processing).arguments()
     for key, found in ours.items():
         expected = theirs["pixel_values_videos" if key == "pixel_values" else key]  # InternVL's are images to its model
         assert torch.equal(found, expected.view(found.shape)), key
