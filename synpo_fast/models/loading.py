@@ -10,6 +10,7 @@ from synpo_fast.models import attention
 from synpo_fast.models.family import FAMILIES, attention_kinds, family_of
 from synpo_fast.models.low_precision import cast_as_loaded
 from synpo_fast.models.policy import Policy
+from synpo_fast.models.video_frames import with_resolution
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,6 +25,9 @@ def load_policy(
     gradient_checkpointing: bool = False,
     liger_kernels: bool = False,
     row_tokens: int | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    video_max_tokens: int | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
     tiny_options: dict[str, Any] | None = None,
@@ -39,6 +43,10 @@ def load_policy(
         freeze_vision: tower and projector do not train; their features may then be kept.
         liger_kernels: Liger's norms, rotary and MLP, on a GPU.
         row_tokens: bound of a packed row.
+        min_pixels, max_pixels: bounds of a video's size in place of the model's own, in the meaning of the family's processor:
+            of a frame (qwen2_5_vl), of all frames together (qwen3_vl), of a frame from below and all together from above
+            (video_llama_3). Families that scale every frame to a square refuse them.
+        video_max_tokens: frames get smaller, down to min_pixels, until their video takes no more tokens than this.
 
     Raises ValueError for an unknown family, an attention that can not run packed rows, or an option that can not be had.
     """
@@ -55,6 +63,10 @@ def load_policy(
     policy = Policy(model, tokenizer, family, attn_implementation=implementation, row_tokens=row_tokens)
     if not name_or_path.startswith("tiny:") and family.placeholder_token:
         policy.processing = family.processing(model.config, _preprocessor(name_or_path))
+    resolution = {"min_pixels": min_pixels, "max_pixels": max_pixels, "video_max_tokens": video_max_tokens}
+    if any(value is not None for value in resolution.values()):
+        processing = policy.processing or family.processing(model.config)
+        policy.processing = with_resolution(processing, family=family.name, **resolution)
     if policy.can_share:
         _check_layers(model.config, family.name)
         family.language_model(model).config._attn_implementation = implementation

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner
 from synpo_fast.models.chat_template import chatml_template
-from synpo_fast.models.video_frames import CLIP_MEAN, CLIP_STD, VideoProcessing, frames_and_recipe, smart_resize
+from synpo_fast.models.video_frames import (
+    CLIP_MEAN,
+    CLIP_STD,
+    VideoProcessing,
+    fitting_size,
+    frames_and_recipe,
+    smart_resize,
+)
 from synpo_fast.ops.video_patches import Packing
 
 
@@ -30,19 +37,20 @@ class Qwen25VL(Family):
         self, config: Any, tokenizer: Any, frames: Tensor, seconds: float, processing: VideoProcessing
     ) -> VideoInputs:
         vision = config.vision_config
-        size = smart_resize(
-            frames.shape[1],
-            frames.shape[2],
-            factor=vision.patch_size * vision.spatial_merge_size,
-            min_pixels=processing.min_pixels,
-            max_pixels=processing.max_pixels,
-        )
         packing = packing_of(config)
-        t, h, w = packing.grid(len(frames), size)
+
+        def size_with(max_pixels: int) -> tuple[int, int]:
+            factor = vision.patch_size * vision.spatial_merge_size
+            return smart_resize(
+                *frames.shape[1:3], factor=factor, min_pixels=processing.min_pixels, max_pixels=max_pixels
+            )
+
+        size = fitting_size(size_with, lambda size: packing.num_merged(len(frames), size), processing)
+        grid = packing.grid(len(frames), size)
         resized, recipe = frames_and_recipe(frames, size, processing, packing)
         return VideoInputs(
-            {"video_grid_thw": torch.tensor([[t, h, w]])},
-            token_ids=(config.video_token_id,) * (t * h * w // vision.spatial_merge_size**2),
+            {"video_grid_thw": torch.tensor([grid])},
+            token_ids=(config.video_token_id,) * packing.num_merged(len(frames), size),
             placeholder_id=config.video_token_id,
             seconds_per_grid=seconds * vision.temporal_patch_size,
             frames=resized,

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from synpo_fast.models.base import VideoFeatures, VideoInputs, concatenated, inner, token_ids_of
 from synpo_fast.models.chat_template import chatml_template
 from synpo_fast.models.qwen2_5_vl import Qwen25VL, packing_of
-from synpo_fast.models.video_frames import HALF_MEAN, HALF_STD, VideoProcessing, frames_and_recipe, smart_resize_volume
+from synpo_fast.models.video_frames import (
+    HALF_MEAN,
+    HALF_STD,
+    VideoProcessing,
+    fitting_size,
+    frames_and_recipe,
+    smart_resize_volume,
+)
 
 
 class Qwen3VL(Qwen25VL):
@@ -29,14 +36,18 @@ class Qwen3VL(Qwen25VL):
         self, config: Any, tokenizer: Any, frames: Tensor, seconds: float, processing: VideoProcessing
     ) -> VideoInputs:
         vision = config.vision_config
-        size = smart_resize_volume(
-            *frames.shape[:3],
-            temporal_factor=vision.temporal_patch_size,
-            factor=vision.patch_size * vision.spatial_merge_size,
-            min_pixels=processing.min_pixels,
-            max_pixels=processing.max_pixels,
-        )
         packing = packing_of(config)
+
+        def size_with(max_pixels: int) -> tuple[int, int]:
+            return smart_resize_volume(
+                *frames.shape[:3],
+                temporal_factor=vision.temporal_patch_size,
+                factor=vision.patch_size * vision.spatial_merge_size,
+                min_pixels=processing.min_pixels,
+                max_pixels=max_pixels,
+            )
+
+        size = fitting_size(size_with, lambda size: packing.num_merged(len(frames), size), processing)
         t, h, w = packing.grid(len(frames), size)
         row = (
             config.vision_start_token_id,

@@ -10,7 +10,7 @@ from torch import Tensor
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.pair_frames import pair_frames
 from synpo_fast.data.sampling import FrameSampling
-from synpo_fast.models.family import Family
+from synpo_fast.models.family import Family, VideoInputs
 from synpo_fast.models.policy import Policy, Sample
 from synpo_fast.models.video_frames import VideoProcessing
 
@@ -64,9 +64,7 @@ class PairEncoder:
         """
         video = None
         if frames is not None:
-            video = self.family.video_inputs(
-                self.config, self.tokenizer, frames, seconds_per_frame=seconds_per_frame, processing=self.processing
-            )
+            video = self._video_inputs(pair, frames, seconds_per_frame)
         prompt = self.family.prompt_ids(self.tokenizer, pair.prompt, None if video is None else video.token_ids)
         preference = pair.loss == "preference"
         has_ground_truth = self.with_ground_truth and pair.ground_truth is not None
@@ -80,6 +78,14 @@ class PairEncoder:
             )
         self._check_length(pair, len(prompt), max(len(response) for response in responses))
         return EncodedPair(Sample(tuple(prompt), responses, video, pair.id), pair.id, preference, has_ground_truth)
+
+    def _video_inputs(self, pair: Pair, frames: Tensor, seconds_per_frame: float | None) -> VideoInputs:
+        try:
+            return self.family.video_inputs(
+                self.config, self.tokenizer, frames, seconds_per_frame=seconds_per_frame, processing=self.processing
+            )
+        except ValueError as error:
+            raise ValueError(f"pair {pair.id!r}: {error}") from error
 
     def _response_ids(self, text: str) -> tuple[int, ...]:
         return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id)

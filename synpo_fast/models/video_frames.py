@@ -6,7 +6,7 @@ The work itself, resizing, normalising and packing, is ops/video_patches. Pillow
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,8 @@ class VideoProcessing:
         the frames together in Qwen3-VL, and in VideoLLaMA3 a frame from below and the frames together from above.
     size: (height, width) for families with fixed squares; None: from the model's config.
     drop_repeated_tokens: VideoLLaMA3's token compression: a patch that equals the one before it in time is left out.
+    max_tokens: budget of a video, for families that keep the aspect ratio: frames get smaller until its placeholders are no
+        more than this. Timestamps between them do not count, nor does what VideoLLaMA3 will leave out.
     """
 
     mean: tuple[float, ...]
@@ -37,12 +39,15 @@ class VideoProcessing:
     max_pixels: int = 1 << 62
     size: tuple[int, int] | None = None
     drop_repeated_tokens: bool = False
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean and std need 3 values, std above 0, got {self.mean} and {self.std}")
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ValueError(f"need 0 < min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"video_max_tokens must be above 0, got {self.max_tokens}")
 
 
 def processing_with(defaults: VideoProcessing, config: Any, preprocessor: Mapping[str, Any] | None) -> VideoProcessing:
@@ -67,6 +72,69 @@ def processing_with(defaults: VideoProcessing, config: Any, preprocessor: Mappin
         if changes.get(name) is not None:  # JSON has lists only
             changes[name] = tuple(changes[name])
     return replace(defaults, **changes)
+
+
+def with_resolution(
+    processing: VideoProcessing,
+    *,
+    family: str,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    video_max_tokens: int | None = None,
+) -> VideoProcessing:
+    """`processing` with those bounds that are given. Raises ValueError for a family of fixed squares, and for bounds that
+    cross, also where one of them is the model's own."""
+    asked = {"min_pixels": min_pixels, "max_pixels": max_pixels, "video_max_tokens": video_max_tokens}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if not given:
+        return processing
+    if processing.size is not None:
+        height, width = processing.size
+        raise ValueError(
+            f"{', '.join(given)}: family {family!r} scales every frame to {height} x {width}, so there is no size to choose;"
+            " leave it unset, and take fewer frames for fewer tokens"
+        )
+    for name, value in given.items():
+        if value < 1:
+            raise ValueError(f"{name} must be above 0, got {value}")
+    lowest, highest = min_pixels or processing.min_pixels, max_pixels or processing.max_pixels
+    if lowest > highest:
+        own = {name for name in ("min_pixels", "max_pixels") if asked[name] is None}
+        source = f" ({own.pop()} is the model's own setting: give both)" if own else ""
+        raise ValueError(f"min_pixels={lowest} is above max_pixels={highest}{source}")
+    return replace(
+        processing, min_pixels=lowest, max_pixels=highest, max_tokens=video_max_tokens or processing.max_tokens
+    )
+
+
+def fitting_size(
+    size_with: Callable[[int], tuple[int, int]],
+    tokens_of: Callable[[tuple[int, int]], int],
+    processing: VideoProcessing,
+) -> tuple[int, int]:
+    """The largest size whose tokens are within the budget, going from max_pixels down to min_pixels.
+
+    size_with: max_pixels -> size, by the family's rule; it never grows when max_pixels falls. Raises ValueError where even
+    min_pixels is too much.
+    """
+    size, budget = size_with(processing.max_pixels), processing.max_tokens
+    if budget is None or tokens_of(size) <= budget:
+        return size
+    fits, above = processing.min_pixels, processing.max_pixels
+    smallest = size_with(fits)
+    if tokens_of(smallest) > budget:
+        raise ValueError(
+            f"its video takes {tokens_of(smallest)} tokens with frames of {smallest[0]} x {smallest[1]}, the smallest that"
+            f" min_pixels={processing.min_pixels} allows, more than video_max_tokens={budget}; raise it, lower min_pixels,"
+            " or take fewer frames"
+        )
+    while above - fits > 1:
+        middle = (fits + above) // 2
+        if tokens_of(size_with(middle)) <= budget:
+            fits = middle
+        else:
+            above = middle
+    return size_with(fits)
 
 
 @dataclass(frozen=True)

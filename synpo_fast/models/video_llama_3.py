@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner, token_ids_of
 from synpo_fast.models.chat_template import chatml_template
-from synpo_fast.models.video_frames import HALF_MEAN, HALF_STD, VideoProcessing, frames_and_recipe, smart_resize
+from synpo_fast.models.video_frames import (
+    HALF_MEAN,
+    HALF_STD,
+    VideoProcessing,
+    fitting_size,
+    frames_and_recipe,
+    smart_resize,
+)
 from synpo_fast.ops.video_patches import Packing
 
 CHUNK_BYTES = 32 << 20  # of differences at a time: those of a long video take as much as its pixels
@@ -35,14 +42,17 @@ class VideoLlama3(Family):
         self, config: Any, tokenizer: Any, frames: Tensor, seconds: float, processing: VideoProcessing
     ) -> VideoInputs:
         patch_size = config.vision_config.patch_size
-        size = smart_resize(
-            frames.shape[1],
-            frames.shape[2],
-            factor=patch_size * MERGE_SIZE,
-            min_pixels=processing.min_pixels,
-            max_pixels=max(1, processing.max_pixels // len(frames)),
-        )
         packing = Packing(patch_size, MERGE_SIZE)
+
+        def size_with(max_pixels: int) -> tuple[int, int]:
+            return smart_resize(
+                *frames.shape[1:3],
+                factor=patch_size * MERGE_SIZE,
+                min_pixels=processing.min_pixels,
+                max_pixels=max(1, max_pixels // len(frames)),
+            )
+
+        size = fitting_size(size_with, lambda size: packing.num_merged(len(frames), size), processing)
         t, h, w = packing.grid(len(frames), size)
         resized, recipe = frames_and_recipe(frames, size, processing, packing)
         kept = torch.ones(t, h * w // MERGE_SIZE**2, dtype=torch.bool)

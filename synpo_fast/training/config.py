@@ -89,6 +89,24 @@ class TrainConfig:
     fps: float = option(0.5, "frames taken a second", above=0, at_most=1000)
     min_frames: int = option(8, "at least so many frames of a video", above=0)
     max_frames: int = option(16, "at most so many frames of a video", above=0)
+    max_pixels: int | None = option(
+        None,
+        "pixels of a video at most, as the model's own processor counts: of a frame (Qwen2.5-VL), of all frames together "
+        "(Qwen3-VL, VideoLLaMA3); LLaVA-OneVision and InternVL take squares of one size. Default: the model's own",
+        above=0,
+    )
+    min_pixels: int | None = option(
+        None,
+        "pixels of a video at least: of a frame (Qwen2.5-VL, VideoLLaMA3), of all frames together (Qwen3-VL). "
+        "Default: the model's own",
+        above=0,
+    )
+    video_max_tokens: int | None = option(
+        None,
+        "frames get smaller, down to min_pixels, until their video takes no more tokens than this; a video that can not is "
+        "skipped and counted. Not for LLaVA-OneVision and InternVL",
+        above=0,
+    )
     max_length: int | None = option(
         None, "a pair with more tokens is skipped and counted; nothing is ever cut", above=0
     )
@@ -215,6 +233,8 @@ def _check_ranges(config: TrainConfig) -> None:
             check_number(item.name, value, **widest | item.metadata["bounds"])
     if config.max_steps == 0:
         raise ValueError("max_steps must be above 0, or -1 to go by num_train_epochs, got 0")
+    if config.min_pixels is not None and config.max_pixels is not None and config.min_pixels > config.max_pixels:
+        raise ValueError(f"min_pixels={config.min_pixels} is above max_pixels={config.max_pixels}")
     if config.min_frames > config.max_frames:
         raise ValueError(f"min_frames={config.min_frames} is above max_frames={config.max_frames}")
     if config.learning_rate * config.weight_decay >= 1:

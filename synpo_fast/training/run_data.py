@@ -74,6 +74,11 @@ def sampling_of(config: TrainConfig) -> FrameSampling:
     return FrameSampling(fps=config.fps, min_frames=config.min_frames, max_frames=config.max_frames)
 
 
+def resolution_of(config: TrainConfig) -> dict[str, int | None]:
+    """The options that decide the size of a video's frames."""
+    return {name: getattr(config, name) for name in ("min_pixels", "max_pixels", "video_max_tokens")}
+
+
 def encoder_of(config: TrainConfig, policy: Policy) -> PairEncoder:
     return PairEncoder.of(
         policy, max_tokens=config.max_length, with_ground_truth=config.auxiliary_target == "ground_truth"

@@ -19,7 +19,7 @@ from synpo_fast.training.engine import Engine
 from synpo_fast.training.lora import add_lora, load_adapter
 from synpo_fast.training.optimizer import make_optimizer
 from synpo_fast.training.pair_module import PairModule
-from synpo_fast.training.run_data import RunData, data_key, ordered_loader, sampling_of
+from synpo_fast.training.run_data import RunData, data_key, ordered_loader, resolution_of, sampling_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +95,7 @@ def _load(
         gradient_checkpointing=config.gradient_checkpointing,
         liger_kernels=config.liger_kernels,
         row_tokens=config.row_tokens,
+        **({} if processing_of else resolution_of(config)),
         trust_remote_code=config.trust_remote_code,
         seed=config.seed,
         tiny_options=config.model_options or None,
@@ -120,7 +121,7 @@ def make_reference(
 def precomputed_reference(config: TrainConfig, data: RunData, policy: Policy, device: torch.device) -> Reference:
     """Reads output_dir/reference.pt, and makes it first if it is not there or was made with other weights or pairs."""
     file = Path(config.output_dir) / "reference.pt"
-    key = f"{weights_key(policy)} {data.key} {data_key(data.evaluation)} {sampling_of(config)}"
+    key = f"{weights_key(policy)} {data.key} {data_key(data.evaluation)} {sampling_of(config)} {policy.processing}"
     fresh = [_is_fresh(file, key) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(fresh, src=0)
     if not fresh[0]:

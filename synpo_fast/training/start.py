@@ -31,7 +31,15 @@ from synpo_fast.training.loop import Run, train
 from synpo_fast.training.metrics import MetricsLog
 from synpo_fast.training.model_files import fetch_processor_files
 from synpo_fast.training.progress import Progress
-from synpo_fast.training.run_data import RunData, ordered_loader, read_data, read_some, sampling_of, train_loader
+from synpo_fast.training.run_data import (
+    RunData,
+    ordered_loader,
+    read_data,
+    read_some,
+    resolution_of,
+    sampling_of,
+    train_loader,
+)
 from synpo_fast.training.run_model import build_engine, build_model, training_dtype
 from synpo_fast.training.run_state import RunState, Saver, check_same_run
 
@@ -201,6 +209,7 @@ def _facts(config: TrainConfig, data: RunData, world_size: int) -> dict[str, Any
         "reference": config.reference_kind if config.needs_reference else None,
         "adapter": [config.lora_r, config.lora_alpha, config.lora_dropout, sorted(config.lora_target_modules)],
         "frames": repr(sampling_of(config)),
+        **resolution_of(config),
     }
 
 

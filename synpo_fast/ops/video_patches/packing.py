@@ -6,6 +6,7 @@ so that patches which the tower merges into one token stand together.
 Columns: channel, frame within the patch, row, column.
 """
 
+import math
 from dataclasses import dataclass
 
 
@@ -29,6 +30,10 @@ class Packing:
                 f"size must be multiples of patch_size * merge_size = {self.patch_size} * {self.merge_size}, got {size}"
             )
         return -(-num_frames // self.temporal_patch_size), size[0] // self.patch_size, size[1] // self.patch_size
+
+    def num_merged(self, num_frames: int, size: tuple[int, int]) -> int:
+        """Blocks of merge_size x merge_size patches in the whole grid: what the tower merges into one token each."""
+        return math.prod(self.grid(num_frames, size)) // self.merge_size**2
 
     @property
     def num_columns(self) -> int:
