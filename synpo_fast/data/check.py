@@ -65,7 +65,8 @@ def check_manifest(
 ) -> CheckReport:
     """Reads the manifest and, given their root, looks at every distinct video once, in worker processes.
 
-    decode: decode the first and the last frame too. progress(done, total) is called after every video.
+    decode: decode the first and the last frame too. A file that is cut off is a problem
+    in any case. progress(done, total) is called after every video.
     """
     report = CheckReport(str(path))
     try:
@@ -216,7 +217,7 @@ def probe_one(name: str, *, root: str, decode: bool) -> float | str:
         with open_video_file(name, root=root) as video:
             if decode:
                 video.frames([0, video.info.num_frames - 1])
-            return video.info.duration
+            return video.info.cut_off or video.info.duration
     except VideoError as error:
         return error.reason
 

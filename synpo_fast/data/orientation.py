@@ -40,7 +40,8 @@ def matrix_orientation(path: object, matrix: tuple[int, ...]) -> tuple[int, bool
         raise VideoError(path, f"has a display matrix that shows no picture: {list(matrix)}")
     exact = [value / scale for value in (a, b, c, d)]
     whole = [round(value) for value in exact]
-    if max(abs(value - near) for value, near in zip(exact, whole, strict=True)) > SLACK:
+    rounds = max(abs(value - near) for value, near in zip(exact, whole, strict=True)) <= SLACK
+    if not rounds or sorted(map(abs, whole)) != [0, 0, 1, 1]:
         raise VideoError(path, _refusal(a, b, c, d))
     mirrored = whole[0] * whole[3] - whole[1] * whole[2] < 0
     row = (-whole[0], -whole[1]) if mirrored else (whole[0], whole[1])

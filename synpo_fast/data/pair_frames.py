@@ -16,7 +16,7 @@ from torch import Tensor
 from synpo_fast.data.decode import DEADLINE_S, open_video_file
 from synpo_fast.data.pair import Clip, Pair
 from synpo_fast.data.sampling import FrameSampling, part_seconds
-from synpo_fast.data.video_info import VideoInfo
+from synpo_fast.data.video_info import VideoError, VideoInfo
 
 
 def pair_frames(
@@ -50,6 +50,8 @@ def pair_frames(
                 with file as video:
                     videos[path] = video
         infos = [videos[clip.path].info for clip in clips]
+        for clip, info in zip(clips, infos, strict=True):
+            _check_whole(clip, info)
         chosen = sampling.clip_indices([(info, clip.start, clip.end) for info, clip in zip(infos, clips, strict=True)])
         decoded = [
             videos[clip.path].frames(indices, backend=backend, device=device)[0]
@@ -58,6 +60,12 @@ def pair_frames(
     size = decoded[0].shape[1:3]
     frames = decoded[0] if len(decoded) == 1 else torch.cat([_fitted(part, size) for part in decoded])
     return frames, _seconds_per_frame(clips, infos, chosen)
+
+
+def _check_whole(clip: Clip, info: VideoInfo) -> None:
+    """A text about a whole video does not fit the part of it that a broken download left; a clip inside that part is as good."""
+    if info.cut_off and (clip.end is None or clip.end > info.duration):
+        raise VideoError(clip.path, f"{info.cut_off}; fetch it again, or name a part that is there as a clip")
 
 
 def _seconds_per_frame(clips: tuple[Clip, ...], infos: list[VideoInfo], chosen: list[list[int]]) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 
 from synpo_fast.data.container import MAX_PIXELS, check_deadline, codec_name, open_video
 from synpo_fast.data.orientation import frame_orientation
+from synpo_fast.data.truncation import STATES_DURATION, missing_end
 from synpo_fast.data.video_info import VideoError, VideoInfo
 
 MAX_FRAMES = 2_000_000  # 18 hours at 30 a second
@@ -36,6 +37,10 @@ class _Packets:
     durations: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
     first_frame: Any = None
+    num_sent: int = 0  # packets of the stream, those that are no frame included
+    ends: dict[int, int] = field(
+        default_factory=dict
+    )  # by stream, in its time base, of all streams if a duration is stated
 
 
 def probe_container(path: Path, container: Any, stream: Any, deadline: float) -> VideoInfo:
@@ -75,6 +80,7 @@ def probe_container(path: Path, container: Any, stream: Any, deadline: float) ->
         keyframes=keyframes,
         rotation=turned,
         mirrored=mirrored,
+        cut_off=missing_end(path, container, stream, num_packets=packets.num_sent, ends=packets.ends),
         first_pts=shown[0],
         time_base=time_base,
         by_order=by_order,
@@ -85,10 +91,17 @@ def _read_packets(path: Path, container: Any, stream: Any, deadline: float) -> _
     found = _Packets()
     hidden = _HIDDEN.get(codec_name(stream))
     context = stream.codec_context
-    for count, packet in enumerate(container.demux(stream)):
+    with_others = container.format.name.startswith(STATES_DURATION)
+    for count, packet in enumerate(container.demux() if with_others else container.demux(stream)):
         if count % CHECK_EVERY == 0:
             check_deadline(path, deadline, "its packets were read")
-        if count >= MAX_FRAMES:
+        if with_others and packet.size and packet.pts is not None:
+            end, place = packet.pts + (packet.duration or 0), packet.stream_index
+            found.ends[place] = max(found.ends.get(place, end), end)
+        if packet.stream_index != stream.index:
+            continue
+        found.num_sent += packet.size > 0
+        if found.num_sent > MAX_FRAMES:
             raise VideoError(path, f"has more than {MAX_FRAMES} packets")
         if found.first_frame is None:
             found.first_frame = next(iter(context.decode(packet)), None)

@@ -31,6 +31,7 @@ class VideoInfo:
         90, 180 or 270 degrees counter-clockwise.
     first_pts, time_base: frame i carries the container's timestamp first_pts + timestamps[i] / time_base, if by_order is
         False. True says that the container's timestamps can not tell frames apart, so that they have to be counted.
+    cut_off: what the end of a file lacks that its container states, as part of a message; "" where it is whole.
     backend, indices: who decoded, and which frames, in the order returned; empty when nothing was decoded.
     """
 
@@ -44,6 +45,7 @@ class VideoInfo:
     keyframes: tuple[int, ...] = ()
     rotation: int = 0
     mirrored: bool = False
+    cut_off: str = ""
     first_pts: int = 0
     time_base: Fraction = Fraction(1)
     by_order: bool = False

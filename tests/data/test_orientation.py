@@ -156,6 +156,7 @@ COS, SIN = round(ONE * math.cos(math.radians(17))), round(ONE * math.sin(math.ra
         ([-COS, SIN, 0, SIN, COS, 0, 0, 0, 2**30], "asks to be turned by"),
         ([2 * ONE, 0, 0, 0, ONE, 0, 0, 0, 2**30], "width scaled by 2 against its height"),
         ([ONE, 0, 0, ONE // 3, ONE, 0, 0, 0, 2**30], "asks to be sheared"),
+        ([ONE, 256 * ONE, 0, 0, ONE, 0, 0, 0, 2**30], "asks to be sheared"),  # whole numbers, and a surface of one
         ([0, 0, 0, 0, ONE, 0, 0, 0, 2**30], "a display matrix that shows no picture"),
     ],
 )
