@@ -42,7 +42,9 @@ class LossSpec:
     """One loss: what to call, what it needs, and what it reads.
 
     needs_reference: a second `PairLogprobs` must be given (dpo: unless reference_free).
-    reads: whether the contrast reads the sum or the mean of a response's log-probs (dpo's ipo variant: the mean).
+    reads: whether the contrast reads the sum or the mean of a response's log-probs (dpo's ipo variant: the mean). The
+        metrics logps/chosen and logps/rejected are the same sums or means.
+    reward, reward_unit: what the metrics rewards/... are, as a formula, and what they are measured in (units.py).
     has_nll: the loss includes an NLL on the chosen response.
     options: keyword options with their defaults.
     """
@@ -50,6 +52,8 @@ class LossSpec:
     function: Callable[..., LossOutput]
     needs_reference: bool
     reads: Literal["sum", "mean"]
+    reward: str
+    reward_unit: str
     has_nll: bool
     options: dict[str, float | str | bool]
     formula: str
@@ -60,6 +64,8 @@ LOSSES: dict[str, LossSpec] = {
         function=synpo,
         needs_reference=False,
         reads="mean",
+        reward="G",
+        reward_unit="probability",
         has_nll=False,
         options={"alpha": 30.0, "beta": 0.2, "link": "sigmoid"},
         formula="-link(alpha*(G+ - G-)) - beta*A+",
@@ -68,6 +74,8 @@ LOSSES: dict[str, LossSpec] = {
         function=dpo,
         needs_reference=True,
         reads="sum",
+        reward="beta*r",
+        reward_unit="beta·nats over the reference",
         has_nll=False,
         options={"beta": 0.1, "variant": "sigmoid", "label_smoothing": 0.0, "reference_free": False},
         formula="-logsigmoid(beta*(r+ - r-))",
@@ -76,6 +84,8 @@ LOSSES: dict[str, LossSpec] = {
         function=simpo,
         needs_reference=False,
         reads="mean",
+        reward="beta*m",
+        reward_unit="beta·nats a token",
         has_nll=False,
         options={"beta": 2.0, "gamma": 0.5, "label_smoothing": 0.0},
         formula="-logsigmoid(beta*(m+ - m-) - gamma)",
@@ -84,6 +94,8 @@ LOSSES: dict[str, LossSpec] = {
         function=orpo,
         needs_reference=False,
         reads="mean",
+        reward="beta*m",
+        reward_unit="beta·nats a token",
         has_nll=True,
         options={"beta": 0.1, "nll_reduce": "batch_token_mean"},
         formula="NLL+ - beta*logsigmoid(log(odds+/odds-))",
@@ -92,6 +104,8 @@ LOSSES: dict[str, LossSpec] = {
         function=cpo,
         needs_reference=False,
         reads="sum",
+        reward="beta*S",
+        reward_unit="beta·nats a response",
         has_nll=True,
         options={
             "beta": 0.1,

@@ -97,7 +97,7 @@ def table(record: Mapping[str, Any]) -> str:
                 f"{way['tokens_per_s']:.0f}",
                 f"{way['peak_memory_bytes'] / 2**20:,.0f} MiB",
                 _gflop(way["flops"]),
-                f"{way['loss']:.5f}",
+                f"{way['loss_type']} {way['loss']:.5f}",  # the numbers of two losses are no quantities of one kind
             ]
         )
     lines += [*_aligned(rows), "", "milliseconds by stage of the median step"]

@@ -19,12 +19,13 @@ RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 class Frame:
     """Where a step and a value lie in the picture, and the axes around it."""
 
-    def __init__(self, first: int, last: int, low: float, high: float, unit: str) -> None:
-        self.first, self.last = first, max(last, first + 1)
+    def __init__(self, first: int, last: int, low: float, high: float, unit: str, axis: str = "") -> None:
+        self.only = first if first == last else None  # a single step stands in the middle
+        self.first, self.last = (first, last) if self.only is None else (first - 1, last + 1)
         self.low, self.high = low, high
         self.y_ticks = ticks(low, high, 4)
         self.labels, self.power = _tick_labels(self.y_ticks)
-        self.unit = unit.strip()
+        self.unit, self.axis = unit.strip(), axis  # the one follows a value that is read, both stand at the axis
         self.left = 10 + 6.3 * max(map(len, self.labels), default=1)
 
     def x(self, step: float) -> float:
@@ -42,14 +43,12 @@ class Frame:
             for tick, label in zip(self.y_ticks, self.labels, strict=True)
         ]
         note = " ".join(
-            part for part in (f"×10{str(self.power).translate(RAISED)}" if self.power else "", self.unit) if part
+            part
+            for part in (f"×10{str(self.power).translate(RAISED)}" if self.power else "", self.unit, self.axis)
+            if part
         )
-        texts.append(f'<text x="{self.left:.1f}" y="10">{note}</text>')
-        end = f"step {self.last:,}"
-        for tick in ticks(self.first, self.last, 4, whole=True):
-            if self.x(tick) + 3.2 * len(f"{tick:,.0f}") < right - 6.4 * len(end) - 4:
-                texts.append(f'<text x="{self.x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:,.0f}</text>')
-        texts.append(f'<text x="{right}" y="{bottom + 16}" text-anchor="end">{end}</text>')
+        texts.append(f'<text x="{self.left:.1f}" y="10">{escape(note)}</text>')
+        texts += self._step_labels(right, bottom + 16)
         scale = f'data-x="{self.first} {self.last} {self.left:.1f} {right}" data-y="{self.low!r} {self.high!r} {bottom} {TOP}"'
         return (
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}" {scale} '
@@ -57,6 +56,17 @@ class Frame:
             f'<path class="axis" d="M{self.left:.1f} {TOP}V{bottom}H{right}"/>{body}{"".join(texts)}'
             f'<path class="rule" d="" /></svg>'
         )
+
+    def _step_labels(self, right: float, y: float) -> list[str]:
+        if self.only is not None:
+            return [f'<text x="{self.x(self.only):.1f}" y="{y}" text-anchor="middle">step {self.only:,}</text>']
+        end = f"step {self.last:,}"
+        shown = [
+            f'<text x="{self.x(tick):.1f}" y="{y}" text-anchor="middle">{tick:,.0f}</text>'
+            for tick in ticks(self.first, self.last, 4, whole=True)
+            if self.x(tick) + 3.2 * len(f"{tick:,.0f}") < right - 6.4 * len(end) - 4
+        ]
+        return [*shown, f'<text x="{right}" y="{y}" text-anchor="end">{end}</text>']
 
     def path(self, points: Sequence[Point]) -> str:
         parts: list[str] = []

@@ -6,7 +6,7 @@ CHARTS lists what is drawn; a number that it does not know gets a chart of its o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from synpo_fast.training.report_axes import TOP, Frame
@@ -21,6 +21,7 @@ from synpo_fast.training.report_series import (
     thinned,
     value_range,
 )
+from synpo_fast.training.report_units import GRADIENT, LOGPS, LOSS, PULL, REWARD, by_unit
 
 POINT_BUDGET = 900  # points of a chart's faint lines, shared by its series
 MAX_MARKS = 40
@@ -36,27 +37,35 @@ class Chart:
     ceiling: float | None = None
     factor: float = 1.0
     unit: str = ""
-    median: bool = False  # its trend is a moving median
+    axis: str = ""  # the unit where it is too long to follow a value: it stands at the axis
+    median: bool = False  # single values lie far off: its trend is a moving median, and its axis leaves them out
     exact: bool = False  # has no noise to smooth away
     counter: bool = False  # counts up over the run; says nothing while it is 0, and evaluations count for themselves
+    quantity: str = ""  # what its unit depends on (report_units.py); runs of different units get axes of their own
 
 
-CHARTS = (
-    Chart("Loss", {"loss": "loss"}),
-    Chart("Reward of each response", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
-    Chart("Reward margin: chosen minus rejected", {"rewards/margins": "margin"}),
+OUTCOME = (  # what a run was for: the page opens with it
     Chart("Pairs ranked right", {"rewards/accuracies": "accuracy"}, floor=0, ceiling=100, factor=100, unit=" %"),
-    Chart("Log-prob of each response", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+    Chart("Reward margin: chosen minus rejected", {"rewards/margins": "margin"}, quantity=REWARD),
+    Chart("Reward of each response", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}, quantity=REWARD),
+)
+LOSS_CHART = Chart("Loss", {"loss": "loss"}, quantity=LOSS)
+NLL_CHART = Chart("Language: NLL of the chosen response", {"nll_loss": "NLL"}, axis="nats a token")
+CHARTS = (
+    LOSS_CHART,
+    Chart("Log-prob of each response", {"logps/chosen": "chosen", "logps/rejected": "rejected"}, quantity=LOGPS),
     Chart(
         "Mean log-prob of a token",
         {"diagnostics/logps_mean/chosen": "chosen", "diagnostics/logps_mean/rejected": "rejected"},
+        axis="nats a token",
     ),
-    Chart("Language: NLL of the chosen response", {"nll_loss": "NLL"}),
-    Chart("Gradient norm, before clipping", {"grad_norm": "norm"}, floor=0, median=True),
+    NLL_CHART,
+    Chart("Gradient norm, before clipping", {"grad_norm": "norm"}, floor=0, median=True, quantity=GRADIENT),
     Chart(
         "Pull of each response on the weights",
         {"diagnostics/grad_norm_chosen": "chosen", "diagnostics/grad_norm_rejected": "rejected"},
         floor=0,
+        quantity=PULL,
     ),
     Chart("Learning rate", {"learning_rate": "rate"}, floor=0, exact=True),
     Chart("Throughput: pairs a second", {"pairs_per_s": "pairs/s"}, floor=0, median=True),
@@ -81,6 +90,7 @@ CHARTS = (
     Chart("Loss scale", {"loss_scale": "scale"}, floor=0, exact=True),
 )
 UNCHARTED = {"step", "epoch", "num_tokens"}  # they say no more than the step does
+COMPARISONS = tuple(name for chart in OUTCOME for name in chart.metrics)
 PAIR_COLOURS = ("var(--chosen)", "var(--rejected)")
 
 
@@ -95,29 +105,55 @@ class Line:
 
 def other_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """Of every number in the metrics that CHARTS does not know."""
-    known = {name for chart in CHARTS for name in chart.metrics} | UNCHARTED
+    known = {name for chart in (*OUTCOME, *CHARTS) for name in chart.metrics} | UNCHARTED
     names = {name: None for run in runs for row in run.steps for name in row if name not in known}
     return [Chart(name, {name: name}) for name in names if any(finite(points_of(run.steps, name)) for run in runs)]
 
 
-def draw(chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str]) -> str:
-    """The figure, or an empty text where no run has any such number."""
-    lines = _lines(chart, runs, colours)
+def outcome_charts(runs: Sequence[RunRecord]) -> tuple[Chart, ...]:
+    """Rewards where pairs were compared; else, of supervised runs, the NLL, which is their loss."""
+    compared = any(finite(points_of(run.steps + run.evaluations, name)) for run in runs for name in COMPARISONS)
+    return OUTCOME if compared else (NLL_CHART,)
+
+
+def figures(chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str]) -> list[str]:
+    """The chart once for each unit that the runs' numbers have. None where no run has any such number."""
+    groups = by_unit(runs, colours, chart.quantity)
+    drawn = []
+    for unit, members, hues in groups:
+        own = replace(chart, axis=unit) if unit else chart
+        names = ", ".join(run.name for run in members) if len(groups) > 1 else ""
+        drawn.append(draw(own, members, hues, names=names, several=len(runs) > 1))
+    return [figure for figure in drawn if figure]
+
+
+def draw(
+    chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str], *, names: str = "", several: bool | None = None
+) -> str:
+    """The figure, or an empty text where no run has any such number.
+
+    names: of the runs in it, where others of the page are not. several: whether the page has more than one run.
+    """
+    several = len(runs) > 1 if several is None else several
+    lines = _lines(chart, runs, colours, several=several)
     values = [value for line in lines for value in finite(line.points) + finite(line.marks)]
     if not values or (chart.counter and not any(values)):
         return ""
-    low, high, cut = value_range(values, chart.floor, chart.ceiling)
+    low, high, cut = value_range(values, chart.floor, chart.ceiling, spiky=chart.median)
     steps = [step for line in lines for step, _ in line.points + line.marks]
-    frame = Frame(min(steps), max(steps), low, high, chart.unit)
+    frame = Frame(min(steps), max(steps), low, high, chart.unit, chart.axis)
     bins = max(40, POINT_BUDGET // (2 * len(lines)))
     body = "".join(_drawn(line, chart, frame, bins) for line in lines)
-    notes = _reading(chart, lines) if len(runs) == 1 else ""
+    notes = [names] if names else []
+    notes += [] if several else [_reading(chart, lines)]
     if cut:
-        notes += f"{' · ' if notes else ''}axis cut: values go from {short(min(values))} to {short(max(values))}"
-    key = "" if len(chart.metrics) == 1 else _key(chart, lines, len(runs) > 1)
+        notes.append(f"axis cut: values go from {short(min(values), chart.unit)} to {short(max(values), chart.unit)}")
+    key = "" if len(chart.metrics) == 1 else _key(chart, lines, several)
+    title = f"{chart.title} ({chart.axis})" if names else chart.title
     return (
-        f'<figure class="chart"><figcaption><h3>{escape(chart.title)}</h3>{key}<p class="note">{escape(notes)}</p>'
-        f'</figcaption><div class="plot">{frame.svg(body, chart.title)}<div class="readout" hidden></div></div></figure>'
+        f'<figure class="chart"><figcaption><h3>{escape(chart.title)}</h3>{key}'
+        f'<p class="note">{escape(" · ".join(notes))}</p></figcaption>'
+        f'<div class="plot">{frame.svg(body, title)}<div class="readout" hidden></div></div></figure>'
     )
 
 
@@ -134,7 +170,7 @@ def short(value: float | None, unit: str = "", digits: int = 4) -> str:
     return f"{value:.{digits}g}{unit}"
 
 
-def _lines(chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str]) -> list[Line]:
+def _lines(chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str], *, several: bool) -> list[Line]:
     """One run: a colour a metric. Several: a colour a run, and the second metric dashed."""
     lines = []
     for run, colour in zip(runs, colours, strict=True):
@@ -143,10 +179,9 @@ def _lines(chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str]) -> l
             marks = [] if chart.counter else points_of(run.evaluations, f"eval_{name}", chart.factor)
             if not finite(points) and not finite(marks):
                 continue
-            alone = len(runs) == 1
-            hue = PAIR_COLOURS[number] if alone and len(chart.metrics) > 1 else colour
-            full = label if alone else f"{run.name} {label}"
-            lines.append(Line(full, hue, points, _some(marks), dashed=not alone and number > 0))
+            hue = colour if several or len(chart.metrics) == 1 else PAIR_COLOURS[number]
+            full = f"{run.name} {label}" if several else label
+            lines.append(Line(full, hue, points, _some(marks), dashed=several and number > 0))
     return lines
 
 
@@ -161,6 +196,10 @@ def _drawn(line: Line, chart: Chart, frame: Frame, bins: int) -> str:
     elif line.points:
         path = frame.path(thinned(line.points, bins))
         parts.append(f'<path class="line{dash}" {style} data-name="{name}" d="{path}"/>')
+    alone = [(step, value) for step, value in line.points if value is not None]
+    if len(alone) == 1:  # no line to see
+        ((step, value),) = alone
+        parts.append(f'<circle class="dot" {style} cx="{frame.x(step):.1f}" cy="{frame.y(value):.1f}" r="3.2"/>')
     lost = sorted({round(frame.x(step)) for step, value in line.points if value is None})
     if lost:
         marks = "".join(f"M{x} {TOP}v5" for x in lost)

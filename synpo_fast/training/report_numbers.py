@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -11,17 +12,29 @@ from synpo_fast.training.report_charts import short
 from synpo_fast.training.report_data import Row, RunRecord, number_in
 from synpo_fast.training.report_profile import table
 from synpo_fast.training.report_series import ends, finite, points_of
+from synpo_fast.training.report_units import LOGPS, LOSS, REWARD, unit_markup, unit_of, with_units
 
-# metric -> (name on the page, factor, unit)
+
+@dataclass(frozen=True)
+class Measure:
+    """label: name on the page. Values are shown times factor, followed by unit; `quantity` says what the unit depends on
+    where runs may differ in it."""
+
+    label: str
+    quantity: str = ""
+    factor: float = 1
+    unit: str = ""
+
+
 MEASURES = {
-    "loss": ("loss", 1, ""),
-    "rewards/margins": ("reward margin", 1, ""),
-    "rewards/accuracies": ("pairs ranked right", 100, " %"),
-    "rewards/chosen": ("reward, chosen", 1, ""),
-    "rewards/rejected": ("reward, rejected", 1, ""),
-    "logps/chosen": ("log-prob, chosen", 1, ""),
-    "logps/rejected": ("log-prob, rejected", 1, ""),
-    "nll_loss": ("NLL of chosen", 1, ""),
+    "rewards/accuracies": Measure("pairs ranked right", factor=100, unit=" %"),
+    "rewards/margins": Measure("reward margin", REWARD),
+    "rewards/chosen": Measure("reward, chosen", REWARD),
+    "rewards/rejected": Measure("reward, rejected", REWARD),
+    "loss": Measure("loss", LOSS),
+    "logps/chosen": Measure("log-prob, chosen", LOGPS),
+    "logps/rejected": Measure("log-prob, rejected", LOGPS),
+    "nll_loss": Measure("NLL of chosen, nats a token"),
 }
 
 
@@ -29,16 +42,18 @@ def numbers_markup(run: RunRecord) -> str:
     """Tiles of how the run went, and its start and end, in training and on held-out pairs."""
     tiles = "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in _facts(run))
     rows = []
-    for name, (label, factor, unit) in MEASURES.items():
-        train = points_of(run.steps, name, factor)
-        held_out = points_of(run.evaluations, f"eval_{name}", factor)
+    for name, measure in MEASURES.items():
+        train = points_of(run.steps, name, measure.factor)
+        held_out = points_of(run.evaluations, f"eval_{name}", measure.factor)
         if finite(train) or finite(held_out):
-            cells = [*ends(train), held_out[0][1] if held_out else None, held_out[-1][1] if held_out else None]
-            rows.append([label, *(short(value, unit) for value in cells)])
+            values = [*ends(train)]
+            if run.evaluations:
+                values += [held_out[0][1] if held_out else None, held_out[-1][1] if held_out else None]
+            label = measure.label + unit_markup(unit_of(run, measure.quantity))
+            rows.append([label, *(short(value, measure.unit) for value in values)])
     if not rows:
         return f'<div class="tiles">{tiles}</div>'
-    first, last = (run.evaluations[0]["step"], run.evaluations[-1]["step"]) if run.evaluations else (0, 0)
-    when = [f"held out, step {first:,}", f"held out, step {last:,}"] if run.evaluations else ["held out", ""]
+    when = [f"held out, step {run.evaluations[place]['step']:,}" for place in (0, -1)] if run.evaluations else []
     head = ["", "training, start", "training, end", *when]
     return f'<div class="tiles">{tiles}</div><div class="card">{table(head, rows, "numbers stack")}</div>'
 
@@ -59,6 +74,10 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     ]
 
 
+def _is_number(cell: str) -> bool:
+    return cell != short(None)
+
+
 def _count(value: float | None) -> str:
     """Large counts in words a reader knows."""
     if value is None or abs(value) < 1e6:
@@ -68,12 +87,14 @@ def _count(value: float | None) -> str:
 
 def compared_markup(runs: Sequence[RunRecord]) -> str:
     rows = []
-    for name, (label, factor, unit) in MEASURES.items():
-        trained = [ends(points_of(run.steps, name, factor))[1] for run in runs]
-        held_out = [ends(points_of(run.evaluations[-1:], f"eval_{name}", factor))[1] for run in runs]
+    for name, measure in MEASURES.items():
+        trained = [ends(points_of(run.steps, name, measure.factor))[1] for run in runs]
+        held_out = [ends(points_of(run.evaluations[-1:], f"eval_{name}", measure.factor))[1] for run in runs]
+        units = [unit_of(run, measure.quantity) for run in runs]
         for kind, values in (("", trained), (", held out", held_out)):
             if any(value is not None for value in values):
-                rows.append([label + kind, *(short(value, unit) for value in values)])
+                cells = [short(value, measure.unit) for value in values]
+                rows.append(with_units(measure.label + kind, cells, units, _is_number))
     for facts in zip(*map(_facts, runs), strict=True):
         rows.append([facts[0][0], *(value for _, value in facts)])
     head = ["at the end", *(escape(run.name) for run in runs)]

@@ -16,7 +16,7 @@ from typing import Any
 
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.report_captions import captions_markup, text_markup
-from synpo_fast.training.report_charts import CHARTS, draw, other_charts
+from synpo_fast.training.report_charts import CHARTS, UNCHARTED, figures, other_charts, outcome_charts
 from synpo_fast.training.report_data import RunRecord
 from synpo_fast.training.report_numbers import (
     as_text,
@@ -27,18 +27,19 @@ from synpo_fast.training.report_numbers import (
 )
 from synpo_fast.training.report_profile import demo_markup, profile_markup, table
 from synpo_fast.training.report_series import SMOOTH_FROM, finite, points_of, smoothing_window
-from synpo_fast.training.report_style import SCRIPT, STYLE
+from synpo_fast.training.report_style import SCRIPT, STYLE, series_colour
 
 MAX_SKIPPED, MAX_OPEN = 50, 8
-NUM_COLOURS = 8
 
 
 def page(runs: Sequence[RunRecord], demo: tuple[dict[str, Any], Path] | None, problems: Sequence[str]) -> str:
     """demo: what demo.json holds, and the folder it lies in. problems: beside those of the runs."""
-    colours = [run_colour(number) for number in range(len(runs))]
+    colours = [series_colour(number) for number in range(len(runs))]
     several = len(runs) > 1
     trained = any(run.trained for run in runs)
-    sections = [("Demo", demo_markup(*demo))] if demo is not None else []
+    sections = [("Outcome", _outcome(runs, colours))] if trained else []
+    if demo is not None:
+        sections.append(("Demo", demo_markup(*demo)))
     if trained:
         sections.append(("Numbers", compared_markup(runs) if several else numbers_markup(runs[0])))
     if several:
@@ -59,6 +60,7 @@ def page(runs: Sequence[RunRecord], demo: tuple[dict[str, Any], Path] | None, pr
         f'<section id="s{number}"><h2>{escape(name)}</h2>{content}</section>'
         for number, (name, content) in enumerate(sections)
     )
+    key = _run_key(runs, colours) if trained else ""
     title = " beside ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -68,14 +70,10 @@ def page(runs: Sequence[RunRecord], demo: tuple[dict[str, Any], Path] | None, pr
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{escape(title)} – synpo_fast</title><style>{STYLE}</style></head>"
         f"<body><header><h1>{escape(title)}</h1><p class='soft'>{escape(_subtitle(runs))}</p>"
-        f"{_problems(runs, problems)}<nav>{links}</nav></header><main>{body}</main>"
+        f"{_problems(runs, problems)}<nav>{links}</nav></header><main>{key}{body}</main>"
         f"<footer>Written by synpo_fast. Nothing on this page is loaded from elsewhere.</footer>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
-
-
-def run_colour(number: int) -> str:
-    return f"var(--c{number})" if number < NUM_COLOURS else f"hsl({number * 137 % 360} 50% 55%)"
 
 
 def _subtitle(runs: Sequence[RunRecord]) -> str:
@@ -102,24 +100,37 @@ def _problems(runs: Sequence[RunRecord], more: Sequence[str]) -> str:
     return f'<div class="card problems"><b>To know first</b><ul>{items}</ul></div>'
 
 
+def _outcome(runs: Sequence[RunRecord], colours: Sequence[str]) -> str:
+    """What a reader came for, as a picture: whether pairs are ranked right and by how much, before any table."""
+    drawn = [figure for chart in outcome_charts(runs) for figure in figures(chart, runs, colours)]
+    if not drawn:
+        return '<p class="note">No rewards and no NLL to draw.</p>'
+    return f'<p class="note">{_how_to_read(runs)}</p><div class="charts">{"".join(drawn)}</div>'
+
+
+def _run_key(runs: Sequence[RunRecord], colours: Sequence[str]) -> str:
+    """Which colour is which run; it stays in sight while the page is scrolled."""
+    if len(runs) == 1:
+        return ""
+    items = (
+        f'<span><i style="border-top:3px solid {colour}"></i>{escape(run.name)}</span>'
+        for run, colour in zip(runs, colours, strict=True)
+    )
+    return f'<div class="runs">{"".join(items)}</div>'
+
+
 def _charts(runs: Sequence[RunRecord], colours: Sequence[str]) -> str:
-    main = [figure for chart in CHARTS if (figure := draw(chart, runs, colours))]
-    others = [figure for chart in other_charts(runs) if (figure := draw(chart, runs, colours))]
+    shown = outcome_charts(runs)  # above, already
+    main = [figure for chart in CHARTS if chart not in shown for figure in figures(chart, runs, colours)]
+    others = [figure for chart in other_charts(runs) for figure in figures(chart, runs, colours)]
     if not main and not others:
-        return '<p class="note">No numbers to draw.</p>'
-    key = ""
-    if len(runs) > 1:
-        items = (
-            f'<span><i style="border-top:3px solid {colour}"></i>{escape(run.name)}</span>'
-            for run, colour in zip(runs, colours, strict=True)
-        )
-        key = f'<div class="runs">{"".join(items)}</div>'
+        return '<p class="note">No more numbers to draw.</p>'
     more = (
         f'<details><summary>More numbers</summary><div class="charts">{"".join(others)}</div></details>'
         if others
         else ""
     )
-    return f'{key}<p class="note">{_how_to_read(runs)}</p><div class="charts">{"".join(main)}</div>{more}'
+    return f'<div class="charts">{"".join(main)}</div>{more}'
 
 
 def _how_to_read(runs: Sequence[RunRecord]) -> str:
@@ -132,8 +143,13 @@ def _how_to_read(runs: Sequence[RunRecord]) -> str:
         parts.append("Circles: evaluation on held-out pairs.")
     if len(runs) == 1 and longest >= 40:
         parts.append("Arrows: mean of the first and of the last twentieth of the steps.")
-    parts.append("A gap, with a tick above it, is a number that was not finite.")
+    if any(value is None for run in runs for name in _drawn_names(run) for _, value in points_of(run.steps, name)):
+        parts.append("A gap, with a tick above it, is a number that was not finite.")
     return " ".join(parts)
+
+
+def _drawn_names(run: RunRecord) -> set[str]:
+    return {name for row in run.steps for name in row} - UNCHARTED
 
 
 def _skipped(runs: Sequence[RunRecord]) -> str:

@@ -11,9 +11,10 @@ from synpo_fast.training.report_captions import said_markup
 from synpo_fast.training.report_charts import short
 from synpo_fast.training.report_data import number_in
 from synpo_fast.training.report_frames import frames_markup
+from synpo_fast.training.report_style import series_colour
 
 MAX_EXAMPLES = 6
-NUM_COLOURS = 8
+MAX_STACKED = 4  # columns of a table whose rows have their name above them on a phone
 NAMES = {"warm_up": "warm-up", "synpo": "SynPO", "dpo": "DPO", "after": "after SynPO"}
 
 
@@ -60,7 +61,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") ->
     body = "".join(
         f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
     )
-    return f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    columns = len(head) - 1
+    if columns > MAX_STACKED:  # too many to stand side by side on a phone: they scroll
+        kind = " ".join(word for word in kind.split() if word != "stack")
+    return (
+        f'<div class="scroll"><table class="{kind}" style="--columns:{columns}"><thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def _bars(ways: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
@@ -71,31 +78,32 @@ def _bars(ways: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     rows = []
     for way, span in zip(ways, spans, strict=True):
         pieces = "".join(
-            f'<span style="width:{100 * seconds / longest:.3f}%;background:{_colour(number)}" '
+            f'<span style="width:{100 * seconds / longest:.3f}%;background:{series_colour(number)}" '
             f'title="{escape(name)} {_duration(seconds)}"></span>'
             for number, (name, seconds) in enumerate(span.items())
         )
         rows.append(f'<div>{_name(way)}</div><div class="bar" role="img" aria-label="{_spoken(span)}">{pieces}</div>')
     key = "".join(
-        f'<span><b class="swatch" style="background:{_colour(number)}"></b>{escape(name)}</span>'
+        f'<span><b class="swatch" style="background:{series_colour(number)}"></b>{escape(name)}</span>'
         for number, name in enumerate(names)
     )
     return f'<div class="card"><div class="bars">{"".join(rows)}</div><p class="key" style="margin-top:10px">{key}</p></div>'
 
 
 def _ways_table(ways: Sequence[dict[str, Any]]) -> str:
-    head = ["", "one step", "spread", "tokens/s", "peak memory", "FLOPs", "ratio"]
+    # The ratio first: it is what a profile is made for, and on a phone the columns at the right are out of sight.
+    head = ["", "ratio", "one step", "spread", "tokens/s", "peak memory", "FLOPs"]
     rows = []
     for way in ways:
         rows.append(
             [
                 _name(way),
+                _with_spread(way.get("ratio"), lambda ratio: short(ratio, "x", 3)),
                 _duration(_middle(way.get("seconds"))),
                 _spread(way.get("seconds"), _duration),
                 short(_middle(way.get("tokens_per_s"))),
                 _memory(number_in(way.get("peak_memory_bytes"))),
                 short(_middle(way.get("flops"))),
-                _with_spread(way.get("ratio"), lambda ratio: short(ratio, "x", 3)),
             ]
         )
     return f'<div class="card">{table(head, rows, "numbers several")}</div>'
@@ -209,10 +217,6 @@ def _spoken(span: Mapping[str, float]) -> str:
 
 def _name(way: Mapping[str, Any]) -> str:
     return escape(str(way.get("name", "unnamed")))
-
-
-def _colour(number: int) -> str:
-    return f"var(--c{number % NUM_COLOURS})" if number < NUM_COLOURS else f"hsl({number * 137 % 360} 45% 55%)"
 
 
 def _list(value: Any) -> list[Any]:

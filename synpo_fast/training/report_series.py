@@ -19,6 +19,7 @@ SMOOTH_FROM = 60  # shorter series are shown as they are
 ENDS = 20  # the first and last 1/20 of the steps stand for a run's start and end
 CUT_FROM = 200  # with fewer points no value counts as an outlier
 CUT_SHARE = 0.01
+SPIKY_FROM = 8
 TINY = 1e-100
 
 
@@ -80,18 +81,21 @@ def ends(points: Sequence[Point], *, exact: bool = False) -> tuple[float | None,
 
 
 def value_range(
-    values: Sequence[float], floor: float | None = None, ceiling: float | None = None
+    values: Sequence[float], floor: float | None = None, ceiling: float | None = None, *, spiky: bool = False
 ) -> tuple[float, float, bool]:
-    """(lowest, highest, whether values lie beyond) of an axis. A few far outliers must not flatten all the rest."""
+    """(lowest, highest, whether values lie beyond) of an axis. A few far outliers must not flatten all the rest.
+
+    spiky: single values far off are usual (the first step waits for the first video), so few points suffice to tell them.
+    """
     ordered = sorted(values)
     low, high, cut = ordered[0], ordered[-1], False
     if high - low < TINY:
         high = low
-    if len(ordered) >= CUT_FROM:
-        skip = int(len(ordered) * CUT_SHARE)
+    if len(ordered) >= (SPIKY_FROM if spiky else CUT_FROM):
+        skip = max(1 + (len(ordered) >= 2 * SPIKY_FROM), int(len(ordered) * CUT_SHARE))
         inner_low, inner_high = ordered[skip], ordered[-1 - skip]
         spread = inner_high - inner_low
-        if spread > 0 and high - low > 4 * spread:
+        if (spread > 0 or spiky) and high - low > 4 * spread:
             bounds = max(low, inner_low - spread / 2), min(high, inner_high + spread / 2)
             cut, (low, high) = True, bounds
     pad = (high - low) * 0.06 or (abs(high) * 0.06 if abs(high) > TINY else 1.0)

@@ -1,12 +1,20 @@
 """How a report looks, and the few lines of script that read a chart under the pointer. Nothing is loaded from anywhere."""
 
+NUM_COLOURS = 8
+
+
+def series_colour(number: int) -> str:
+    """CSS of the colour of a run or a stage: eight chosen ones, then hues as many as needed, as light as the theme needs."""
+    return f"var(--c{number})" if number < NUM_COLOURS else f"hsl({number * 137 % 360} 60% var(--more))"
+
+
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c2128;--soft:#5b6470;--faint:#e3e7ec;--page:#f6f7f9;--card:#fff;--warn:#b42318;
---warn-bg:#fdeceb;--chosen:#0b6bcb;--rejected:#c2570c;--c0:#0b6bcb;--c1:#c2570c;--c2:#1a7f4b;--c3:#8e44ad;--c4:#b5870b;
---c5:#c0316b;--c6:#0e8a92;--c7:#66707d}
+--warn-bg:#fdeceb;--grid:#8d949c;--thin:.74;--more:27%;--chosen:#0b63bd;--rejected:#a94a08;--c0:#0b63bd;--c1:#a94a08;--c2:#16724a;
+--c3:#8e44ad;--c4:#7d5c00;--c5:#b82c64;--c6:#0b6c74;--c7:#5c6672}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ee;--soft:#9aa4b1;--faint:#2c333d;--page:#12161b;--card:#1a2027;
---warn:#ff9a8f;--warn-bg:#3a1d1b;--chosen:#5eb0ff;--rejected:#ff9a4d;--c0:#5eb0ff;--c1:#ff9a4d;--c2:#5fd39a;--c3:#cf9bea;
---c4:#e5c04b;--c5:#ff86b3;--c6:#4fd0d8;--c7:#aab3bf}}
+--warn:#ff9a8f;--warn-bg:#3a1d1b;--grid:#69727e;--thin:.62;--more:72%;--chosen:#5eb0ff;--rejected:#ff9a4d;--c0:#5eb0ff;--c1:#ff9a4d;
+--c2:#5fd39a;--c3:#cf9bea;--c4:#e5c04b;--c5:#ff86b3;--c6:#4fd0d8;--c7:#aab3bf}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",
@@ -38,12 +46,14 @@ a{color:var(--c0)}
 svg{display:block;width:100%;height:auto;touch-action:pan-y}
 svg text{font-size:11px;fill:var(--soft);font-variant-numeric:tabular-nums}
 svg path{fill:none;stroke-linejoin:round;stroke-linecap:round}
-.grid{stroke:var(--faint)}.axis{stroke:var(--soft);opacity:.6}.rule{stroke:var(--soft);stroke-dasharray:2 3}
-.raw{stroke:var(--c);stroke-width:1;opacity:.22}
-.line{stroke:var(--c);stroke-width:2}
+svg .grid{stroke:var(--grid);stroke-width:.7;stroke-dasharray:.7 3.3;stroke-linecap:butt}
+.axis,.rule{stroke:var(--soft)}.rule{stroke-dasharray:2 3}
+.raw{stroke:var(--c);stroke-width:.7;opacity:var(--thin)}
+.line{stroke:var(--c);stroke-width:2.2}
 .line.dashed{stroke-dasharray:5 4;stroke-width:1.7}
 .lost{stroke:var(--warn);stroke-width:1.5}
-.runs~.charts .raw{opacity:.12}.runs~.charts .lost{stroke:var(--c)}
+.runs~section .lost{stroke:var(--c)}
+.dot{fill:var(--c)}
 .mark{fill:var(--card);stroke:var(--c);stroke-width:1.6}
 .key{display:flex;flex-wrap:wrap;gap:2px 14px;margin:2px 0 0;font-size:12.5px;color:var(--soft)}
 .key i,.runs i{display:inline-block;width:20px;height:0;vertical-align:middle;margin-right:6px}
@@ -65,6 +75,8 @@ th{overflow-wrap:break-word}
 .numbers td{white-space:nowrap}
 .numbers td:last-child,.numbers th:last-child{padding-right:0}
 .several td,.several th{min-width:92px}
+.several thead th{overflow-wrap:anywhere}
+.unit{display:block;color:var(--soft);font-size:11.5px;font-weight:400;white-space:normal}
 details{margin:8px 0}
 summary{cursor:pointer;color:var(--soft);font-size:14px}
 pre{white-space:pre-wrap;font:12.5px/1.5 ui-monospace,Menlo,Consolas,"Liberation Mono",monospace;margin:8px 0 0}
@@ -93,7 +105,12 @@ main,header,footer{padding-left:14px;padding-right:14px}
 .said dt{max-width:none}
 .several td,.several th{min-width:62px}
 .several:not(.numbers) td{min-width:120px}
-.stack td,.stack th{padding-right:8px;font-size:12.5px}
+.stack tr{display:grid;grid-template-columns:repeat(var(--columns),minmax(0,1fr));border-bottom:1px solid var(--faint);
+padding:4px 0}
+.stack tr:last-child{border-bottom:0}
+.stack tr>*{border:0;padding:0 8px 2px 0;min-width:0;font-size:12.5px}
+.stack tr>:first-child{grid-column:1/-1;padding-bottom:0}
+.stack th .unit{display:inline;margin-left:6px}
 .bars{grid-template-columns:minmax(0,1fr);gap:2px}
 .bar{margin-bottom:6px}
 .chart figcaption{min-height:0;margin-bottom:4px}

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from synpo_fast.data.hold_out import num_files
 from synpo_fast.data.loader import PairLoader
+from synpo_fast.losses.units import said
 from synpo_fast.training.checkpoint import (
     check_writable,
     list_checkpoints,
@@ -236,6 +237,7 @@ def _announce(
         f"{policy.family.name}, {trained:,} of {every:,} parameters train, {dtype}, ZeRO {engine.stage}, "
         f"{engine.world_size} process{'es' if engine.world_size > 1 else ''} on {policy.device.type}"
     )
+    progress.say(f"{config.loss_type}: {said(config.loss_type, config.loss_options)}")
     if start is not None:
         progress.say(f"going on from {start}")
     if config.needs_reference:

@@ -31,15 +31,16 @@ def code(cell: str) -> list[str]:
 
 
 def test_the_table_of_losses():
-    rows = table("| loss | formula | options and defaults | reference | reads |")
+    rows = table("| loss | formula | options and defaults | reference | reads | reward | its unit |")
     assert [code(row[0])[0] for row in rows] == list(losses.LOSSES)
-    for name, formula, options, reference, reads in rows:
+    for name, formula, options, reference, reads, reward, unit in rows:
         spec = losses.LOSSES[code(name)[0]]
         assert code(formula) == [spec.formula]
         documented = dict(option.split("=") for option in code(options))
         assert {key: ast.literal_eval(value) for key, value in documented.items()} == spec.options
         assert (reference == "yes") == spec.needs_reference
         assert reads == spec.reads
+        assert code(reward) == [spec.reward] and unit == spec.reward_unit
 
 
 def test_the_table_of_the_auxiliary_nll():

@@ -62,7 +62,7 @@ def test_the_page_tells_what_the_folder_holds(run):
     assert (run / "report.html").exists()
     assert page.text.startswith("first")
     for words in (
-        "Numbers Charts Captions Skipped pairs Config Versions",
+        "Outcome Numbers Charts Captions Skipped pairs Config Versions",
         "12 steps",
         "16 pairs a second",
         "12,000 tokens",
@@ -121,6 +121,24 @@ def test_text_pairs_and_runs_without_evaluation_have_their_place(tmp_path):
     assert "a text pair, or one made of clips" in page.text and "after, step 1 said 0" in page.text
     bare = report(make_run(tmp_path / "bare", rows=[step_row(step, 3) for step in (1, 2, 3)]))
     assert "No captions" in bare.text and "Circles" not in bare.text and not bare.all("circle")
+
+
+def test_the_page_opens_with_the_outcome_as_a_plot(tmp_path):
+    """Before any table: rewards where pairs were compared, the NLL where none were."""
+    for loss, title in (("synpo", "Pairs ranked right"), ("sft", "Language: NLL of the chosen response")):
+        folder = make_run(tmp_path / loss, loss_type=loss)
+        (folder / "demo.json").write_text(json.dumps(demo("gone.mp4")))
+        page = report(folder)
+        assert page.charts()[0] == title and page.charts().count(title) == 1
+        assert page.source.index("<svg") < page.source.index("<table")
+        assert page.text.index("Outcome") < page.text.index(title) < page.text.index("12 steps")
+
+
+def test_a_run_without_evaluation_has_no_empty_columns(tmp_path):
+    page = report(make_run(tmp_path / "run", rows=[step_row(step, 3) for step in (1, 2, 3)]))
+    table = page.text[page.text.index("training, start") :]
+    assert table.startswith("training, start training, end pairs ranked right 63.33 % 90 % reward margin")
+    assert "not finite" not in page.text.replace("steps not finite", "")
 
 
 def test_a_supervised_run_shows_no_comparisons(tmp_path):
@@ -263,13 +281,12 @@ def test_several_runs_stand_side_by_side(run, tmp_path):
     assert file.resolve() == (tmp_path / "report.html").resolve()
     page = Page(file)
     assert "at the end first second" in page.text and "steps 12 8" in page.text
-    differing = page.text[
-        page.text.index("What differs option") : page.text.index("Faint" if "Faint" in page.text else "Circles")
-    ]
+    differing = page.text[page.text.index("What differs option") :]
+    differing = differing[: differing.index(" Charts ")]
     assert "learning_rate 2e-05 0.0001" in differing and "loss_type synpo dpo" in differing
     assert "warmup_ratio" not in differing
     assert "first, step 12 finally 0" in page.text and "second, step 8 finally 0" in page.text
-    colours = {name["style"] for name in page.all("path") if name.get("data-name", "").endswith(" loss")}
+    colours = {name["style"] for name in page.all("path") if name.get("data-name", "").endswith(" accuracy")}
     assert len(colours) == 2
 
 
@@ -290,7 +307,7 @@ def test_the_profile_shows_bars_to_scale_and_its_figures(run):
         if "width" in names.get("style", "")
     ]
     assert sum(widths[:3]) == pytest.approx(50) and sum(widths[3:]) == pytest.approx(100)
-    assert "DPO, adapter off 8 s 7.2 s to 9.6 s 1,234 3 GiB 2.5e15 2x 1.8x to 2.4x" in page.text
+    assert "DPO, adapter off 2x 1.8x to 2.4x 8 s 7.2 s to 9.6 s 1,234 3 GiB 2.5e15" in page.text
     assert (
         "9 rounds, 2 pairs, 1,293 prompt tokens, 485 response tokens a step. Spread: lowest to highest round."
         in page.text
@@ -307,7 +324,7 @@ def test_a_folder_with_a_profile_alone_is_no_fault(tmp_path):
     (tmp_path / "profile.json").write_text(json.dumps(profile()))
     page = report(tmp_path)
     assert "To know first" not in page.text and "Profile Config Profile" in page.text
-    assert "learning_rate 0.25" in page.text and "SynPO 4 s" in page.text
+    assert "learning_rate 0.25" in page.text and "SynPO 1x 0.9x to 1.2x 4 s" in page.text
 
 
 @pytest.mark.parametrize("by_way", [True, False])
@@ -341,7 +358,7 @@ def test_mistakes_in_the_call(run, tmp_path, capsys):
     assert str(tmp_path / "page.html") in capsys.readouterr().out and not list(tmp_path.glob("*.partial"))
 
 
-def test_a_run_of_the_trainer_has_everything_the_page_wants(world, tmp_path, in_one_process):
+def test_a_run_of_the_trainer_has_everything_the_page_wants(world, tmp_path, in_one_process, capsys):
     from tests.training.world import options
 
     values = options(
@@ -355,6 +372,8 @@ def test_a_run_of_the_trainer_has_everything_the_page_wants(world, tmp_path, in_
         diagnostics=1,
     )
     in_one_process(values)
+    said = capsys.readouterr().err
+    assert "synpo: rewards are G (probability), log-probs means (nats a token)\n" in said
     page = report(tmp_path / "out")
     assert "To know first" not in page.text and "before training" in page.text and "after, step 2" in page.text
     assert len(page.all("img")) == 4 and "Pull of each response on the weights" in page.charts()

@@ -52,6 +52,14 @@ const measure = () => {
   found.readout = [...svg.parentNode.querySelectorAll(".readout:not([hidden]) div")].map(row => row.innerText.split("\\n"));
   const colour = (element, what) => getComputedStyle(element)[what];
   const card = document.querySelector(".card.page, .tile, main .card");
+  const ratio = [...document.querySelectorAll("thead th")].filter(cell => cell.textContent === "ratio")[0];
+  const held = ratio && ratio.closest(".scroll").getBoundingClientRect();
+  found.ratio = ratio ? [ratio.getBoundingClientRect().left >= held.left, ratio.getBoundingClientRect().right <= held.right] : [];
+  found.first = document.querySelector("svg, table, .bars").tagName;
+  const apart = unit => unit.getBoundingClientRect().top >= unit.parentNode.getBoundingClientRect().top + 12;
+  found.units = [...document.querySelectorAll("td .unit")].map(apart);  // below its number, which stays in one line
+  const cut = table => table.scrollWidth > table.parentNode.clientWidth + 1;
+  found.hidden = [...document.querySelectorAll("table.stack")].filter(cut).length;
   found.colours = [
     [colour(document.body, "color"), colour(document.body, "backgroundColor")],
     [colour(document.querySelector(".soft"), "color"), colour(document.body, "backgroundColor")],
@@ -105,7 +113,7 @@ def look_at(page, folder, *, width, dark=False, more=""):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """One run with everything in it, and three beside each other with long names; words of 200 letters, long texts."""
+    """One run with everything in it, and three of different losses beside each other; long names, words of 200 letters."""
     folder = tmp_path_factory.mktemp("pages")
     long = "x" * 200
     rows = [step_row(step, 300) for step in range(1, 301)]
@@ -122,8 +130,8 @@ def pages(tmp_path_factory):
             "eval_captions": captions(long) + captions("words " * 300, video=f"{long}.mp4"),
         }
     ]
-    runs = [make_run(folder / f"a-run-with-a-long-name-{name}-{'z' * 60}", rows=rows, learning_rate=rate) for name, rate in
-            (("one", 1e-5), ("two", 2e-5), ("three", 3e-5))]  # fmt: skip
+    runs = [make_run(folder / f"a-run-with-a-long-name-{name}-{'z' * 60}", rows=rows, loss_type=loss) for name, loss in
+            (("one", "synpo"), ("two", "dpo"), ("three", "simpo"))]  # fmt: skip
     for run in runs:
         write_clip(run / "v0.mp4", codec="h264", num_frames=9, width=160, height=90, fps=8)
         bad = [
@@ -138,7 +146,7 @@ def pages(tmp_path_factory):
 
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1280, 768, 390])
 @pytest.mark.parametrize("name", ["one", "three"])
 def test_the_page_fits_loads_and_can_be_read(pages, name, width, dark, tmp_path):
     found, console = look_at(pages[name], tmp_path, width=width, dark=dark)
@@ -148,8 +156,10 @@ def test_the_page_fits_loads_and_can_be_read(pages, name, width, dark, tmp_path)
     assert found["pictures"] >= 4 and found["broken"] == 0
     assert found["readout"][0] == ["step", "223"] or abs(int(found["readout"][0][1]) - 223) < 20
     assert len(found["readout"]) == (2 if name == "one" else 4)
-    value = float(found["readout"][1][1])
-    assert value == pytest.approx(step_row(int(found["readout"][0][1]), 300)["loss"], abs=0.03)
+    value = float(found["readout"][1][1].removesuffix(" %"))
+    assert value == pytest.approx(100 * step_row(int(found["readout"][0][1]), 300)["rewards/accuracies"], abs=1)
+    assert found["first"] == "svg" and found["ratio"] == [True, True] and found["hidden"] == 0
+    assert all(found["units"]) and len(found["units"]) == (0 if name == "one" else 7 * 3)
     for ink, paper in found["colours"]:
         assert contrast(ink, paper) >= 4.5, (ink, paper)
     assert (luminance(found["colours"][0][1]) < 0.1) == dark

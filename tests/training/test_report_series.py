@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from synpo_fast.training.report_axes import _tick_labels
-from synpo_fast.training.report_charts import CHARTS, Chart, draw, other_charts, short
+from synpo_fast.training.report_charts import CHARTS, LOSS_CHART, OUTCOME, Chart, draw, other_charts, short
 from synpo_fast.training.report_data import RunRecord, number_in
 from synpo_fast.training.report_series import ends, finite, smoothed, smoothing_window, thinned, ticks, value_range
 
@@ -158,3 +158,25 @@ def test_numbers_are_short(value, text):
 
 def test_finite_leaves_out_the_rest():
     assert finite([(1, None), (2, 0.0), (3, 4.0)]) == [0.0, 4.0]
+
+
+def test_one_slow_first_step_does_not_flatten_the_waiting():
+    chart = next(chart for chart in OUTCOME + CHARTS if "data_wait_share" in chart.metrics)
+    for count in (8, 12, 70, 150):
+        values = [0.99] + [0.002 + 0.001 * (step % 2) for step in range(count - 1)]
+        figure = draw(chart, [record(values, "data_wait_share")], ["red"])
+        low, high = map(float, re.search(r'data-y="(\S+) (\S+)', figure).groups())
+        assert low == 0 and 0.3 <= high < 1, (count, high)
+        assert "axis cut: values go from 0.2 % to 99 %" in figure
+    steady = draw(chart, [record([0.3, 0.2, 0.4, 0.3] * 5, "data_wait_share")], ["red"])
+    assert "axis cut" not in steady and float(re.search(r'data-y="(\S+) (\S+)', steady)[2]) == pytest.approx(41.2)
+    still = draw(chart, [record([0.5] + [0.0] * 20, "data_wait_share")], ["red"])
+    assert float(re.search(r'data-y="(\S+) (\S+)', still)[2]) <= 1
+
+
+def test_a_single_step_is_seen_in_the_middle():
+    figure = draw(LOSS_CHART, [record([0.7])], ["red"])
+    first, last, left, right = map(float, re.search(r'data-x="([^"]+)"', figure)[1].split())
+    ((x, y),) = re.findall(r'<circle class="dot"[^>]* cx="([\d.]+)" cy="([\d.]+)"', figure)
+    assert float(x) == pytest.approx((left + right) / 2, abs=0.1) and 20 < float(y) < 190
+    assert (first, last) == (0, 2) and ">step 1<" in figure and "step 2" not in figure

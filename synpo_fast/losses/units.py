@@ -1,0 +1,57 @@
+"""What the numbers of a loss are measured in: the loss itself, its rewards, its log-probs.
+
+Every loss calls its numbers by the same names (rewards/chosen, logps/chosen, ...), but SynPO's reward is a probability where
+DPO's is a scaled log-ratio, and one loss reads means of log-probs where another reads sums. Whoever puts two losses beside
+each other asks here whether their numbers share a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from synpo_fast.losses import LOSSES
+
+LOGPS_UNITS = {"mean": "nats a token", "sum": "nats a response"}  # by what the loss reads
+DEFAULT_FORMS = ("sigmoid", None)  # of `link` and `variant`
+SFT = "sft"  # the trainer's name for the NLL of the chosen response alone
+Options = Mapping[str, Any]
+
+
+def loss_unit(name: str, options: Options | None = None, *, auxiliary_nll: float = 0.0) -> str:
+    """The unit of the loss: nats a token for an NLL, for the others the loss's own name, its form and what is added to it."""
+    if name == SFT:
+        return LOGPS_UNITS["mean"]
+    own = {**_spec(name).options, **{key: value for key, value in (options or {}).items() if value is not None}}
+    forms = [str(own[key]) for key in ("link", "variant") if own.get(key) not in DEFAULT_FORMS]
+    added = [f"+ {auxiliary_nll:g} NLL"] if auxiliary_nll else []
+    return " ".join([name, *forms, "loss", *added])
+
+
+def reward_unit(name: str, options: Options | None = None) -> str:
+    """The unit of rewards/chosen, rewards/rejected and rewards/margins. A reward that is multiplied by beta names its beta:
+    under another beta the same log-probs give other rewards."""
+    spec = _spec(name)
+    if not spec.reward_unit.startswith("beta"):
+        return spec.reward_unit
+    beta = (options or {}).get("beta")
+    return f"{spec.reward_unit}, beta={spec.options['beta'] if beta is None else beta:g}"
+
+
+def logps_unit(name: str) -> str:
+    """The unit of logps/chosen and logps/rejected."""
+    return LOGPS_UNITS[_spec(name).reads]
+
+
+def said(name: str, options: Options | None = None) -> str:
+    """One line for people: what this loss's rewards and log-probs are."""
+    if name == SFT:
+        return f"loss in {LOGPS_UNITS['mean']}"
+    spec = _spec(name)
+    return f"rewards are {spec.reward} ({reward_unit(name, options)}), log-probs {spec.reads}s ({logps_unit(name)})"
+
+
+def _spec(name: str) -> Any:
+    if name not in LOSSES:
+        raise ValueError(f"unknown loss {name!r}, expected one of {', '.join(LOSSES)}")
+    return LOSSES[name]
