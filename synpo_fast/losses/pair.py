@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from synpo_fast.losses.segments import segment_lengths, segment_sum, upcast
+from synpo_fast.ops.host_copy import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,17 +84,13 @@ class PairLogprobs:
             raise ValueError("pairs is empty")
         chosen, chosen_offsets = _flatten("chosen", [pair[0] for pair in pairs])
         rejected, rejected_offsets = _flatten("rejected", [pair[1] for pair in pairs])
-        truth, truth_offsets = (None, None) if ground_truth is None else _flatten("ground_truth", ground_truth)
-        mask = None if preference is None else torch.tensor(preference, dtype=torch.bool)
-        return cls(
-            chosen=chosen,
-            rejected=rejected,
-            chosen_offsets=chosen_offsets,
-            rejected_offsets=rejected_offsets,
-            ground_truth=truth,
-            ground_truth_offsets=truth_offsets,
-            preference=None if mask is None else mask.to(chosen.device, non_blocking=True),
-        )
+        on_host = {"chosen_offsets": chosen_offsets, "rejected_offsets": rejected_offsets}
+        truth = None
+        if ground_truth is not None:
+            truth, on_host["ground_truth_offsets"] = _flatten("ground_truth", ground_truth)
+        if preference is not None:
+            on_host["preference"] = torch.tensor(preference, dtype=torch.bool)
+        return cls(chosen=chosen, rejected=rejected, ground_truth=truth, **to_device(on_host, chosen.device))
 
     @classmethod
     def from_sums(cls, chosen: Tensor, rejected: Tensor) -> PairLogprobs:
@@ -259,13 +256,13 @@ def _check_not_empty(name: str, offsets: Tensor, preference: Tensor | None) -> N
 
 
 def _flatten(name: str, responses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All tokens where they are, and the offsets on the host."""
     offsets = [0]
     for i, logps in enumerate(responses):
         if logps.dim() != 1:
             raise ValueError(f"{name} log-probs of pair {i} have shape {tuple(logps.shape)}, expected [T]")
         offsets.append(offsets[-1] + logps.shape[0])
-    flat = torch.cat([upcast(logps) for logps in responses])
-    return flat, torch.tensor(offsets).to(flat.device, non_blocking=True)
+    return torch.cat([upcast(logps) for logps in responses]), torch.tensor(offsets)
 
 
 def _compact(logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

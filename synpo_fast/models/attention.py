@@ -34,8 +34,8 @@ class PackedRow:
     max_key: int
 
 
-def pack_row(layout: RowLayout, device: torch.device | str = "cpu") -> PackedRow:
-    """The index arithmetic of varlen attention: every segment is a sequence whose keys are its prefix's and its own."""
+def pack_row(layout: RowLayout) -> PackedRow:
+    """The index arithmetic of varlen attention, on the host: a segment is a sequence whose keys are its prefix's and its own."""
     segments = layout.segments
     query_lengths = [segment.length for segment in segments]
     key_lengths = [segment.prefix_length + segment.length for segment in segments]
@@ -49,12 +49,7 @@ def pack_row(layout: RowLayout, device: torch.device | str = "cpu") -> PackedRow
         for segment in segments
     ]
     return PackedRow(
-        layout,
-        _ends(query_lengths).to(device, non_blocking=True),
-        _ends(key_lengths).to(device, non_blocking=True),
-        torch.cat(index).to(device, non_blocking=True),
-        max(query_lengths),
-        max(key_lengths),
+        layout, _ends(query_lengths), _ends(key_lengths), torch.cat(index), max(query_lengths), max(key_lengths)
     )
 
 

@@ -90,6 +90,8 @@ class Family(abc.ABC):
     # The family's published template, for tokenizers that come without one (some repositories keep it with the processor).
     chat_template: str = ""
     default_seconds_per_frame: float = 0.5
+    # Whether the tower runs all frames as one row of patches, cut into segments that attend to themselves.
+    packs_frames: bool = False
 
     def load_class(self) -> Any:
         """The auto class whose from_pretrained and from_config build the model with its head."""
@@ -143,9 +145,9 @@ class Family(abc.ABC):
         """Takes inputs_embeds, position_ids, attention_mask, use_cache; returns .last_hidden_state, final norm included."""
         return inner(model).language_model
 
-    def language_kwargs(self, placeholder_mask: Tensor, features: Sequence[VideoFeatures]) -> dict[str, Any]:
-        """Further keyword arguments of the language model. placeholder_mask bool [B, L] marks the placeholders of the
-        rows; features are those of the videos in the order in which their placeholders stand, row after row."""
+    def language_kwargs(self, placeholders: Tensor, features: Sequence[VideoFeatures]) -> dict[str, Any]:
+        """Further keyword arguments of the language model. placeholders int64 [P]: where the video tokens of its one row stand
+        (for several rows: bool [B, L], which a GPU has to stop for). features: of the videos, in the same order."""
         return {}
 
     def position_ids(self, model: nn.Module, token_ids: Tensor, video: VideoInputs | None) -> Tensor:

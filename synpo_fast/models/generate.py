@@ -64,9 +64,10 @@ def _prompt_inputs(policy: Policy, sample: Sample) -> tuple[Tensor, Tensor, dict
     if sample.video is not None:
         (features,) = policy.encode_videos([sample])
         assert features is not None
-        mask = tokens == sample.video.placeholder_id
-        embeddings = embeddings.index_copy(0, mask.nonzero()[:, 0], features.features.to(embeddings))
-        extra = policy.family.language_kwargs(mask[None], [features])
+        where = [i for i, token in enumerate(sample.prompt) if token == sample.video.placeholder_id]
+        placeholders = torch.tensor(where, device=device)
+        embeddings = embeddings.index_copy(0, placeholders, features.features.to(embeddings))
+        extra = policy.family.language_kwargs(placeholders, [features])
     return embeddings[None], positions.to(device).unsqueeze(-2), extra
 
 

@@ -11,6 +11,7 @@ from synpo_fast.models.family import FAMILIES, attention_kinds, family_of
 from synpo_fast.models.low_precision import cast_as_loaded
 from synpo_fast.models.policy import Policy
 from synpo_fast.models.video_frames import with_resolution
+from synpo_fast.models.vision_attention import set_vision_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -21,6 +22,7 @@ def load_policy(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str = "auto",
+    vision_attn_implementation: str = "auto",
     freeze_vision: bool = True,
     gradient_checkpointing: bool = False,
     liger_kernels: bool = False,
@@ -40,6 +42,8 @@ def load_policy(
         dtype: type of the weights; None: fp32 on a CPU, bf16 on a GPU. What transformers keeps in fp32 (rotary frequencies,
             parameters a model declares) stays in fp32.
         attn_implementation: sdpa, eager, synpo_fast_segments, synpo_fast_varlen, or auto: segments on a CPU, varlen on a GPU.
+        vision_attn_implementation: of the vision tower: auto, sdpa, eager, synpo_fast_varlen, synpo_fast_segments or
+            flash_attention_2. auto: on a GPU varlen (segments in fp32) for towers that pack frames into one row, else sdpa.
         freeze_vision: tower and projector do not train; their features may then be kept.
         liger_kernels: Liger's norms, rotary and MLP, on a GPU.
         row_tokens: bound of a packed row.
@@ -61,6 +65,9 @@ def load_policy(
         model, tokenizer, family = _pretrained(name_or_path, dtype, trust_remote_code)
     model.to(device=device)  # never dtype=: see low_precision.py
     policy = Policy(model, tokenizer, family, attn_implementation=implementation, row_tokens=row_tokens)
+    policy.vision_attn_implementation = set_vision_attention(
+        family, model, vision_attn_implementation, dtype=dtype, device=device
+    )
     if not name_or_path.startswith("tiny:") and family.placeholder_token:
         policy.processing = family.processing(model.config, _preprocessor(name_or_path))
     resolution = {"min_pixels": min_pixels, "max_pixels": max_pixels, "video_max_tokens": video_max_tokens}

@@ -21,7 +21,9 @@ from synpo_fast.models import attention
 from synpo_fast.models.family import Family, VideoFeatures, VideoInputs
 from synpo_fast.models.head import Head, head_of
 from synpo_fast.models.layout import RowLayout, SampleLengths, plan_rows
+from synpo_fast.models.row_inputs import RowInputs, row_inputs
 from synpo_fast.models.video_frames import VideoProcessing
+from synpo_fast.ops.host_copy import to_device
 from synpo_fast.ops.linear_logprobs import fused_linear_logprobs
 
 Logps = list[list[Tensor]]  # for each sample, for each of its responses: [T] fp32
@@ -68,6 +70,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.family = model, tokenizer, family
         self.attn_implementation, self.row_tokens, self.backend = attn_implementation, row_tokens, backend
+        self.vision_attn_implementation: str | None = None  # None: no tower
         self.processing: VideoProcessing | None = None  # None: what the family makes of the model's config
         self.feature_store: FeatureStore | None = None
 
@@ -108,9 +111,9 @@ class Policy(nn.Module):
         )
         results: list[list[Tensor | None]] = [[None] * len(sample.responses) for sample in samples]
         head = self.head()
-        for row in plan:
-            hidden = self.hidden_states(row, samples, features)
-            for (sample, response), logps in self._row_logps(row, samples, hidden, head):
+        for row, inputs in zip(plan, self._row_inputs(plan, samples), strict=True):
+            hidden = self.hidden_states(row, samples, features, inputs)
+            for (sample, response), logps in self._row_logps(row, samples, hidden, head, inputs):
                 results[sample][response] = logps
         return [[logps for logps in sample if logps is not None] for sample in results]
 
@@ -123,9 +126,11 @@ class Policy(nn.Module):
         for index, sample in enumerate(samples):
             if sample.video is None:
                 continue
-            found[index] = None if store is None else store.get(sample.video)
-            if found[index] is None:
+            stored = None if store is None else store.get(sample.video)
+            if stored is None:
                 missing.append(index)
+            else:
+                found[index] = _on(self.device, stored)
         if missing:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
                 encoded = self.family.encode_videos(self.base, [_video(samples[index]) for index in missing])
@@ -136,96 +141,80 @@ class Policy(nn.Module):
         return found
 
     def hidden_states(
-        self, row: RowLayout, samples: Sequence[Sample], features: Sequence[VideoFeatures | None]
+        self,
+        row: RowLayout,
+        samples: Sequence[Sample],
+        features: Sequence[VideoFeatures | None],
+        inputs: RowInputs | None = None,
     ) -> Tensor:
-        """[L, D] of one packed row, final norm included."""
-        device = self.device
-        tokens = torch.tensor(_row_tokens(row, samples), device=device)
-        embeddings = self.base.get_input_embeddings()(tokens)
-        placeholders, parts = self._placeholders(row, samples, features)
+        """[L, D] of one packed row, final norm included. inputs None: made for this row alone."""
+        inputs = inputs or self._row_inputs([row], samples)[0]
+        embeddings = self.base.get_input_embeddings()(inputs.tokens)
+        parts = _features_in_order(row, samples, features)
         extra: dict[str, Any] = {}
         if parts:
-            where = torch.tensor(placeholders, device=device)
             values = torch.cat([part.features for part in parts]).to(embeddings)
-            embeddings = embeddings.index_copy(0, where, values)
-            mask = torch.zeros(row.length, dtype=torch.bool, device=device).index_fill_(0, where, True)
-            extra = self.family.language_kwargs(mask[None], parts)
+            embeddings = embeddings.index_copy(0, inputs.placeholders, values)
+            extra = self.family.language_kwargs(inputs.placeholders, parts)
         if self.can_share:
-            packed = attention.pack_row(row, device)
+            packed = inputs.packed
             extra["attention_mask"] = attention.attention_mask(packed, self.attn_implementation, embeddings.dtype)
             if self.attn_implementation in (attention.SEGMENTS, attention.VARLEN):
                 extra["packed"] = packed
-        positions = self._positions(row, samples).to(device)
         output = self.family.language_model(self.base)(
-            inputs_embeds=embeddings[None], position_ids=positions.unsqueeze(-2), use_cache=False, **extra
+            inputs_embeds=embeddings[None], position_ids=inputs.positions.unsqueeze(-2), use_cache=False, **extra
         )
         return output.last_hidden_state[0]
 
+    def _row_inputs(self, plan: Sequence[RowLayout], samples: Sequence[Sample]) -> list[RowInputs]:
+        return row_inputs(plan, samples, family=self.family, model=self.base, device=self.device)
+
     def _row_logps(
-        self, row: RowLayout, samples: Sequence[Sample], hidden: Tensor, head: Head
+        self, row: RowLayout, samples: Sequence[Sample], hidden: Tensor, head: Head, inputs: RowInputs
     ) -> list[tuple[tuple[int, int], Tensor]]:
-        rows: list[int] = []
-        labels: list[int] = []
-        names: list[tuple[int, int]] = []
-        for group in row.groups:
-            for branch, response in enumerate(group.responses):
-                rows += group.predicting_rows(branch)
-                labels += samples[group.sample].responses[response]
-                names.append((group.sample, response))
+        names = [(group.sample, response) for group in row.groups for response in group.responses]
         logps = fused_linear_logprobs(
-            hidden, head.weight, torch.tensor(labels, device=hidden.device), bias=head.bias,
-            rows=torch.tensor(rows, device=hidden.device), logit_scale=head.logit_scale, softcap=head.softcap,
-            backend=self.backend,
+            hidden, head.weight, inputs.labels, bias=head.bias,
+            rows=inputs.rows, logit_scale=head.logit_scale, softcap=head.softcap, backend=self.backend,
         )  # fmt: skip
         lengths = [len(samples[sample].responses[response]) for sample, response in names]
         return list(zip(names, logps.split(lengths), strict=True))
 
-    def _positions(self, row: RowLayout, samples: Sequence[Sample]) -> Tensor:
-        """[L], or [3, L] for mRoPE: every prompt starts anew, and every branch goes on where its prompt ends."""
-        parts = []
-        for group in row.groups:
-            sample = samples[group.sample]
-            prompt = self.family.position_ids(self.base, torch.tensor(sample.prompt), sample.video).cpu()
-            parts.append(prompt)
-            for branch in group.branches:
-                # From the last position, not the highest: a video's time may run ahead of the text behind it.
-                parts.append(prompt[..., -1:] + 1 + torch.arange(branch.length))
-        return torch.cat(parts, -1)
 
-    def _placeholders(
-        self, row: RowLayout, samples: Sequence[Sample], features: Sequence[VideoFeatures | None]
-    ) -> tuple[list[int], list[VideoFeatures]]:
-        """Rows that hold a video token, and the features for them, in the same order."""
-        rows: list[int] = []
-        parts: list[VideoFeatures] = []
-        for group in row.groups:
-            sample, feature = samples[group.sample], features[group.sample]
-            if sample.video is None or feature is None:
-                continue
-            at = [i for i, token in enumerate(sample.prompt) if token == sample.video.placeholder_id]
-            if len(at) != feature.features.shape[0]:
-                raise ValueError(
-                    f"sample {sample.name!r}: its prompt has {len(at)} video tokens, "
-                    f"its video {feature.features.shape[0]} features"
-                )
-            rows += [group.prefix.start + i for i in at]
-            parts.append(feature)
-        return rows, parts
+def _on(device: torch.device, features: VideoFeatures) -> VideoFeatures:
+    """Features that a store has read from disk are on the host."""
+    parts = dict(enumerate((features.features, *features.deepstack)))
+    if features.features.device.type != "cpu":
+        return features
+    first, *deepstack = to_device(parts, device).values()
+    return VideoFeatures(first, tuple(deepstack))
+
+
+def _features_in_order(
+    row: RowLayout, samples: Sequence[Sample], features: Sequence[VideoFeatures | None]
+) -> list[VideoFeatures]:
+    """The features of a row's videos, in the order in which their placeholders stand.
+
+    Raises ValueError for a prompt that has more or fewer video tokens than its video has features.
+    """
+    parts: list[VideoFeatures] = []
+    for group in row.groups:
+        sample, feature = samples[group.sample], features[group.sample]
+        if sample.video is None or feature is None:
+            continue
+        wanted = sample.prompt.count(sample.video.placeholder_id)
+        if wanted != feature.features.shape[0]:
+            raise ValueError(
+                f"sample {sample.name!r}: its prompt has {wanted} video tokens, "
+                f"its video {feature.features.shape[0]} features"
+            )
+        parts.append(feature)
+    return parts
 
 
 def _video(sample: Sample) -> VideoInputs:
     assert sample.video is not None
     return sample.video
-
-
-def _row_tokens(row: RowLayout, samples: Sequence[Sample]) -> list[int]:
-    tokens: list[int] = []
-    for group in row.groups:
-        sample = samples[group.sample]
-        tokens += sample.prompt
-        for response in group.responses:
-            tokens += sample.responses[response][:-1]
-    return tokens
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner
 from synpo_fast.models.chat_template import chatml_template
+from synpo_fast.models.tower_inputs import host_grids, tower_inputs
 from synpo_fast.models.video_frames import (
     CLIP_MEAN,
     CLIP_STD,
@@ -26,6 +27,7 @@ class Qwen25VL(Family):
     model_types = ("qwen2_5_vl",)
     video_markers: tuple[str, ...] = ("<|video_pad|>",)
     placeholder_token = "<|video_pad|>"
+    packs_frames = True
     chat_template = chatml_template(
         "<|vision_start|><|video_pad|><|vision_end|>", default_system="You are a helpful assistant."
     )
@@ -60,9 +62,23 @@ class Qwen25VL(Family):
     def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:
         if not videos:
             return []
-        tensors = concatenated(inner(model).visual, videos, ("pixel_values_videos", "video_grid_thw"))
-        output = inner(model).get_video_features(**tensors, return_dict=True)
+        pixels = concatenated(inner(model).visual, videos, ("pixel_values_videos",))
+        grids = host_grids(videos)
+        output = inner(model).get_video_features(
+            **pixels, video_grid_thw=grids, **self.tower_inputs(model, grids), return_dict=True
+        )
         return [VideoFeatures(features) for features in output.pooler_output]
+
+    def tower_inputs(self, model: nn.Module, grids: Tensor) -> dict[str, Any]:
+        """What the tower makes of the grid, made beforehand (tower_inputs.py)."""
+        tower = inner(model).visual
+        return tower_inputs(
+            tower,
+            grids,
+            merge_size=tower.spatial_merge_size,
+            device=next(tower.parameters()).device,
+            windows=(tower.window_size, tower.patch_size),
+        )
 
     def vision_modules(self, model: nn.Module) -> list[nn.Module]:
         return [inner(model).visual]  # the projector ("merger") is part of it

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from synpo_fast.models.base import VideoFeatures, VideoInputs, concatenated, inner, token_ids_of
 from synpo_fast.models.chat_template import chatml_template
 from synpo_fast.models.qwen2_5_vl import Qwen25VL, packing_of
+from synpo_fast.models.tower_inputs import host_grids, tower_inputs
 from synpo_fast.models.video_frames import (
     HALF_MEAN,
     HALF_STD,
@@ -69,8 +70,11 @@ class Qwen3VL(Qwen25VL):
     def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:
         if not videos:
             return []
-        tensors = concatenated(inner(model).visual, videos, ("pixel_values_videos", "video_grid_thw"))
-        output = inner(model).get_video_features(**tensors, return_dict=True)
+        pixels = concatenated(inner(model).visual, videos, ("pixel_values_videos",))
+        grids = host_grids(videos)
+        output = inner(model).get_video_features(
+            **pixels, video_grid_thw=grids, **self.tower_inputs(model, grids), return_dict=True
+        )
         encoded = [VideoFeatures(features) for features in output.pooler_output]
         for layer in output.deepstack_features:
             # One tensor for all videos up to transformers 5.19, split by video after that.
@@ -80,14 +84,50 @@ class Qwen3VL(Qwen25VL):
             ]
         return encoded
 
-    def language_kwargs(self, placeholder_mask: Tensor, features: Sequence[VideoFeatures]) -> dict[str, Any]:
+    def tower_inputs(self, model: nn.Module, grids: Tensor) -> dict[str, Any]:
+        tower = inner(model).visual
+        table = {
+            "num_grid_per_side": tower.num_grid_per_side,
+            "mode": tower.interpolation_mode,
+            "align_corners": tower.interpolation_align_corners,
+            "spatial_merge_size": tower.spatial_merge_size,
+        }
+        return tower_inputs(
+            tower,
+            grids,
+            merge_size=tower.spatial_merge_size,
+            device=next(tower.parameters()).device,
+            interpolation=table,
+        )
+
+    def language_model(self, model: nn.Module) -> nn.Module:
+        """transformers adds the features by a mask, and to find where a mask is True the host waits for the device, twice a
+        layer. This adds them by position, to the same result."""
+        language_model = super().language_model(model)
+        language_model._deepstack_process = add_by_position
+        return language_model
+
+    def language_kwargs(self, placeholders: Tensor, features: Sequence[VideoFeatures]) -> dict[str, Any]:
         if not features:
             return {}
         layers = zip(*(video.deepstack for video in features), strict=True)
         return {
-            "visual_pos_masks": placeholder_mask,
+            "visual_pos_masks": placeholders,  # what reaches add_by_position, as positions
             "deepstack_visual_embeds": [torch.cat(layer) for layer in layers],
         }
+
+
+def add_by_position(hidden_states: Tensor, placeholders: Tensor, features: Tensor) -> Tensor:
+    """hidden_states [1, L, D] with features [P, D] added where placeholders [P] say; in place of Qwen3VLTextModel's method.
+
+    transformers' own composite forward, which others may call on the same model, still brings a bool mask [B, L].
+    """
+    if placeholders.dtype == torch.bool:
+        return hidden_states.masked_scatter(
+            placeholders[..., None], hidden_states[placeholders] + features.to(hidden_states)
+        )
+    here = hidden_states.index_select(1, placeholders) + features.to(hidden_states)
+    return hidden_states.index_copy(1, placeholders, here)
 
 
 def grid_times(num_frames: int, temporal_patch_size: int, seconds_per_frame: float) -> list[float]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner, token_ids_of
 from synpo_fast.models.chat_template import chatml_template
+from synpo_fast.models.tower_inputs import host_grids, tower_inputs
 from synpo_fast.models.video_frames import (
     HALF_MEAN,
     HALF_STD,
@@ -18,6 +19,7 @@ from synpo_fast.models.video_frames import (
     frames_and_recipe,
     smart_resize,
 )
+from synpo_fast.ops.host_copy import to_device
 from synpo_fast.ops.video_patches import Packing
 
 CHUNK_BYTES = 32 << 20  # of differences at a time: those of a long video take as much as its pixels
@@ -30,6 +32,7 @@ class VideoLlama3(Family):
     model_types = ("video_llama_3",)
     video_markers = ("<|video_pad|>",)
     placeholder_token = "<|video_pad|>"
+    packs_frames = True
     chat_template = chatml_template("<|video_pad|>\\n")
     default_seconds_per_frame = 1.0
 
@@ -76,13 +79,21 @@ class VideoLlama3(Family):
     def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:
         if not videos:
             return []
-        tensors = concatenated(
-            inner(model).vision_model, videos, ("pixel_values_videos", "video_grid_thw", "video_merge_sizes")
+        pixels = concatenated(inner(model).vision_model, videos, ("pixel_values_videos",))
+        device = next(model.parameters()).device
+        grids = host_grids(videos)
+        merge_sizes = torch.cat([video.tensors["video_merge_sizes"].cpu() for video in videos])
+        made = tower_inputs(inner(model).vision_model, grids, merge_size=merge_sizes, device=device)
+        output = inner(model).get_video_features(
+            **pixels, video_grid_thw=grids, video_merge_sizes=merge_sizes, **made, return_dict=True
         )
-        output = inner(model).get_video_features(**tensors, return_dict=True)
+        # Chosen by position: to find where a mask on the device is True, the host would wait for the device.
+        kept = {
+            index: video.tensors["video_compression_mask"].cpu().nonzero()[:, 0] for index, video in enumerate(videos)
+        }
         return [
-            VideoFeatures(features[video.tensors["video_compression_mask"].to(features.device)])
-            for features, video in zip(output.pooler_output, videos, strict=True)
+            VideoFeatures(features.index_select(0, rows))
+            for features, rows in zip(output.pooler_output, to_device(kept, device).values(), strict=True)
         ]
 
     def vision_modules(self, model: nn.Module) -> list[nn.Module]:

@@ -48,6 +48,11 @@ class TrainConfig:
     attn_implementation: str = option(
         "auto", "auto, sdpa, eager, synpo_fast_segments or synpo_fast_varlen; auto: segments on a CPU, varlen on a GPU"
     )
+    vision_attn_implementation: str = option(
+        "auto",
+        "of the vision tower: auto, sdpa, eager, synpo_fast_varlen, synpo_fast_segments or flash_attention_2; auto: on a GPU "
+        "varlen (segments in fp32) where the tower runs all frames as one row, else sdpa",
+    )
     freeze_vision: bool = option(True, "vision tower and projector do not train")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward: less memory, more time")
     liger_kernels: bool = option(False, "Liger's norms, rotary and MLP (GPU)")

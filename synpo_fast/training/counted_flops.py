@@ -24,6 +24,10 @@ from torch.utils.flop_counter import (
 
 from synpo_fast.models.attention import SEGMENTS, VARLEN
 from synpo_fast.models.policy import Policy
+from synpo_fast.models.vision_attention import FLASH_ATTENTION_2, set_vision_attention
+
+# The same work where the counter sees it.
+PLAIN: dict[str | None, str] = {VARLEN: SEGMENTS, FLASH_ATTENTION_2: "sdpa"}
 
 
 @functools.cache
@@ -51,17 +55,22 @@ def count_flops(call: Callable[[], Any]) -> int:
 def visible_products(policies: Sequence[Policy]) -> Iterator[None]:
     """Policies on a GPU: the chunked head for the Triton one, attention segment by segment for flash attention."""
     on_gpu = [policy for policy in policies if policy.device.type == "cuda"]
-    before = [(policy.backend, policy.attn_implementation) for policy in on_gpu]
+    before = [(policy.backend, policy.attn_implementation, policy.vision_attn_implementation) for policy in on_gpu]
     try:
-        for policy in on_gpu:
-            _use(policy, "chunked", SEGMENTS if policy.attn_implementation == VARLEN else policy.attn_implementation)
+        for policy, (_, language, vision) in zip(on_gpu, before, strict=True):
+            _use(policy, "chunked", PLAIN.get(language, language), PLAIN.get(vision, vision))
         yield
     finally:
         for policy, was in zip(on_gpu, before, strict=True):
             _use(policy, *was)
 
 
-def _use(policy: Policy, backend: str | None, attention: str) -> None:
+def _use(policy: Policy, backend: str | None, attention: str, vision: str | None) -> None:
     policy.backend, policy.attn_implementation = backend, attention
+    if vision is not None:
+        dtype = policy.base.get_input_embeddings().weight.dtype
+        policy.vision_attn_implementation = set_vision_attention(
+            policy.family, policy.base, vision, dtype=dtype, device=policy.device
+        )
     language_model: Any = policy.family.language_model(policy.base)
     language_model.config._attn_implementation = attention

@@ -44,10 +44,11 @@ def reward_gradient_norms(module: PairModule, micro_batches: Sequence[Sequence[E
     dist.all_reduce(counted)
     for total in totals.values():
         dist.all_reduce(total)
-    pairs_seen, *rest = counted.tolist()
+    norms = torch.stack([total.norm() for total in totals.values()])
+    pairs_seen, *rest, chosen_norm, rejected_norm = torch.cat([counted, norms.double()]).tolist()  # the one read
     if not pairs_seen:
         return {}
-    chosen, rejected = (float(total.norm()) / pairs_seen / size for total in totals.values())
+    chosen, rejected = (norm / pairs_seen / size for norm in (chosen_norm, rejected_norm))
     means = dict(zip(("logps_mean/chosen", "logps_mean/rejected"), rest, strict=True))
     return {
         "diagnostics/grad_norm_chosen": chosen,
@@ -56,12 +57,12 @@ def reward_gradient_norms(module: PairModule, micro_batches: Sequence[Sequence[E
     }
 
 
-def _rewards(module: PairModule, pairs: Sequence[EncodedPair]) -> tuple[tuple[Tensor, Tensor], Numbers]:
+def _rewards(module: PairModule, pairs: Sequence[EncodedPair]) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
     samples = [pair.sample for pair in pairs]
     policy = pair_logprobs(pairs, module.policy(samples, share_prefix=module.share_prefix))
     halves = ((policy.chosen, policy.chosen_offsets), (policy.rejected, policy.rejected_offsets))
     with torch.no_grad():
-        chosen, rejected = (float(segment_mean(*half).sum()) for half in halves)
+        chosen, rejected = (segment_mean(*half).sum().double() for half in halves)
     logps = {"chosen": chosen, "rejected": rejected}
     if module.loss_type == "synpo":
         return (geometric_mean(*halves[0]), geometric_mean(*halves[1])), logps

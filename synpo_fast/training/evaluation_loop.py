@@ -51,7 +51,7 @@ class Evaluator:
             captions = sample_captions(engine, self.captioned, max_new_tokens=self.max_new_tokens)
         finally:
             module.train()
-        sums["bad"] = torch.tensor(float(bad), device=self.device)
+        sums["bad"] = torch.full((), float(bad), device=self.device)
         total = summed_over_ranks(sums, self.device)
         numbers: dict[str, Any] = {f"eval_{name}": value for name, value in means_of(total).items()}
         numbers["eval_skipped_pairs"] = total["bad"]

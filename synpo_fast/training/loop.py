@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 
 from synpo_fast.data.loader import PairLoader, StepBatch
 from synpo_fast.models.batching import micro_batches
@@ -55,7 +54,8 @@ class Run:
     device: torch.device
     num_steps: int
     spare: EncodedPair | None = None  # stands in, with weight 0, where this rank has fewer micro-batches than others
-    asked_to_stop: bool = field(default=False)
+    asked_to_stop: bool = field(default=False)  # this rank was
+    stopping: bool = field(default=False)  # some rank was: what all agreed on with the last step's numbers
 
 
 def train(run: Run) -> RunState:
@@ -69,7 +69,7 @@ def train(run: Run) -> RunState:
         state.step += 1
         state.epoch, state.step_in_epoch = _position_after(run, batch)
         last = state.step == run.num_steps
-        stop = _any_rank(run, run.asked_to_stop)
+        stop = _asked_to_stop(run)
         state.window.add(numbers)
         if state.step % config.logging_steps == 0 or last:  # after a stop, the resumed run writes the line
             run.log.log(state.step, state.window.take())
@@ -86,7 +86,12 @@ def train(run: Run) -> RunState:
 
 
 def train_step(run: Run, batch: StepBatch) -> Numbers:
-    """One optimiser step on all ranks, and its numbers, summed over ranks."""
+    """One optimiser step on all ranks, and its numbers, summed over ranks.
+
+    Nothing is read from the device between the first forward and the last backward: the host runs ahead of a GPU. It waits at
+    the end, for the gradient's norm (whether the step counts depends on it) and for the numbers, which come as one tensor;
+    and, where there are several ranks, at the beginning, to agree on how many forwards there are.
+    """
     config, engine, step = run.config, run.engine, run.state.step
     started = time.perf_counter()
     micros, pairs_in_step = _agree_on_micro_batches(run, batch)
@@ -132,11 +137,15 @@ def _agree_on_micro_batches(run: Run, batch: StepBatch) -> tuple[list[tuple[list
 def _numbers_of(
     run: Run, batch: StepBatch, sums: dict[str, torch.Tensor], outcome: StepOutcome, rate: float, seconds: float
 ) -> Numbers:
-    local = {"bad_pairs": len(batch.bad), "wanted_pairs": batch.wanted, "wait_s": batch.wait_s, "step_s": seconds}
+    local = {
+        "bad_pairs": len(batch.bad), "wanted_pairs": batch.wanted, "wait_s": batch.wait_s, "step_s": seconds,
+        "asked_to_stop": run.asked_to_stop,
+    }  # fmt: skip
     for bad in batch.bad:
         run.saver.note_bad(bad, batch.epoch, run.state.step + 1)
-    sums = sums | {name: torch.tensor(float(value), device=run.device) for name, value in local.items()}
+    sums = sums | {name: torch.full((), float(value), device=run.device) for name, value in local.items()}
     total = summed_over_ranks(sums, run.device)
+    run.stopping = total["asked_to_stop"] > 0
     state, ranks = run.state, run.engine.world_size
     state.bad_pairs += int(total["bad_pairs"])
     state.seen_pairs += int(total["wanted_pairs"])
@@ -213,10 +222,9 @@ def _seed_of(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest(), "little")
 
 
-def _any_rank(run: Run, value: bool) -> bool:
-    flag = torch.tensor(float(value), device=run.device)
-    dist.all_reduce(flag)
-    return bool(flag > 0)
+def _asked_to_stop(run: Run) -> bool:
+    """The same answer on every rank: of several, what they told each other with the step's numbers."""
+    return run.asked_to_stop if run.engine.world_size == 1 else run.stopping
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -22,6 +22,7 @@ from synpo_fast.losses.metric_sums import metric_sums
 from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.models.scoring import EncodedPair
 from synpo_fast.models.shared_features import videos_encoded_once
+from synpo_fast.ops.host_copy import to_device
 from synpo_fast.references import AdapterOff, FrozenCopy, PreviousRound, Reference
 from synpo_fast.training.config import TrainConfig
 
@@ -76,8 +77,12 @@ class PairModule(nn.Module):
     def reference_logps(self, samples: Sequence[Sample]) -> Logps:
         """Where the policy is: precomputed ones come from a file, on the CPU."""
         assert self.reference is not None
-        device = self.policy.device
-        return [[values.to(device) for values in each] for each in self.reference(samples)]
+        logps = self.reference(samples)
+        if all(values.device == self.policy.device for each in logps for values in each):
+            return logps
+        places = {(i, j): values for i, each in enumerate(logps) for j, values in enumerate(each)}
+        sent = to_device(places, self.policy.device)
+        return [[sent[i, j] for j in range(len(each))] for i, each in enumerate(logps)]
 
     def loss_of_logps(self, pairs: Sequence[EncodedPair], logps: Logps, reference: Logps | None) -> LossOutput:
         """The loss of each pair from token log-probs, laid out as the samples' responses are."""
@@ -90,15 +95,18 @@ class PairModule(nn.Module):
         )
 
     def _sums(self, pairs: Sequence[EncodedPair], output: LossOutput) -> Sums:
-        device = output.losses.device
+        def number(value: int) -> Tensor:
+            """Filled on the device: a tensor made of a host number would be copied, and the copy waited for."""
+            return torch.full((), float(value), device=output.losses.device)
+
         chosen = sum(len(pair.sample.responses[0]) for pair in pairs)
         rejected = sum(len(pair.sample.responses[1]) for pair in pairs if pair.preference)
         prompt = sum(len(pair.sample.prompt) for pair in pairs)
         tokens = {"chosen_tokens": chosen, "rejected_tokens": rejected}
-        sums = metric_sums(output, {name: torch.tensor(float(n), device=device) for name, n in tokens.items()})
+        sums = metric_sums(output, {name: number(n) for name, n in tokens.items()})
         sums["loss"] = output.losses.sum().float()
-        sums["pairs"] = torch.tensor(float(len(pairs)), device=device)
-        sums["tokens"] = torch.tensor(float(prompt + chosen + rejected), device=device)
+        sums["pairs"] = number(len(pairs))
+        sums["tokens"] = number(prompt + chosen + rejected)
         return sums
 
 

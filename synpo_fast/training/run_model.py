@@ -91,6 +91,7 @@ def _load(
         dtype=dtype,
         device=device,
         attn_implementation=config.attn_implementation,
+        vision_attn_implementation=config.vision_attn_implementation,
         freeze_vision=config.freeze_vision,
         gradient_checkpointing=config.gradient_checkpointing,
         liger_kernels=config.liger_kernels,

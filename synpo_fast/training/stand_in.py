@@ -16,6 +16,8 @@ def agree_on_forwards(
 ) -> tuple[int, int, EncodedPair | None]:
     """From this rank's numbers: the most micro-batches of any rank, the pairs of all ranks, and a pair to stand in with, which
     another rank hands over if this one has had none. None only while no rank has had a pair."""
+    if dist.get_world_size() == 1:
+        return micros, pairs, spare
     facts = torch.tensor([pairs, micros, spare is not None], device=device)
     every = [torch.zeros_like(facts) for _ in range(dist.get_world_size())]
     dist.all_gather(every, facts)

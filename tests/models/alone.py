@@ -62,7 +62,7 @@ def alone(policy: Policy, sample: Sample, response: int) -> Tensor:
         (features,) = family.encode_videos(base, [sample.video])
         mask = tokens == sample.video.placeholder_id
         embeddings = embeddings.masked_scatter(mask[:, None], features.features)
-        extra = family.language_kwargs(mask[None], [features])
+        extra = family.language_kwargs(mask.nonzero()[:, 0], [features])
     prompt = family.position_ids(base, torch.tensor(sample.prompt), sample.video)
     rest = prompt[..., -1:] + 1 + torch.arange(len(answer))
     with plain_attention(policy):

@@ -45,7 +45,7 @@ def our_hidden(family, model, token_ids, video=None, features=None, positions=No
         inputs_embeds=embeddings,
         position_ids=positions[..., None, :],
         use_cache=False,
-        **family.language_kwargs(mask, all_features),
+        **family.language_kwargs(mask[0].nonzero()[:, 0], all_features),
     )
     return output.last_hidden_state[0]
 

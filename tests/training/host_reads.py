@@ -1,0 +1,96 @@
+"""Counts where the host waits for a device during a step, on a CPU, where every tensor could be read at no cost.
+
+Reading one value from a GPU (`.item()`, `bool()`, `.tolist()`, `.cpu()`, `nonzero()`, an index by a mask) waits for all work
+given to it before, and so does `torch.tensor(value, device=...)`, which copies from ordinary memory. Here each such call is
+noted with its place. Tensors that live on the host on a GPU machine too, such as token ids, grids and positions, are made and
+read inside a few functions: calls inside those are not noted. That these hold no tensor of the device is what tests/rehearsal
+sees to, on tensors of a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PACKAGES = ("synpo_fast", "transformers", "deepspeed", "peft")
+# Functions that work on the host, and the host backends of the head, whose place Triton takes on a GPU.
+ON_THE_HOST = {"row_inputs", "tower_inputs", "host_grids", "_digest", "valid_rows"}
+# Lines that read the grid, which our call leaves on the host.
+READS_THE_GRID = {"get_video_features", "get_image_features"}
+METHODS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero")
+
+
+READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+INDEXES = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
+class HostReads(TorchDispatchMode):
+    """places: where the host would wait, as "package file function", in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+        self._noted = False  # inside a method that has been noted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._noted and (func in READS or (func in INDEXES and any(map(_is_mask, args[1])))):
+            self._note()
+        return func(*args, **(kwargs or {}))
+
+    def noting(self, call: Any, when: Callable[..., bool] = lambda *_, **__: True) -> Any:
+        """`call`, noted each time that `when` holds for its arguments."""
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            if self._noted or not when(*args, **kwargs):
+                return call(*args, **kwargs)
+            self._note()
+            self._noted = True
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._noted = False
+
+        return noted
+
+    def _note(self) -> None:
+        frame: Any = sys._getframe(2)
+        inside, place = set(), None
+        while frame is not None:
+            file, function = Path(frame.f_code.co_filename), frame.f_code.co_name
+            package = next((name for name in PACKAGES if name in file.parts), None)
+            if place is None and package is not None:
+                place = f"{package} {file.name} {function}"
+                if function in READS_THE_GRID:
+                    return
+            inside.add(function)
+            frame = frame.f_back
+        if not inside & ON_THE_HOST:
+            self.places.append(place or "elsewhere")
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostReads]:
+    """All of them inside; looks that losses allow themselves on a CPU are switched off, as they are on a GPU."""
+    reads = HostReads()
+    with monkeypatch.context() as patch:
+        for name in ("pair", "dpo", "nll"):  # by import: the package has functions of these names
+            module = importlib.import_module(f"synpo_fast.losses.{name}")
+            patch.setattr(module, "host_can_read", lambda tensor: False)
+        for name in METHODS:
+            patch.setattr(Tensor, name, reads.noting(getattr(Tensor, name)))
+        patch.setattr(torch, "tensor", reads.noting(torch.tensor, lambda *_, device=None, **__: device is not None))
+        with reads:
+            yield reads
