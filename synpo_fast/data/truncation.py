@@ -57,7 +57,7 @@ def _ends_inside_a_box(path: Path) -> bool:
             if length < 8 or at + length > size:
                 return name in (b"moof", b"mdat") and at + length > size
             at += length
-    return False
+    return at < size  # less than the header of a box
 
 
 def _by_count(path: Path, stream: Any, num_packets: int) -> str:
