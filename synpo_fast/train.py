@@ -18,6 +18,7 @@ if not __package__:
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     sys.path.insert(0, str(here.parent))
 
+from synpo_fast.printable import PrintableFormatter, printable
 from synpo_fast.training.config_sources import dump_config, resolve_config
 from synpo_fast.training.option_help import help_text
 
@@ -36,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if only_print:
         print(dump_config(config), end="")
         return 0
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[terminal])
     from synpo_fast.training.checkpoint import CheckpointError
     from synpo_fast.training.loop import TrainingStopped
     from synpo_fast.training.start import run_training
@@ -46,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _mistake(error)
     except (TrainingStopped, CheckpointError) as error:
-        print(f"synpo-fast train: {error}", file=sys.stderr)
+        print(f"synpo-fast train: {printable(error)}", file=sys.stderr)
         return 1
     return 0
 
 
 def _mistake(error: Exception) -> int:
-    print(f"synpo-fast train: error: {error}", file=sys.stderr)
+    print(f"synpo-fast train: error: {printable(error)}", file=sys.stderr)
     return 2
 
 

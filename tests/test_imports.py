@@ -19,9 +19,9 @@ MAY_IMPORT = {
     "losses": {"losses", "ops"},
     "fused": {"ops", "losses"},
     "models": {"models", "ops", "data"},  # of data only what a pair is
-    "data": {"data", "ops", "models"},
+    "data": {"data", "ops", "models", "printable"},
     "references": {"references", "models", "ops"},
-    "training": {"training", "references", "losses", "data", "models", "ops"},
+    "training": {"training", "references", "losses", "data", "models", "ops", "printable"},
     "integrations": {"integrations", "fused", "losses", "ops", "models"},
 }
 OWNERS = {

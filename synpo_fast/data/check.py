@@ -15,6 +15,7 @@ from pathlib import Path
 
 from synpo_fast.data.manifest import ManifestError, read_manifest_rows
 from synpo_fast.data.pair import Pair
+from synpo_fast.data.text_markers import CONTROL, TAGS, any_of, marked_pairs, special_tokens
 
 QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 CLIP_SLACK_S = 0.1  # a clip may end this much after its video: times in a manifest are often rounded
@@ -61,12 +62,14 @@ def check_manifest(
     video_root: str | Path | None = None,
     decode: bool = False,
     num_workers: int = 1,
+    model: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Reads the manifest and, given their root, looks at every distinct video once, in worker processes.
 
     decode: decode the first and the last frame too. A file that is cut off is a problem
-    in any case. progress(done, total) is called after every video.
+    in any case. model: whose tokenizer says which strings are special tokens; without one, those of all families served are
+    looked for. progress(done, total) is called after every video.
     """
     report = CheckReport(str(path))
     try:
@@ -80,7 +83,7 @@ def check_manifest(
     users = _users_of_videos(pairs)
     report.num_videos = len(users)
     _measure_texts(report, pairs)
-    findings = [Finding("bad rows", [str(row) for row in bad_rows]), *_compare_pairs(pairs)]
+    findings = [Finding("bad rows", [str(row) for row in bad_rows]), *_compare_pairs(pairs), *_markers(pairs, model)]
     if video_root is not None:
         report.videos_checked = True
         durations, unusable = _probe_videos(list(users), Path(video_root), decode, num_workers, progress)
@@ -145,6 +148,22 @@ def _compare_pairs(pairs: list[Pair]) -> Iterable[Finding]:
     same_texts = _groups(preferences, lambda pair: (pair.prompt, pair.chosen, pair.rejected))
     elsewhere = [_ids(group) for group in same_texts if len({_shown(pair) for pair in group}) > 1]
     yield Finding("the same texts for different videos", elsewhere, is_problem=False)
+
+
+def _markers(pairs: list[Pair], model: str | None) -> Iterable[Finding]:
+    special, what = CONTROL, "texts that hold tokens of chat templates"
+    if model is not None:
+        from synpo_fast.models.loading import load_tokenizer
+
+        tokenizer, family = load_tokenizer(model)
+        special = special_tokens(tokenizer, family.placeholder_token, *family.video_markers)
+        what = f"texts that hold special tokens of {model}"
+    found = marked_pairs(pairs, special)
+    yield Finding(what, [f"{pair.id}: {where}" for pair, where in found])
+    known = {id(pair) for pair, _ in found}
+    left_over = [*marked_pairs(pairs, any_of(TAGS)), *marked_pairs(pairs, CONTROL)]
+    tags = [f"{pair.id}: {where}" for pair, where in left_over if id(pair) not in known]
+    yield Finding("texts that hold tags of another format", tags, is_problem=False)
 
 
 def _groups(pairs: list[Pair], key: Callable[[Pair], Hashable]) -> list[list[Pair]]:

@@ -1,6 +1,7 @@
 """One pair from its file to tokens and pixels, and who does it when no worker process does."""
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,13 @@ class BadPair:
 
     id: str
     reason: str
+
+
+def quoted(bad: Sequence[BadPair], most: int = 3) -> str:
+    """The first ones with their reasons, as part of a message."""
+    return "; ".join(
+        f"{pair.id!r}: {pair.reason.removeprefix(f'pair {pair.id!r}').lstrip(': ')}" for pair in bad[:most]
+    )
 
 
 @dataclass(frozen=True, eq=False)

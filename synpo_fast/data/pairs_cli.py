@@ -11,6 +11,7 @@ from synpo_fast.data.check import CheckReport, check_manifest, histogram
 from synpo_fast.data.importers import IMPORTERS, ImportOptions, ImportResult, detect_format, import_pairs
 from synpo_fast.data.manifest import filter_by_score_gap, write_manifest
 from synpo_fast.data.row_folders import named_split
+from synpo_fast.printable import printable, printable_line
 
 SHOWN = 20
 BAR_WIDTH = 40
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> int:
     try:
         return _import(arguments) if arguments.command == "import" else _check(arguments)
     except (ValueError, ImportError, OSError) as error:
-        print(f"synpo-fast pairs {arguments.command}: error: {error}", file=sys.stderr)
+        print(f"synpo-fast pairs {arguments.command}: error: {printable(error)}", file=sys.stderr)
         return USAGE
 
 
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--num_workers", type=int, default=_num_cores(), help="processes that look at videos (%(default)s)"
     )
+    check.add_argument("--model", help="hub name or folder: look for its tokenizer's special tokens in the texts")
     check.add_argument("--json", action="store_true", help="the report as JSON, every example in it")
     return parser
 
@@ -92,7 +94,7 @@ def _import(arguments: argparse.Namespace) -> int:
         print("wrote nothing: no pairs are left")
         return PROBLEMS
     write_manifest(arguments.target, pairs)
-    print(f"wrote {len(pairs)} pairs to {arguments.target}")
+    print(f"wrote {len(pairs)} pairs to {printable(arguments.target)}")
     return CLEAN
 
 
@@ -100,12 +102,13 @@ def _print_refusals(result: ImportResult) -> None:
     if result.refused:
         print(f"refused {len(result.refused)} rows:")
         for reason, count in result.reasons.most_common():
-            print(f"  {count:6d}  {reason}")
+            print(f"  {count:6d}  {printable_line(reason)}")
         print(f"the first {min(len(result.refused), SHOWN)} of them:")
         for row in result.refused[:SHOWN]:
-            print(f"  {row}")
+            print(f"  {printable_line(row)}")
     if result.unused_keys:
-        print("not used: " + ", ".join(f"{key} ({count} rows)" for key, count in sorted(result.unused_keys.items())))
+        unused = ", ".join(f"{key} ({count} rows)" for key, count in sorted(result.unused_keys.items()))
+        print(f"not used: {printable_line(unused)}")
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -122,6 +125,7 @@ def _check(arguments: argparse.Namespace) -> int:
         video_root=arguments.video_root,
         decode=arguments.decode,
         num_workers=arguments.num_workers,
+        model=arguments.model,
         progress=_show_progress if sys.stderr.isatty() else None,
     )
     print(json.dumps({**asdict(report), "clean": report.clean}, indent=2) if arguments.json else report_text(report))
@@ -133,7 +137,7 @@ def _show_progress(done: int, total: int) -> None:
 
 
 def report_text(report: CheckReport) -> str:
-    lines = [f"{report.file}: {report.num_rows} rows, {report.num_pairs} pairs"]
+    lines = [f"{printable_line(report.file)}: {report.num_rows} rows, {report.num_pairs} pairs"]
     lines.append(f"  {report.num_sft} train on chosen alone, {report.num_text_pairs} are text pairs")
     seen = "all looked at" if report.videos_checked else "not looked at: give --video_root"
     lines.append(f"  {report.num_videos} different videos, {seen}")
@@ -152,7 +156,7 @@ def report_text(report: CheckReport) -> str:
             lines.append(f"  {low:8g} to {high:<8g} {count:8d} {bar}".rstrip())
     for finding in report.findings:
         lines.append(f"{'PROBLEM' if finding.is_problem else 'note'}: {finding.what}: {finding.count}")
-        lines += [f"  {example}" for example in finding.examples[:SHOWN]]
+        lines += [f"  {printable_line(example)}" for example in finding.examples[:SHOWN]]
         if finding.count > SHOWN:
             lines.append(f"  ... and {finding.count - SHOWN} more")
     lines.append("clean" if report.clean else "not clean")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synpo_fast.demo.summary import TRAININGS, summary
+from synpo_fast.printable import printable
 
 if TYPE_CHECKING:  # it loads torch, which --help can do without
     from synpo_fast.demo.settings import Settings
@@ -40,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run_demo(arguments.out.resolve(), settings)
     except ValueError as error:
-        print(f"synpo-fast demo: error: {error}", file=sys.stderr)
+        print(f"synpo-fast demo: error: {printable(error)}", file=sys.stderr)
         return 2
     except DemoError as error:
-        print(f"synpo-fast demo: {error}", file=sys.stderr)
+        print(f"synpo-fast demo: {printable(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nsynpo-fast demo: interrupted; the same command goes on from here", file=sys.stderr)

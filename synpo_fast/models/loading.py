@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from synpo_fast.models import attention
-from synpo_fast.models.family import FAMILIES, attention_kinds, family_of
+from synpo_fast.models.family import FAMILIES, Family, attention_kinds, family_of
 from synpo_fast.models.low_precision import cast_as_loaded
 from synpo_fast.models.policy import Policy
 from synpo_fast.models.video_frames import with_resolution
@@ -110,10 +110,9 @@ def _attention(wanted: str, device: torch.device) -> str:
 def _tiny(name: str, seed: int, options: dict[str, Any]) -> tuple[Any, Any, Any]:
     from synpo_fast.models.tiny import tiny_model
 
-    if name not in FAMILIES:
-        raise ValueError(f"unknown family {name!r} in 'tiny:{name}', expected one of {', '.join(FAMILIES)}")
+    family = _known_family(f"tiny:{name}")
     model, tokenizer = tiny_model(name, seed, **options)
-    return model, tokenizer, FAMILIES[name]
+    return model, tokenizer, family
 
 
 def _pretrained(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any, Any]:
@@ -123,6 +122,27 @@ def _pretrained(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple
     family = family_of(config)
     model = family.load_class().from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code), family
+
+
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> tuple[Any, Family]:
+    """The tokenizer that load_policy gives a model, and the model's family, without the model."""
+    if name_or_path.startswith("tiny:"):
+        from synpo_fast.models.tiny import tiny_tokenizer
+
+        family = _known_family(name_or_path)
+        return tiny_tokenizer(family.name), family
+    from transformers import AutoConfig, AutoTokenizer
+
+    family = family_of(AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code))
+    return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code), family
+
+
+def _known_family(name: str) -> Family:
+    """Of "tiny:<family>"."""
+    family = FAMILIES.get(name.removeprefix("tiny:"))
+    if family is None:
+        raise ValueError(f"unknown family in {name!r}, expected one of {', '.join(FAMILIES)}")
+    return family
 
 
 def _check_layers(config: Any, family: str) -> None:

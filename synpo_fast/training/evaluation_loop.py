@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from synpo_fast.data.encoding import BadPair, quoted
 from synpo_fast.data.loader import PairLoader
 from synpo_fast.data.pair import Pair
 from synpo_fast.models.batching import micro_batches
@@ -16,6 +18,8 @@ from synpo_fast.training.captions import sample_captions
 from synpo_fast.training.engine import Engine
 from synpo_fast.training.metrics import add_sums, means_of, summed_over_ranks
 from synpo_fast.training.stand_in import agree_on_forwards
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -26,17 +30,18 @@ class Evaluator:
     device: torch.device
     spare: EncodedPair | None = None  # stands in, as in training
     max_tokens: int | None = None  # in one forward
+    told: bool = False  # why pairs could not be used: at the first evaluation, since it is the same at each
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, Any]:
         """All ranks call it and take part in every step of it, as ZeRO-3 needs; all get the same numbers."""
         module = engine.module
         module.eval()
         sums: dict[str, torch.Tensor] = {}
-        bad = 0
+        bad: list[BadPair] = []
         try:
             with torch.no_grad():
                 for batch in self.loader.steps(0):
-                    bad += len(batch.bad)
+                    bad += batch.bad
                     groups = micro_batches(
                         [pair.sample for pair in batch.pairs],
                         max_pairs=max(1, len(batch.pairs)),
@@ -51,7 +56,10 @@ class Evaluator:
             captions = sample_captions(engine, self.captioned, max_new_tokens=self.max_new_tokens)
         finally:
             module.train()
-        sums["bad"] = torch.full((), float(bad), device=self.device)
+        if bad and not self.told:
+            self.told = True
+            logger.warning("%d held-out pairs could not be used: %s", len(bad), quoted(bad))
+        sums["bad"] = torch.full((), float(len(bad)), device=self.device)
         total = summed_over_ranks(sums, self.device)
         numbers: dict[str, Any] = {f"eval_{name}": value for name, value in means_of(total).items()}
         numbers["eval_skipped_pairs"] = total["bad"]

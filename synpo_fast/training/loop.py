@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from synpo_fast.data.encoding import BadPair, quoted
 from synpo_fast.data.loader import PairLoader, StepBatch
 from synpo_fast.models.batching import micro_batches
 from synpo_fast.models.scoring import EncodedPair
@@ -188,9 +189,13 @@ def _check_health(run: Run, batch: StepBatch, numbers: Numbers) -> None:
     share = state.bad_pairs / max(1, state.seen_pairs)
     # One bad video among the first few is no share to go by.
     if share > config.max_bad_share and state.bad_pairs > max(1, config.max_bad_share * run.loader.pairs_per_step):
+        noted: list[list[BadPair]] = [[]] * run.engine.world_size
+        dist.all_gather_object(noted, run.saver.first_bad())
+        first = [bad for of_rank in noted for bad in of_rank]
         raise TrainingStopped(
             f"{state.bad_pairs} of {state.seen_pairs} pairs could not be used, more than max_bad_share="
-            f"{config.max_bad_share}: {run.saver.bad_file} lists them. `synpo-fast pairs check` finds such videos beforehand"
+            f"{config.max_bad_share}. {quoted(first)}. {run.saver.bad_file} lists them; `synpo-fast pairs check` finds such "
+            "videos beforehand"
         )
 
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from synpo_fast.printable import printable
+
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="synpo-fast merge", description=__doc__)
@@ -31,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
             dtype=arguments.dtype or "float32",
         )
     except ValueError as error:
-        print(f"synpo-fast merge: error: {error}", file=sys.stderr)
+        print(f"synpo-fast merge: error: {printable(error)}", file=sys.stderr)
         return 2
     print(f"wrote {arguments.out}")
     return 0

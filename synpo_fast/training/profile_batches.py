@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from synpo_fast.data.encoding import BadPair, quoted
 from synpo_fast.data.loader import PairLoader, StepBatch
 from synpo_fast.models.batching import micro_batches
 from synpo_fast.models.policy import Sample
@@ -48,7 +49,9 @@ def read_steps(config: TrainConfig, loader: PairLoader) -> list[ProfiledStep]:
     wanted = min(config.profile, MOST_BATCHES)
     batches: list[StepBatch] = []
     waits: list[float] = []
+    bad: list[BadPair] = []
     for tried, batch in enumerate(_epochs(loader)):
+        bad += batch.bad
         if all(every_rank(bool(batch.pairs))):
             batches.append(batch)
         if tried:
@@ -56,7 +59,8 @@ def read_steps(config: TrainConfig, loader: PairLoader) -> list[ProfiledStep]:
         if len(batches) > wanted or tried >= 2 * loader.steps_per_epoch + wanted:
             break
     if not batches:
-        raise ValueError(f"no step of {config.train_file} has a pair that can be used on every process")
+        why = f": {quoted(bad)}" if bad else ""
+        raise ValueError(f"no step of {config.train_file} has a pair that can be used on every process{why}")
     mean = sum(waits) / max(1, len(waits))
     steps = []
     for batch in batches[-wanted:]:

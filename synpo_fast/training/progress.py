@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from synpo_fast.printable import printable, printable_line
+
 SHOWN = ("loss", "rewards/margins", "grad_norm", "learning_rate", "pairs_per_s", "skipped_pairs")
 
 
@@ -40,11 +42,13 @@ class Progress:
         facts = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, float))
         self.say(f"evaluation: {facts}")
         for row in numbers.get("eval_captions", []):
-            self.say(f"  {row['id']}: {row['caption'][:300]}")
+            self.say(f"  {printable_line(row['id'])}: {printable_line(row['caption'][:300])}")
 
     def say(self, text: str) -> None:
+        """A line, or several. Names and captions in it are other people's: what would steer the terminal is spelt out."""
         if not self.shows:
             return
+        text = printable(text)
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:

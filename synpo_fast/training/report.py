@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from synpo_fast.printable import printable
 from synpo_fast.training.report_data import read_json_object, read_run
 from synpo_fast.training.report_page import page
 
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
     try:
         file = write_report(arguments.runs, arguments.out)
     except (ValueError, OSError) as error:
-        print(f"synpo-fast report: error: {error}", file=sys.stderr)
+        print(f"synpo-fast report: error: {printable(error)}", file=sys.stderr)
         return USAGE
     print(f"{file} ({file.stat().st_size / 1024:,.0f} KiB)")
     return DONE

@@ -91,6 +91,12 @@ class Saver:
             row = {"id": bad.id, "reason": bad.reason, "epoch": epoch, "step": step}
             stream.write(json.dumps(row) + "\n")
 
+    def first_bad(self, most: int = 3) -> list[BadPair]:
+        """Of those this rank noted, in this run and before it was resumed."""
+        lines = self.bad_file.read_text(encoding="utf-8").splitlines() if self.bad_file.exists() else []
+        rows = [json.loads(line) for line in lines if _step_of(line) < math.inf]
+        return [BadPair(row["id"], row["reason"]) for row in rows[:most]]
+
     def forget_bad(self, first_step: int) -> None:
         """What an earlier run noted of steps that are yet to come, on any number of ranks. Rank 0 calls it."""
         for file in self.folder.glob("skipped_pairs.rank*.jsonl"):

@@ -43,6 +43,7 @@ from synpo_fast.training.run_data import (
 )
 from synpo_fast.training.run_model import build_engine, build_model, training_dtype
 from synpo_fast.training.run_state import RunState, Saver, check_same_run
+from synpo_fast.training.text_checks import check_texts
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def train_in_group(config: TrainConfig, device: torch.device) -> RunState:
             profile_in_group(config, device)
             return RunState()
         checkpoint = _prepare_output(config)
-        data = read_data(config)
+        data = check_texts(config, read_data(config))
         run = _build(config, data, device, checkpoint, loaders)
         if run.state.step >= run.num_steps:
             run.progress.say(f"nothing to do: the run had all of its {run.num_steps} steps at {checkpoint}")

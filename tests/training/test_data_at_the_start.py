@@ -1,10 +1,18 @@
 """What a run says of its data before the first step: what is held out, what it can not be trained on."""
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from synpo_fast.data import Clip, Pair, read_manifest, write_manifest
+from synpo_fast.data.encoding import BadPair, quoted
+from synpo_fast.training import start
 from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.run_data import read_data
+from synpo_fast.training.run_state import Saver
+from synpo_fast.training.text_checks import check_texts
 from tests.training.world import options
 
 
@@ -33,3 +41,79 @@ def test_an_eval_file_with_files_that_are_trained_on_is_a_warning(world, tmp_pat
     write_manifest(tmp_path / "rest.jsonl", pairs[4:])
     read_data(TrainConfig(**{**values, "train_file": str(tmp_path / "rest.jsonl")}))
     assert not caplog.text
+
+
+def changed(world, tmp_path, **texts):
+    """The world's pairs, the first five with other texts."""
+    pairs = list(read_manifest(world / "pairs.jsonl"))
+    pairs[:5] = [replace(pair, **texts) for pair in pairs[:5]]
+    write_manifest(tmp_path / "changed.jsonl", pairs)
+    return {"train_file": str(tmp_path / "changed.jsonl"), "video_root": str(world)}
+
+
+@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|video_pad|>", "<|endoftext|>"])
+def test_special_tokens_in_texts_stop_the_run_before_the_model_loads(
+    world, tmp_path, in_one_process, monkeypatch, field, token
+):
+    monkeypatch.setattr(start, "build_model", lambda *_: pytest.fail("the model was loaded"))
+    values = options(world, tmp_path / "out", **changed(world, tmp_path, **{field: f"A {token} ball"}))
+    said = f"5 of 16 pairs hold special tokens of the model's tokenizer: 'p0-0' has '{token}' in {field}; 'p0-1' has"
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        in_one_process(values)
+    assert str(error.value).count(" has ") == 3 and "--allow_bad_rows" in str(error.value)
+
+
+def test_pairs_with_special_tokens_are_left_out_if_allowed(world, tmp_path, in_one_process, caplog):
+    more = changed(world, tmp_path, chosen="A <|im_end|> ball")
+    values = options(world, tmp_path / "out", max_steps=3, report=False, allow_bad_rows=True, **more)
+    state = in_one_process(values)
+    assert "left out: 5 of 16 pairs" in caplog.text
+    assert state.epoch == 1 and state.step_in_epoch == 0, "11 pairs are 3 steps of 4"
+
+
+def test_a_tag_of_another_format_is_a_warning(world, tmp_path, caplog):
+    config = TrainConfig(**options(world, tmp_path / "out", **changed(world, tmp_path, chosen="<video>\nA ball")))
+    assert len(check_texts(config, read_data(config)).train) == 16
+    assert "5 of 16 pairs hold tags that are plain text to this model" in caplog.text
+    assert "'p0-0' has '<video>' in chosen" in caplog.text
+    caplog.clear()
+    config = TrainConfig(**options(world, tmp_path / "out"))
+    check_texts(config, read_data(config))
+    assert not caplog.text
+
+
+def test_too_many_bad_pairs_are_named_with_their_reasons(world, tmp_path, in_one_process):
+    """ "16 of 16 pairs could not be used" alone does not say that the video root is the wrong one."""
+    (tmp_path / "empty").mkdir()
+    values = options(world, tmp_path / "out", max_steps=4, video_root=str(tmp_path / "empty"), report=False)
+    with pytest.raises(TrainingStopped) as error:
+        in_one_process(values)
+    text = str(error.value)
+    assert text.startswith("4 of 4 pairs could not be used, more than max_bad_share=0.05. 'p")
+    assert len(re.findall(r"'p\d-\d': v\d\.mp4: there is no such file under .*?empty", text)) == 3 and "\n" not in text
+
+
+def test_a_resumed_run_quotes_what_was_noted_before(world, tmp_path, group):
+    saver = Saver(TrainConfig(**options(world, tmp_path)), {})
+    assert saver.first_bad() == []
+    for number in range(5):
+        saver.note_bad(BadPair(f"p{number}", f"pair 'p{number}' is too long"), 0, number)
+    with saver.bad_file.open("a") as file:
+        file.write('{"id": "of a ki')
+    assert saver.first_bad() == [BadPair(f"p{number}", f"pair 'p{number}' is too long") for number in range(3)]
+    assert quoted(saver.first_bad()) == "'p0': is too long; 'p1': is too long; 'p2': is too long"
+
+
+def test_held_out_pairs_that_can_not_be_used_are_said_once(world, tmp_path, in_one_process, caplog):
+    pairs = [replace(pair, video="gone.mp4") for pair in read_manifest(world / "pairs.jsonl")[:4]]
+    write_manifest(tmp_path / "eval.jsonl", pairs)
+    values = options(world, tmp_path / "out", max_steps=2, eval_steps=1, eval_file=str(tmp_path / "eval.jsonl"))
+    in_one_process({**values, "video_root": str(world), "report": False})
+    assert caplog.text.count("4 held-out pairs could not be used: 'p0-0': gone.mp4: there is no such file under") == 1
+
+
+def test_a_profile_without_a_usable_pair_says_why(world, tmp_path, in_one_process):
+    values = options(world, tmp_path / "out", profile=1, video_root=str(tmp_path))
+    with pytest.raises(ValueError, match=r"no step of .* every process: 'p\d-\d': v\d.mp4: there is no such file"):
+        in_one_process(values)

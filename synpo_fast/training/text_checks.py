@@ -1,0 +1,48 @@
+"""Texts that the model's tokenizer would not read as text, found before the model is loaded."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from synpo_fast.data.text_markers import CONTROL, TAGS, any_of, marked_pairs, quoted, special_tokens
+from synpo_fast.models.loading import load_tokenizer
+from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.run_data import RunData, data_key
+
+logger = logging.getLogger(__name__)
+
+
+def check_texts(config: TrainConfig, data: RunData) -> RunData:
+    """The data, without pairs that hold special tokens if allow_bad_rows; else ValueError names the first of them.
+
+    Tags of other formats and tokens of other families, plain text to this tokenizer, are a warning.
+    """
+    tokenizer, family = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    special = special_tokens(tokenizer, family.placeholder_token, *family.video_markers)
+    pairs = [*data.train, *data.evaluation]
+    found = marked_pairs(pairs, special)
+    if found:
+        what = f"{len(found)} of {len(pairs)} pairs hold special tokens of the model's tokenizer: {quoted(found)}"
+        if not config.allow_bad_rows:
+            raise ValueError(
+                f"{what}. They would not be read as text: take them out, or leave these pairs out with --allow_bad_rows"
+            )
+        logger.warning("left out: %s", what)
+        data = _without(data, {id(pair) for pair, _ in found})
+    left_over = marked_pairs([*data.train, *data.evaluation], any_of(TAGS))
+    left_over += marked_pairs([*data.train, *data.evaluation], CONTROL)
+    if left_over:
+        logger.warning(
+            "%d of %d pairs hold tags that are plain text to this model, left over from another format? %s",
+            len({id(pair) for pair, _ in left_over}), len(pairs), quoted(left_over),
+        )  # fmt: skip
+    return data
+
+
+def _without(data: RunData, left_out: set[int]) -> RunData:
+    train = [pair for pair in data.train if id(pair) not in left_out]
+    if not train:
+        raise ValueError("no pair is left to train on: all of them hold special tokens of the model's tokenizer")
+    evaluation = [pair for pair in data.evaluation if id(pair) not in left_out]
+    return replace(data, train=train, evaluation=evaluation, key=data_key(train))
