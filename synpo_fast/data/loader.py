@@ -10,12 +10,9 @@ no good pair at all is a step too.
 """
 
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,9 +20,12 @@ from synpo_fast.data.decode import BACKENDS
 from synpo_fast.data.encoding import BadPair, PairReader, ReadInThread, ReadOnDemand
 from synpo_fast.data.order import epoch_order, num_steps, step_positions
 from synpo_fast.data.pair import Pair
+from synpo_fast.data.read_ahead import PendingStep, ReadAhead, Slot
 from synpo_fast.data.sampling import FrameSampling
 from synpo_fast.data.worker_pool import WorkerLost, WorkerPool
 from synpo_fast.models.scoring import EncodedPair, PairEncoder
+
+PREFETCH_BYTES = 2 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +47,8 @@ class StepBatch:
 class PairLoader:
     """pairs_per_step: of this rank. num_workers: processes that decode and encode; 0 does it in the caller's process: when a
     step is asked for, or for a GPU ahead of time in a thread. prefetch_steps: how many steps are read ahead, across the
-    end of a shuffled epoch too; at most prefetch_steps * pairs_per_step samples are in memory besides the step the caller
-    holds.
+    end of a shuffled epoch too. prefetch_bytes: how many bytes of them are held at most besides the step the caller holds;
+    fewer steps are read ahead where they are large, but the next one always and whole.
 
     backend: of decode_frames. device: where frames are decoded and made into pixels; a CUDA device needs num_workers=0.
     deadline_s: for one pair. A worker that takes longer is stopped, and the pair tried once more in a fresh one.
@@ -70,6 +70,7 @@ class PairLoader:
         shuffle: bool = True,
         num_workers: int = 2,
         prefetch_steps: int = 2,
+        prefetch_bytes: int = PREFETCH_BYTES,
         backend: str = "auto",
         device: str | torch.device = "cpu",
         deadline_s: float = 30.0,
@@ -78,6 +79,8 @@ class PairLoader:
             raise ValueError("there are no pairs to load")
         if num_workers < 0 or prefetch_steps < 1:
             raise ValueError(f"need num_workers >= 0 and prefetch_steps >= 1, got {num_workers} and {prefetch_steps}")
+        if prefetch_bytes < 0:
+            raise ValueError(f"prefetch_bytes may not be negative, got {prefetch_bytes}")
         if not deadline_s > 0:
             raise ValueError(f"deadline_s must be positive, got {deadline_s}")
         device = torch.device(device)
@@ -101,7 +104,7 @@ class PairLoader:
             self._source = ReadInThread(reader)
         else:
             self._source = ReadOnDemand(reader)
-        self._ahead: deque[_Pending] = deque()
+        self._ahead = ReadAhead(self._source, prefetch_bytes)
         self._orders: dict[int, list[int]] = {}
         self._iteration = 0
         self._closed = False
@@ -121,7 +124,7 @@ class PairLoader:
     def close(self) -> None:
         """Ends the workers. The loader can not be used afterwards."""
         self._closed = True
-        self._drop_ahead()
+        self._ahead.drop()
         self._source.close()
 
     @property
@@ -143,36 +146,40 @@ class PairLoader:
                     raise RuntimeError(
                         f"the loader has begun another iteration; this one was at step {step} of {epoch}"
                     )
-                self._read_ahead(epoch, step)
-                batch = self._collect(self._ahead.popleft())
-                self._read_ahead(*self._next(epoch, step))
-                yield batch
+                yield self._step(epoch, step)  # not kept here as well while the next one is awaited
             finished = True
         finally:
             if not finished and iteration == self._iteration:
-                self._drop_ahead()
+                self._ahead.drop()
+
+    def _step(self, epoch: int, step: int) -> StepBatch:
+        self._read_ahead(epoch, step)
+        batch = self._collect(epoch, step)
+        self._read_ahead(*self._next(epoch, step))
+        return batch
 
     def _read_ahead(self, epoch: int, step: int) -> None:
-        """Submits what is not submitted yet of the prefetch_steps steps from (epoch, step) on."""
-        if self._ahead and (self._ahead[0].epoch, self._ahead[0].step) != (epoch, step):
-            self._drop_ahead()
+        """Has the prefetch_steps steps from (epoch, step) on read, as far as they may be held."""
+        steps = self._ahead.steps
+        if steps and (steps[0].epoch, steps[0].step) != (epoch, step):
+            self._ahead.drop()
         for place in range(self.prefetch_steps):
             if not self.shuffle and step == self.steps_per_epoch:
-                return  # an evaluation ends with its epoch
-            if place == len(self._ahead):
-                self._ahead.append(self._submit(epoch, step))
+                break  # an evaluation ends with its epoch
+            if place == len(steps):
+                self._ahead.add(self._pending(epoch, step))
             epoch, step = self._next(epoch, step)
+        self._ahead.submit()
 
     def _next(self, epoch: int, step: int) -> tuple[int, int]:
         if self.shuffle and step + 1 == self.steps_per_epoch:
             return epoch + 1, 0
         return epoch, step + 1
 
-    def _submit(self, epoch: int, step: int) -> "_Pending":
+    def _pending(self, epoch: int, step: int) -> PendingStep:
         positions = step_positions(step, self.rank, self.world_size, self.pairs_per_step, num_samples=len(self.pairs))
         order = self._order(epoch)
-        pairs = [self.pairs[order[position]] for position in positions]
-        return _Pending(epoch, step, [pair.id for pair in pairs], [self._source.submit(pair) for pair in pairs])
+        return PendingStep(epoch, step, [Slot(self.pairs[order[position]]) for position in positions])
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
@@ -180,32 +187,18 @@ class PairLoader:
             self._orders[epoch] = epoch_order(len(self.pairs), seed=self.seed, epoch=epoch, shuffle=self.shuffle)
         return self._orders[epoch]
 
-    def _collect(self, pending: "_Pending") -> StepBatch:
+    def _collect(self, epoch: int, step: int) -> StepBatch:
         begin = time.perf_counter()
         good: list[EncodedPair] = []
         bad: list[BadPair] = []
-        for name, future in zip(pending.ids, pending.futures, strict=True):
+        for pair, future in self._ahead.take():
             try:
                 result = future.result()
             except WorkerLost as error:
-                result = BadPair(name, str(error))
+                result = BadPair(pair.id, str(error))
             if isinstance(result, BadPair):
                 bad.append(result)
             else:
                 good.append(result)
         wait_s = time.perf_counter() - begin
-        return StepBatch(pending.epoch, pending.step, good, len(pending.ids), bad, wait_s)
-
-    def _drop_ahead(self) -> None:
-        for pending in self._ahead:
-            for future in pending.futures:
-                future.cancel()
-        self._ahead.clear()
-
-
-@dataclass(frozen=True)
-class _Pending:
-    epoch: int
-    step: int
-    ids: list[str]
-    futures: "list[Future[Any]]"
+        return StepBatch(epoch, step, good, len(good) + len(bad), bad, wait_s)

@@ -30,6 +30,11 @@ class EncodedPair:
     preference: bool
     has_ground_truth: bool
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its video's tensors, beside which the tokens are nothing."""
+        return 0 if self.sample.video is None else self.sample.video.num_bytes
+
 
 @dataclass(frozen=True, eq=False)
 class PairEncoder:

@@ -122,6 +122,9 @@ class TrainConfig:
     )
     dataloader_num_workers: int = option(2, "processes that decode videos; 0: the training process does", at_least=0)
     prefetch_steps: int = option(2, "steps decoded ahead", above=0)
+    prefetch_mb: int = option(
+        2048, "MiB of videos held ahead at most, on each device; the next step is always read whole", at_least=0
+    )
     feature_cache: str | None = option(
         None, "folder that keeps the frozen vision tower's features between epochs and runs"
     )

@@ -82,7 +82,10 @@ def test_steps_hold_the_epochs_order_and_the_right_frames(root):
                 assert seconds == pytest.approx(last / 2 / 25)
 
 
-@pytest.mark.parametrize("options", [{"num_workers": 1, "prefetch_steps": 1}, {"num_workers": 2, "prefetch_steps": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_workers": 1, "prefetch_steps": 1}, {"num_workers": 2, "prefetch_steps": 4, "prefetch_bytes": 200_000}],
+)
 def test_the_result_is_the_same_whoever_reads(root, options):
     pairs = some_pairs(11, p4={"video": "text.mp4"}, p9={"chosen": "too long"})
     with loader_of(root, pairs) as plain, loader_of(root, pairs, **options) as loader:
@@ -200,7 +203,7 @@ class Counting:
 
 def test_reading_ahead_is_bounded_and_crosses_the_end_of_an_epoch(root):
     loader = loader_of(root, some_pairs(8), pairs_per_step=2, prefetch_steps=3)
-    loader._source = counting = Counting(loader._source)
+    loader._ahead.source = counting = Counting(loader._source)
     order = [f"p{k}" for epoch in (0, 1) for k in epoch_order(8, seed=5, epoch=epoch)]
     steps = iter(loader.steps(0))
     next(steps)
@@ -214,7 +217,7 @@ def test_reading_ahead_is_bounded_and_crosses_the_end_of_an_epoch(root):
 
 def test_an_evaluation_reads_in_order_and_not_beyond_its_end(root):
     loader = loader_of(root, some_pairs(5), pairs_per_step=2, shuffle=False)
-    loader._source = counting = Counting(loader._source)
+    loader._ahead.source = counting = Counting(loader._source)
     for epoch in (0, 7):
         assert [pair.id for batch in loader.steps(epoch) for pair in batch.pairs] == [f"p{k}" for k in range(5)]
     assert len(counting.submitted) == 10
