@@ -11,7 +11,7 @@ Adapters, gradient checkpointing, frozen and trainable towers all go through thi
 import functools
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from synpo_fast.models.head import Head, head_of
 from synpo_fast.models.layout import RowLayout, SampleLengths, plan_rows
 from synpo_fast.models.row_inputs import RowInputs, row_inputs
 from synpo_fast.models.video_frames import VideoProcessing
+from synpo_fast.ops.copy_stream import CopyStream
 from synpo_fast.ops.host_copy import to_device
 from synpo_fast.ops.linear_logprobs import fused_linear_logprobs
 
@@ -73,6 +74,7 @@ class Policy(nn.Module):
         self.vision_attn_implementation: str | None = None  # None: no tower
         self.processing: VideoProcessing | None = None  # None: what the family makes of the model's config
         self.feature_store: FeatureStore | None = None
+        self._copies: CopyStream | None = None
 
     @property
     def base(self) -> Any:
@@ -133,12 +135,31 @@ class Policy(nn.Module):
                 found[index] = _on(self.device, stored)
         if missing:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-                encoded = self.family.encode_videos(self.base, [_video(samples[index]) for index in missing])
+                videos = [self._on_device(_video(samples[index])) for index in missing]
+                encoded = self.family.encode_videos(self.base, videos)
             for index, features in zip(missing, encoded, strict=True):
                 found[index] = features
                 if store is not None:
                     store.put(_video(samples[index]), features)
         return found
+
+    def begin_copies(self, samples: Sequence[Sample]) -> None:
+        """Starts copying the frames of samples that are encoded next to a GPU, beside what it computes."""
+        if self.copies is not None:
+            videos = [sample.video for sample in samples if sample.video is not None]
+            self.copies.begin([video.frames for video in videos if video.frames is not None])
+
+    @property
+    def copies(self) -> CopyStream | None:
+        """None on a CPU. A stream is made when it is first needed."""
+        if self._copies is None and self.device.type == "cuda":
+            self._copies = CopyStream(self.device)
+        return self._copies
+
+    def _on_device(self, video: VideoInputs) -> VideoInputs:
+        if self.copies is None or video.frames is None:
+            return video
+        return replace(video, frames=self.copies.take(video.frames))
 
     def hidden_states(
         self,

@@ -101,8 +101,10 @@ def train_step(run: Run, batch: StepBatch) -> Numbers:
         numbers |= reward_gradient_norms(engine.module, [micro for micro, weight in micros if weight])
     torch.manual_seed(_seed_of(config.seed, step, engine.rank))
     sums: dict[str, torch.Tensor] = {}
-    for micro, weight in micros:
+    for place, (micro, weight) in enumerate(micros):
         loss, more = engine.forward(micro, weight * engine.world_size / max(1, pairs_in_step))
+        if place + 1 < len(micros):  # beside the backward
+            engine.module.policy.begin_copies([pair.sample for pair in micros[place + 1][0]])
         engine.backward(loss)
         if weight:
             add_sums(sums, more)

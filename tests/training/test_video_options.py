@@ -1,11 +1,14 @@
 """Options that say how videos are fed: their size, what is kept of them, and how much is read ahead."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import yaml
 
+from synpo_fast.models.policy import Policy
 from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.engine import Engine
 from synpo_fast.training.metrics import read_metrics
 from tests.training.world import options
 
@@ -32,3 +35,23 @@ def test_pairs_above_the_budget_are_listed_with_the_reason(world, tmp_path, in_o
 def test_bounds_that_cross_are_refused_before_a_model_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="min_pixels=200 is above max_pixels=100"):
         TrainConfig(model_name_or_path="x", train_file="x", output_dir="x", min_pixels=200, max_pixels=100)
+
+
+def test_copies_of_the_next_micro_batch_begin_between_forward_and_backward(
+    world, tmp_path, in_one_process, monkeypatch
+):
+    """On a GPU they then run beside the backward. Here the calls are watched."""
+    calls = []
+
+    def noted(owner, name, what):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda self, *args: (calls.append(what(*args)), real(self, *args))[1])
+
+    noted(Policy, "begin_copies", lambda samples: ("copies", *[sample.name for sample in samples]))
+    noted(Engine, "forward", lambda micro, scale: ("forward", *[pair.id for pair in micro]))
+    noted(Engine, "backward", lambda loss: ("backward",))
+    in_one_process(options(world, tmp_path / "out", max_steps=1, report=False))
+    names = [call[1] for call in calls if call[0] == "forward"]
+    assert len(names) == 4
+    steps = [[("forward", name), ("copies", following), ("backward",)] for name, following in pairwise(names)]
+    assert calls == [*(call for step in steps for call in step), ("forward", names[-1]), ("backward",)]
