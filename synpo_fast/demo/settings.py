@@ -12,15 +12,16 @@ DPO: of six pairs of rate and beta the one with the best accuracy, which had the
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from synpo_fast.demo.evaluate import MAX_NEW_TOKENS, SAMPLING, VIDEO_BACKEND
+from synpo_fast.training.superseded import free_name
 
 FILE = "demo_settings.json"
 PARTS = ("data", "base", "base.partial", "warm_up", "synpo", "dpo")  # of the output folder
+RESULTS = ("demo.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,18 @@ def quick_settings(seed: int) -> Settings:
 
 
 def prepare_folder(out: Path, settings: Settings) -> None:
-    """Makes the folder. Results of other settings are removed; ValueError for a folder with other things in it."""
+    """Makes the folder. Results of other settings are moved aside; ValueError for a folder that is not a demo's."""
     text = json.dumps(asdict(settings), indent=1)
     file = out / FILE
     if out.exists() and not file.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not empty and not a folder of the demo: give another one")
     if file.exists() and file.read_text(encoding="utf-8") != text:
-        print(f"{out} holds a demo with other settings: starting anew", flush=True)
-        for part in PARTS:
-            shutil.rmtree(out / part, ignore_errors=True)
+        earlier = free_name(out / "earlier")
+        earlier.mkdir()
+        for part in (*PARTS, *RESULTS, FILE):
+            if (out / part).exists():
+                (out / part).rename(earlier / part)
+        print(f"{out} holds a demo with other settings: that one is now in {earlier.name}/", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
 

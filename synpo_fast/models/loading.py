@@ -33,6 +33,7 @@ def load_policy(
     trust_remote_code: bool = False,
     seed: int = 0,
     tiny_options: dict[str, Any] | None = None,
+    like: Policy | None = None,
 ) -> Policy:
     """Loads a model with its tokenizer and finds its family.
 
@@ -51,6 +52,7 @@ def load_policy(
             of a frame (qwen2_5_vl), of all frames together (qwen3_vl), of a frame from below and all together from above
             (video_llama_3). Families that scale every frame to a square refuse them.
         video_max_tokens: frames get smaller, down to min_pixels, until their video takes no more tokens than this.
+        like: a policy whose tokenizer and processing of videos are taken, whatever lies beside these weights.
 
     Raises ValueError for an unknown family, an attention that can not run packed rows, or an option that can not be had.
     """
@@ -62,13 +64,17 @@ def load_policy(
         model, tokenizer, family = _tiny(name_or_path.removeprefix("tiny:"), seed, tiny_options or {})
         cast_as_loaded(model, dtype)
     else:
-        model, tokenizer, family = _pretrained(name_or_path, dtype, trust_remote_code)
+        model, tokenizer, family = _pretrained(
+            name_or_path, dtype, trust_remote_code, None if like is None else like.tokenizer
+        )
     model.to(device=device)  # never dtype=: see low_precision.py
     policy = Policy(model, tokenizer, family, attn_implementation=implementation, row_tokens=row_tokens)
     policy.vision_attn_implementation = set_vision_attention(
         family, model, vision_attn_implementation, dtype=dtype, device=device
     )
-    if not name_or_path.startswith("tiny:") and family.placeholder_token:
+    if like is not None:
+        policy.processing = like.processing
+    elif not name_or_path.startswith("tiny:") and family.placeholder_token:
         policy.processing = family.processing(model.config, _preprocessor(name_or_path))
     resolution = {"min_pixels": min_pixels, "max_pixels": max_pixels, "video_max_tokens": video_max_tokens}
     if any(value is not None for value in resolution.values()):
@@ -115,13 +121,15 @@ def _tiny(name: str, seed: int, options: dict[str, Any]) -> tuple[Any, Any, Any]
     return model, tokenizer, family
 
 
-def _pretrained(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any, Any]:
+def _pretrained(name: str, dtype: torch.dtype, trust_remote_code: bool, tokenizer: Any) -> tuple[Any, Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     family = family_of(config)
     model = family.load_class().from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code), family
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return model, tokenizer, family
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> tuple[Any, Family]:

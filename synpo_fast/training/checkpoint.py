@@ -1,15 +1,17 @@
 """Checkpoints that are either whole or not there.
 
-A checkpoint is written into `checkpoint-N.partial`; every file is flushed to the disk, their sizes and digests go into
+A checkpoint is written into `checkpoint-N.partial`; every file is flushed to the disk, sizes and digests go into
 complete.json, the folder is renamed to `checkpoint-N`, and only then older ones are deleted. So a process killed at any
-moment, or a disk that fills up, leaves the last good one as it was.
+moment, or a disk that fills up, leaves the last good one as it was. A run deletes checkpoints that it wrote itself and no others.
 
     checkpoint-000100/
       adapter_model.safetensors, adapter_config.json      what peft loads; or model.safetensors, config.json, ...
       tokenizer and processor files
       state/optimizer.safetensors                         whole tensors by name: they load under another number of
       state/trainer.json                                  processes or another ZeRO stage, too
-      complete.json
+      complete.json                                       sizes, and digests of what resuming reads
+
+Tokenizer, processor files and README are for others: they may be edited or missing, and the run goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -28,9 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synpo_fast.training.superseded import set_aside
+
 NAME = re.compile(r"checkpoint-(\d+)")
-COMPLETE, STATE = "complete.json", "state"
+COMPLETE, STATE, CONFIG = "complete.json", "state", "config.json"
+STATE_FILES = ("optimizer.safetensors", "trainer.json")
 REMOVED = ".removed"  # ends the name of a folder that is being deleted
+LEFT_OVER = re.compile(rf"checkpoint-\d+(\.partial|(\.partial)?{re.escape(REMOVED)})")
 logger = logging.getLogger(__name__)
 
 
@@ -60,24 +67,34 @@ def write_checkpoint(
         _save_tensors(partial / STATE / "optimizer.safetensors", optimizer_state)
         (partial / STATE / "trainer.json").write_text(json.dumps(trainer_state, indent=1))
         _seal(partial)
-        _remove(final)  # an earlier attempt at the same step, which did not pass its check
+        if os.path.lexists(final):  # somebody else's: what an earlier attempt left was moved away when this run began
+            logger.warning("%s was there already: it is now %s", final, set_aside(final))
         partial.rename(final)
         _sync(output_dir)
     except Exception as error:  # safetensors and peft wrap errors of the disk in types of their own
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"could not write {final}: {error}") from error
-    _prune(output_dir, keep, newest=final)
+    _prune(output_dir, keep, newest=final, run=trainer_state.get("run"))
     return final
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
     """The newest checkpoint that is whole; broken ones are named in a warning and passed over."""
+    newest, broken = newest_and_broken(output_dir)
+    for folder, problem in broken:
+        logger.warning("passing over %s: %s", folder, problem)
+    return newest
+
+
+def newest_and_broken(output_dir: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest whole checkpoint, and those after it with what is wrong with each, the newest first."""
+    broken: list[tuple[Path, str]] = []
     for folder in reversed(list_checkpoints(output_dir)):
         problem = what_is_broken(folder)
         if problem is None:
-            return folder
-        logger.warning("passing over %s: %s", folder, problem)
-    return None
+            return folder, broken
+        broken.append((folder, problem))
+    return None, broken
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -89,18 +106,57 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def what_is_broken(folder: Path) -> str | None:
-    """None for a whole checkpoint. Reads every file once."""
+    """None for a checkpoint that a run can go on from. Reads weights and state once."""
     try:
-        files = json.loads((folder / COMPLETE).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+        sealed = {name: (size, digest) for name, (size, digest) in files.items() if is_needed(name)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{COMPLETE} can not be read ({error})"
-    for name, (size, digest) in files.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != size:
-            return f"{name} is missing or cut short"
-        if _digest(file) != digest:
-            return f"{name} has other bytes than were written"
+    missing = {f"{STATE}/{name}" for name in STATE_FILES} - set(sealed)
+    if missing or not any(name.endswith(".safetensors") and not name.startswith(STATE) for name in sealed):
+        return f"{COMPLETE} names no {', '.join(sorted(missing)) or 'weights'}"
+    for name, (size, digest) in sealed.items():
+        try:
+            if (folder / name).stat().st_size != size:
+                return (
+                    f"{name} is cut short or was changed: {(folder / name).stat().st_size} bytes, {size} were written"
+                )
+            if _digest(folder / name) != digest:
+                return f"{name} has other bytes than were written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} can not be read ({error.strerror})"
+    named, step = NAME.fullmatch(folder.name), step_in(folder)
+    if named is not None and step != int(named.group(1)):
+        return f"it is a renamed copy: its state is that of step {step}"
     return None
+
+
+def is_needed(name: str) -> bool:
+    """Whether resuming reads this file of a checkpoint: weights, state, and a whole model's config. An adapter is made anew from
+    the run's options, so its config is for others."""
+    return name.startswith(f"{STATE}/") or name.endswith((".safetensors", ".safetensors.index.json")) or name == CONFIG
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether this trainer wrote it, as far as names tell: Hugging Face's trainers call theirs checkpoint-N, too."""
+    return any(os.path.lexists(folder / name) for name in (COMPLETE, STATE))
+
+
+def step_in(folder: Path) -> int | None:
+    """The optimiser steps that a checkpoint's state has behind it, whatever the folder is called."""
+    step = _trainer_state(folder).get("state", {}).get("step")
+    return step if isinstance(step, int) else None
+
+
+def _trainer_state(folder: Path) -> dict[str, Any]:
+    """{} if it can not be read."""
+    try:
+        found = json.loads((folder / STATE / "trainer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -115,17 +171,22 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def remove_checkpoints(output_dir: Path) -> None:
+    """All that this trainer wrote, half-written and half-deleted ones too."""
     for folder in list_checkpoints(output_dir):
-        _remove(folder)
+        if is_ours(folder):
+            _remove(folder)
+    for folder in output_dir.glob("checkpoint-*"):
+        if LEFT_OVER.fullmatch(folder.name):
+            shutil.rmtree(folder)
 
 
 def check_writable(output_dir: Path) -> None:
     """Raises ValueError now rather than after the first hundred steps."""
-    probe = output_dir / ".writable"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(dir=output_dir, prefix=".writable") as probe:
+            probe.write(b"x" * 4096)
+            probe.flush()
     except OSError as error:
         raise ValueError(f"output_dir={str(output_dir)!r} can not be written: {error}") from error
 
@@ -140,7 +201,8 @@ def _seal(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for file in files:
         _sync(file)
-    facts = {str(file.relative_to(folder)): (file.stat().st_size, _digest(file)) for file in files}
+    names = [file.relative_to(folder).as_posix() for file in files]
+    facts = {name: ((folder / name).stat().st_size, _digest(folder / name)) for name in names if is_needed(name)}
     (folder / COMPLETE).write_text(json.dumps({"files": facts}, indent=1))
     for path in (folder / COMPLETE, folder / STATE, folder):
         _sync(path)
@@ -166,20 +228,30 @@ def _slow(stream: Any) -> str:
     return digest.hexdigest()
 
 
-def _prune(output_dir: Path, keep: int | None, *, newest: Path) -> None:
-    for folder in output_dir.glob(f"*{REMOVED}"):  # of a run that was killed meanwhile
-        shutil.rmtree(folder, ignore_errors=True)
+def _prune(output_dir: Path, keep: int | None, *, newest: Path, run: str | None) -> None:
+    """Deletes the oldest checkpoints that this run wrote, under the names it gave them, but for the last `keep`."""
+    for folder in output_dir.glob(f"checkpoint-*{REMOVED}"):  # of a run that was killed meanwhile
+        if LEFT_OVER.fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
     if keep is None:
         return
-    for folder in list_checkpoints(output_dir)[:-keep]:
+    for folder in [each for each in list_checkpoints(output_dir) if _is_of(each, run)][:-keep]:
         if folder != newest:
             with suppress(OSError):  # a checkpoint too many is no reason to stop
                 _remove(folder)
 
 
+def _is_of(folder: Path, run: str | None) -> bool:
+    saved = _trainer_state(folder)
+    named = folder.name == f"checkpoint-{step_in(folder) or 0:06d}" and not folder.is_symlink()
+    return named and is_ours(folder) and saved.get("run") == run
+
+
 def _remove(folder: Path) -> None:
     """In one move: a kill leaves a checkpoint that is whole, or none."""
-    if folder.exists():
+    if folder.is_symlink():  # what it points to is not this folder's
+        folder.unlink()
+    elif folder.exists():
         removed = folder.with_name(folder.name + REMOVED)
         shutil.rmtree(removed, ignore_errors=True)
         folder.rename(removed)

@@ -180,9 +180,11 @@ class TrainConfig:
     resume: str | None = option(
         None, "auto: from the newest good checkpoint of output_dir if there is one; or a folder"
     )
-    overwrite_output_dir: bool = option(False, "start anew in a folder that holds checkpoints, and delete those")
+    overwrite_output_dir: bool = option(
+        False, "start anew in a folder that holds a run, and delete all that runs write there; your own files stay"
+    )
     save_steps: int = option(100, "a checkpoint every so many steps, and at the end; 0: at the end only", at_least=0)
-    save_total_limit: int | None = option(3, "older checkpoints are deleted", above=0)
+    save_total_limit: int | None = option(3, "so many checkpoints of this run are kept, the newest", above=0)
     logging_steps: int = option(1, "a line of metrics every so many steps: their means", above=0)
     eval_steps: int = option(0, "evaluate every so many steps, and at the end; 0: at the end only", at_least=0)
     eval_on_start: bool = option(True, "evaluate before the first step too, where there are held-out pairs")

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from synpo_fast.data.encoding import BadPair, quoted
 from synpo_fast.data.loader import PairLoader, StepBatch

@@ -1,7 +1,8 @@
 """Numbers of a run, under TRL's names: metrics.jsonl always, TensorBoard and W&B when asked.
 
 A step's numbers are sums that add up over micro-batches and ranks; `means_of` turns them into what is shown. The JSONL file is
-appended to, flushed line by line, and cut back to the step a resumed run starts from, so that no step appears twice.
+appended to, flushed line by line. Before a resumed run appends, run_folder.py moves the rows of later steps aside, so that no
+step appears twice.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -85,24 +86,23 @@ class Window:
 
 
 class MetricsLog:
-    """Writes on one rank; on the others it does nothing."""
+    """Writes on the rank that opens it; on the others it does nothing. first_step: of this start; rows of later ones are gone."""
 
-    def __init__(self, output_dir: Path, config: TrainConfig, *, writes: bool, first_step: int) -> None:
-        self.file = output_dir / "metrics.jsonl"
-        self.writes = writes
+    def __init__(self, output_dir: Path, config: TrainConfig, *, first_step: int) -> None:
+        self.folder, self.config, self.first_step = output_dir, config, first_step
+        self._stream: TextIO | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
-        if not writes:
-            return
-        _cut_back(self.file, first_step)
-        self._stream = self.file.open("a", encoding="utf-8")
-        if "tensorboard" in config.report_to:
-            self._tensorboard = _tensorboard(output_dir, first_step)
-        if "wandb" in config.report_to:
-            self._wandb = _wandb(output_dir, config, goes_on=first_step > 0)
+
+    def open(self) -> None:
+        self._stream = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        if "tensorboard" in self.config.report_to:
+            self._tensorboard = _tensorboard(self.folder, self.first_step)
+        if "wandb" in self.config.report_to:
+            self._wandb = _wandb(self.folder, self.config, goes_on=self.first_step > 0)
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
-        if not self.writes:
+        if self._stream is None:
             return
         # JSON has no nan and no inf: null, and the text beside it.
         row = {name: None if _not_finite(value) else value for name, value in numbers.items()}
@@ -116,7 +116,7 @@ class MetricsLog:
             self._wandb.log(dict(numbers), step=step)
 
     def close(self) -> None:
-        if not self.writes:
+        if self._stream is None:
             return
         self._stream.close()
         if self._tensorboard is not None:
@@ -136,14 +136,6 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise ValueError(f"{file}:{number} is not JSON: {error}") from error
     return rows
-
-
-def _cut_back(file: Path, first_step: int) -> None:
-    """Takes out what an earlier run wrote of steps that are yet to come."""
-    rows = [row for row in read_metrics(file) if row["step"] < first_step]
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(file)
 
 
 def _not_finite(value: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ from synpo_fast.training.lora import add_lora, load_adapter
 from synpo_fast.training.optimizer import make_optimizer
 from synpo_fast.training.pair_module import PairModule
 from synpo_fast.training.run_data import RunData, data_key, ordered_loader, resolution_of, sampling_of
+from synpo_fast.training.superseded import set_aside
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +69,7 @@ def build_model(config: TrainConfig, data: RunData, device: torch.device, checkp
         load_adapter(policy, checkpoint)
     elif checkpoint is not None:
         store = policy.feature_store
-        policy = _load(config, str(checkpoint), device, dtype, processing_of=policy)
+        policy = _load(config, str(checkpoint), device, dtype, like=policy)
         policy.feature_store = store
     policy.train()
     module = PairModule(policy, config)
@@ -84,9 +89,9 @@ def build_engine(config: TrainConfig, model: RunModel) -> Engine:
 
 
 def _load(
-    config: TrainConfig, name: str, device: torch.device, dtype: torch.dtype, processing_of: Policy | None = None
+    config: TrainConfig, name: str, device: torch.device, dtype: torch.dtype, like: Policy | None = None
 ) -> Policy:
-    policy = load_policy(
+    return load_policy(
         name,
         dtype=dtype,
         device=device,
@@ -96,14 +101,12 @@ def _load(
         gradient_checkpointing=config.gradient_checkpointing,
         liger_kernels=config.liger_kernels,
         row_tokens=config.row_tokens,
-        **({} if processing_of else resolution_of(config)),
+        **({} if like else resolution_of(config)),
         trust_remote_code=config.trust_remote_code,
         seed=config.seed,
         tiny_options=config.model_options or None,
+        like=like,
     )
-    if processing_of is not None:
-        policy.processing = processing_of.processing
-    return policy
 
 
 def make_reference(
@@ -131,7 +134,14 @@ def precomputed_reference(config: TrainConfig, data: RunData, policy: Policy, de
 
 
 def _is_fresh(file: Path, key: str) -> bool:
-    return file.exists() and torch.load(file, weights_only=True)["weights"] == key
+    try:
+        found = torch.load(file, weights_only=True)["weights"]
+    except FileNotFoundError:
+        return False
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        logger.warning("%s can not be read (%s): it is made again", file, error)
+        return False
+    return bool(found == key)
 
 
 def _precompute(config: TrainConfig, data: RunData, policy: Policy, file: Path, key: str) -> None:
@@ -156,6 +166,8 @@ def _precompute(config: TrainConfig, data: RunData, policy: Policy, file: Path, 
         joined: dict[str, list[torch.Tensor]] = {}
         for each in parts:
             joined |= torch.load(each, weights_only=True)["entries"]
+        if file.exists():  # of other weights or pairs: hours of work, perhaps
+            set_aside(file)
         _save(file, {"weights": key, "entries": joined})
         _remove(parts)
     dist.barrier()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.engine import Engine
 from synpo_fast.training.metrics import Window
 from synpo_fast.training.model_files import save_model_files, whole_weights
+from synpo_fast.training.run_folder import step_of_line
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "triton", "av", "nvidia-dali-cuda130")
 
@@ -50,6 +52,7 @@ class Saver:
     config: TrainConfig
     facts: dict[str, Any]  # what must be the same for a resumed run to be the same run
     last: Path | None = None
+    run: str = field(default_factory=lambda: secrets.token_hex(8))  # marks its checkpoints, which it may delete again
 
     @property
     def folder(self) -> Path:
@@ -77,7 +80,12 @@ class Saver:
                         source=self.config.model_name_or_path,
                     ),
                     optimizer_state=optimizer_state,
-                    trainer_state={"state": asdict(state), "facts": self.facts, "versions": versions()},
+                    trainer_state={
+                        "state": asdict(state),
+                        "facts": self.facts,
+                        "versions": versions(),
+                        "run": self.run,
+                    },
                     keep=self.config.save_total_limit,
                 )
             except CheckpointError as error:
@@ -94,22 +102,8 @@ class Saver:
     def first_bad(self, most: int = 3) -> list[BadPair]:
         """Of those this rank noted, in this run and before it was resumed."""
         lines = self.bad_file.read_text(encoding="utf-8").splitlines() if self.bad_file.exists() else []
-        rows = [json.loads(line) for line in lines if _step_of(line) < math.inf]
+        rows = [json.loads(line) for line in lines if step_of_line(line) < math.inf]
         return [BadPair(row["id"], row["reason"]) for row in rows[:most]]
-
-    def forget_bad(self, first_step: int) -> None:
-        """What an earlier run noted of steps that are yet to come, on any number of ranks. Rank 0 calls it."""
-        for file in self.folder.glob("skipped_pairs.rank*.jsonl"):
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            file.write_text("".join(line for line in lines if _step_of(line) < first_step), encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    """Of a line that a kill has cut off: no step that is to be kept."""
-    try:
-        return int(json.loads(line).get("step", 0))
-    except (ValueError, TypeError, AttributeError):
-        return math.inf
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

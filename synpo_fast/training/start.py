@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,7 @@ import torch.distributed as dist
 from synpo_fast.data.hold_out import num_files
 from synpo_fast.data.loader import PairLoader
 from synpo_fast.losses.units import said
-from synpo_fast.training.checkpoint import (
-    check_writable,
-    list_checkpoints,
-    newest_checkpoint,
-    read_state,
-    remove_checkpoints,
-)
+from synpo_fast.training.checkpoint import check_writable, read_state
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.config_sources import dump_config
 from synpo_fast.training.engine import Engine, deepspeed_config, start_distributed, stop_distributed
@@ -32,6 +28,7 @@ from synpo_fast.training.loop import Run, train
 from synpo_fast.training.metrics import MetricsLog
 from synpo_fast.training.model_files import fetch_processor_files
 from synpo_fast.training.progress import Progress
+from synpo_fast.training.rank_zero import on_rank_zero
 from synpo_fast.training.run_data import (
     RunData,
     ordered_loader,
@@ -41,6 +38,8 @@ from synpo_fast.training.run_data import (
     sampling_of,
     train_loader,
 )
+from synpo_fast.training.run_folder import Start, choose_start, take_over
+from synpo_fast.training.run_lock import RunLock
 from synpo_fast.training.run_model import build_engine, build_model, training_dtype
 from synpo_fast.training.run_state import RunState, Saver, check_same_run
 from synpo_fast.training.text_checks import check_texts
@@ -70,25 +69,29 @@ def train_in_group(config: TrainConfig, device: torch.device) -> RunState:
 
             profile_in_group(config, device)
             return RunState()
-        checkpoint = _prepare_output(config)
-        data = check_texts(config, read_data(config))
-        run = _build(config, data, device, checkpoint, loaders)
-        if run.state.step >= run.num_steps:
-            run.progress.say(f"nothing to do: the run had all of its {run.num_steps} steps at {checkpoint}")
-            return run.state
-        try:
-            state = train(run)
-        finally:
-            run.progress.close()
-            run.log.close()
-        if config.report and dist.get_rank() == 0:
-            _write_report(run)
-        done = "stopped by SIGTERM at" if state.stopped_early else "finished at"
-        run.progress.say(f"{done} step {state.step} of {run.num_steps}; checkpoint: {run.saver.last}")
-        return state
+        with _output_of_one_run(config) as start:
+            return _train(config, device, start, loaders)
     finally:
         for loader in loaders:
             loader.close()
+
+
+def _train(config: TrainConfig, device: torch.device, start: Start, loaders: list[PairLoader]) -> RunState:
+    data = check_texts(config, read_data(config))
+    run = _build(config, data, device, start, loaders)
+    try:
+        if run.state.step >= run.num_steps:
+            run.progress.say(f"nothing to do: the run had all of its {run.num_steps} steps at {start.checkpoint}")
+            return run.state
+        state = train(run)
+    finally:
+        run.progress.close()
+        run.log.close()
+    if config.report and dist.get_rank() == 0:
+        _write_report(run)
+    done = "stopped by SIGTERM at" if state.stopped_early else "finished at"
+    run.progress.say(f"{done} step {state.step} of {run.num_steps}; checkpoint: {run.saver.last}")
+    return state
 
 
 def _write_report(run: Run) -> None:
@@ -101,17 +104,13 @@ def _write_report(run: Run) -> None:
         logger.warning("report.html could not be written: %s", error)
 
 
-def _build(
-    config: TrainConfig, data: RunData, device: torch.device, checkpoint: Path | None, loaders: list[PairLoader]
-) -> Run:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def _build(config: TrainConfig, data: RunData, device: torch.device, start: Start, loaders: list[PairLoader]) -> Run:
+    rank, world_size, checkpoint = dist.get_rank(), dist.get_world_size(), start.checkpoint
     facts = _facts(config, data, world_size)
     optimizer_state, trainer_state = read_state(checkpoint) if checkpoint is not None else ({}, None)
     if trainer_state is not None and checkpoint is not None:
         check_same_run(trainer_state["facts"], facts, checkpoint)
     if rank == 0:
-        kept = dump_config(replace(config, resume=None, overwrite_output_dir=False))  # to be started from again, safely
-        (Path(config.output_dir) / "config.yaml").write_text(kept, encoding="utf-8")
         fetch_processor_files(config.model_name_or_path)
     model = build_model(config, data, device, checkpoint)
     engine = build_engine(config, model)
@@ -140,12 +139,15 @@ def _build(
         every=config.logging_steps,
     )
     _announce(progress, config, data, model.policy, engine, num_steps, checkpoint)
+    kept = dump_config(replace(config, resume=None, overwrite_output_dir=False))  # to be started from again, safely
+    for line in on_rank_zero(lambda: take_over(config, start, steps_done=state.step, config_text=kept)):
+        progress.say(line)
     first_step = state.step + 1 if checkpoint else 0
-    log = MetricsLog(Path(config.output_dir), config, writes=rank == 0, first_step=first_step)
+    log = MetricsLog(Path(config.output_dir), config, first_step=first_step)
+    on_rank_zero(log.open)
     saver = Saver(config, facts, checkpoint)
-    if rank == 0:
-        saver.forget_bad(first_step)
-    dist.barrier()  # before any rank notes one
+    if trainer_state is not None and start.in_folder_of(config):
+        saver.run = trainer_state.get("run", saver.run)
     return Run(config, engine, loader, state, saver, evaluator, log, progress, device, num_steps)
 
 
@@ -156,44 +158,24 @@ def steps_of(config: TrainConfig, steps_per_epoch: int) -> int:
     return math.ceil(config.num_train_epochs * steps_per_epoch - 1e-9)
 
 
-def _prepare_output(config: TrainConfig) -> Path | None:
-    """Rank 0 makes the folder and chooses what to resume from; every rank gets the same answer, or the same ValueError."""
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = _choose_checkpoint(config)
-        except (ValueError, OSError) as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise ValueError(answer[1])
-    return answer[0]
+@contextmanager
+def _output_of_one_run(config: TrainConfig) -> Iterator[Start]:
+    """Makes the folder, keeps other runs out of it, and chooses what to go on from; the same answer on every rank."""
+    locks: list[RunLock] = []
 
+    def prepare() -> Start:
+        check_writable(Path(config.output_dir))
+        locks.append(RunLock(Path(config.output_dir)))
+        return choose_start(config)
 
-def _choose_checkpoint(config: TrainConfig) -> Path | None:
-    folder = Path(config.output_dir)
-    check_writable(folder)
-    found: Path | None = None
-    if config.resume == "auto":
-        found = newest_checkpoint(folder)
-    elif config.resume is not None:
-        found = Path(config.resume)
-        if not found.is_dir():
-            raise ValueError(f"resume={config.resume!r} is not a folder: give a checkpoint-N folder, or auto")
-        newest = (list_checkpoints(folder) or [found])[-1]
-        if found.resolve().parent == folder.resolve() and newest.resolve() != found.resolve():
-            raise ValueError(
-                f"resume={config.resume!r}: {config.output_dir!r} holds later checkpoints, {newest.name} the last, which "
-                "would be taken for this run's. Delete them, or give another output_dir"
-            )
-    elif config.overwrite_output_dir:
-        remove_checkpoints(folder)
-    elif list_checkpoints(folder):
-        raise ValueError(
-            f"output_dir={config.output_dir!r} holds checkpoints: go on with --resume auto, start anew with "
-            "--overwrite_output_dir, or take another folder"
-        )
-    return found
+    try:
+        start = on_rank_zero(prepare)
+        for folder, problem in start.broken if dist.get_rank() == 0 else ():
+            logger.warning("passing over %s: %s", folder, problem)
+        yield start
+    finally:
+        for lock in locks:
+            lock.release()
 
 
 def _facts(config: TrainConfig, data: RunData, world_size: int) -> dict[str, Any]:

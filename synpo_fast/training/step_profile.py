@@ -31,6 +31,7 @@ from synpo_fast.training.run_data import RunData, read_data, train_loader
 from synpo_fast.training.run_model import build_engine, build_model
 from synpo_fast.training.run_state import versions
 from synpo_fast.training.stage_clock import StageTimes
+from synpo_fast.training.superseded import set_aside
 
 FILE = "profile.json"
 
@@ -54,6 +55,8 @@ def profile_in_group(config: TrainConfig, device: torch.device) -> dict[str, Any
     if rank == 0:
         partial = folder / f"{FILE}.partial"
         partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if (folder / FILE).exists():
+            progress.say(f"the earlier {FILE} is now {set_aside(folder / FILE)}")
         partial.replace(folder / FILE)
         print(table(record), flush=True)
     return record

@@ -60,8 +60,14 @@ def test_other_settings_start_anew_and_equal_ones_keep_what_is_there(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     prepare_folder(tmp_path, settings)
     assert (tmp_path / "data").exists()
-    prepare_folder(tmp_path, replace(settings, seed=2))
-    assert not (tmp_path / "data").exists() and (tmp_path / "notes.txt").exists()
+    (tmp_path / "data" / "results").write_text("hours")
+    (tmp_path / "demo.json").write_text("{}")
+    for seed, name in ((2, "earlier"), (3, "earlier.2")):
+        prepare_folder(tmp_path, replace(settings, seed=seed))
+        assert not (tmp_path / "data").exists() and (tmp_path / "notes.txt").exists()
+        assert (tmp_path / name).is_dir()
+    assert (tmp_path / "earlier" / "data" / "results").read_text() == "hours"
+    assert (tmp_path / "earlier" / "demo.json").exists() and not (tmp_path / "demo.json").exists()
 
 
 def test_the_summary_shows_all_three_whatever_the_outcome():

@@ -151,8 +151,14 @@ def test_a_folder_that_can_not_be_written_is_found_at_the_start(tmp_path):
     assert not list((tmp_path / "new" / "folder").iterdir())
 
 
-def test_the_seal_lists_every_file(tmp_path):
-    folder = write(tmp_path, 1)
+def test_the_seal_lists_what_resuming_reads(tmp_path):
+    def save_model(into):
+        for name in ("model.safetensors", "config.json", "adapter_config.json", "README.md", "tokenizer.json"):
+            (into / name).write_text("x")
+
+    trainer = {"state": {"step": 1}}
+    folder = write_checkpoint(
+        tmp_path, 1, save_model=save_model, optimizer_state=STATE, trainer_state=trainer, keep=None
+    )
     listed = json.loads((folder / "complete.json").read_text())["files"]
-    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert set(listed) == there - {"complete.json"}
+    assert set(listed) == {"model.safetensors", "config.json", "state/optimizer.safetensors", "state/trainer.json"}

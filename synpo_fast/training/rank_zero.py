@@ -1,0 +1,30 @@
+"""Work that one process does for all: its result, or its error, reaches every rank, so that none waits for another for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+def on_rank_zero(work: Callable[[], Result]) -> Result:
+    """Every rank calls it. The result must be picklable; so must an error, which is raised on every rank.
+
+    An OSError, of a disk that is full or a folder that may not be written, becomes a ValueError with the same text.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = work()
+        except OSError as error:
+            answer[1] = ValueError(str(error))
+        except (ValueError, RuntimeError, ImportError) as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    result: Result = answer[0]
+    return result

@@ -1,0 +1,168 @@
+"""The folder of a run: where a run starts from, and what becomes of that which an earlier one left there.
+
+Nothing of an earlier run is deleted or overwritten, except with `--overwrite_output_dir`, and then only what runs write. A
+start that replaces something moves it into `superseded/` first: checkpoints that are not whole, metrics and skipped pairs of
+steps that are to be run again, the page of another run. The config of an earlier start stays beside the new one. All of
+this is done by the process that holds the folder's lock, when model and data are there, so that a mistake in the options
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from synpo_fast.training.checkpoint import (
+    CheckpointError,
+    is_ours,
+    list_checkpoints,
+    newest_and_broken,
+    remove_checkpoints,
+    step_in,
+    what_is_broken,
+)
+from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.superseded import FOLDER, free_name, set_aside, set_aside_lines
+
+CONFIG, METRICS, SKIPPED, REFERENCE = "config.yaml", "metrics.jsonl", "skipped_pairs.rank*.jsonl", "reference.pt"
+OF_ONE_RUN = ("report.html", "tensorboard", "wandb_run_id")  # a new run begins its own
+ALL_FILES = (CONFIG, "config.until-step-*.yaml", METRICS, SKIPPED, *OF_ONE_RUN, "profile.json", "wandb", FOLDER)
+ANEW = "start anew with --overwrite_output_dir (which deletes that run) or in another output_dir"
+
+
+@dataclass(frozen=True)
+class Start:
+    """checkpoint: to go on from, None to begin at step 0. broken: later checkpoints, each with what is wrong with it."""
+
+    checkpoint: Path | None = None
+    broken: list[tuple[Path, str]] = field(default_factory=list)
+
+    def in_folder_of(self, config: TrainConfig) -> bool:
+        """Whether the run of that very folder goes on."""
+        return self.checkpoint is not None and self.checkpoint.resolve().parent == Path(config.output_dir).resolve()
+
+
+def choose_start(config: TrainConfig) -> Start:
+    """Reads only. Raises ValueError where going on or starting anew would cost an earlier run something."""
+    folder = Path(config.output_dir)
+    if config.resume == "auto":
+        return _newest(folder)
+    if config.resume is not None:
+        return _given(config, folder, Path(config.resume))
+    if list_checkpoints(folder) and not config.overwrite_output_dir:
+        raise ValueError(f"output_dir={config.output_dir!r} holds checkpoints: go on with --resume auto, or {ANEW}")
+    return Start()
+
+
+def _newest(folder: Path) -> Start:
+    newest, broken = newest_and_broken(folder)
+    if newest is None and broken:
+        reasons = "; ".join(f"{each.name}: {problem}" for each, problem in broken)
+        count = "its only checkpoint" if len(broken) == 1 else f"none of its {len(broken)} checkpoints"
+        raise ValueError(
+            f"resume=auto: output_dir={str(folder)!r} holds a run, but {count} "
+            f"{'is not whole' if len(broken) == 1 else 'is whole'} ({reasons}). Put back what is missing, or {ANEW}"
+        )
+    return Start(newest, broken)
+
+
+def _given(config: TrainConfig, folder: Path, found: Path) -> Start:
+    if not found.is_dir():
+        raise ValueError(f"resume={config.resume!r} is not a folder: give a checkpoint-N folder, or auto")
+    problem = what_is_broken(found)
+    if problem is not None:
+        raise CheckpointError(f"can not resume from {found}: {problem}")
+    if found.resolve().parent != folder.resolve():
+        if list_checkpoints(folder):
+            raise ValueError(
+                f"resume={config.resume!r} is of another folder, and output_dir={config.output_dir!r} holds checkpoints of "
+                f"its own: go on from those with --resume auto, or {ANEW}"
+            )
+        return Start(found)
+    later = [each for each in list_checkpoints(folder) if _name_step(each) > (step_in(found) or 0)]
+    problems = [(each, what_is_broken(each)) for each in reversed(later)]
+    whole = [each.name for each, problem in problems if problem is None]
+    if whole:
+        raise ValueError(
+            f"resume={config.resume!r}: {config.output_dir!r} holds later checkpoints, {whole[0]} the last, which would be "
+            "taken for this run's. Move them away, or give another output_dir"
+        )
+    return Start(found, [(each, problem) for each, problem in problems if problem is not None])
+
+
+def take_over(config: TrainConfig, start: Start, *, steps_done: int, config_text: str) -> list[str]:
+    """Makes the folder this run's, which has `steps_done` steps behind it. Returns what to tell the user, a line each.
+
+    One process calls it, before any writes metrics into the folder.
+    """
+    folder = Path(config.output_dir)
+    if config.overwrite_output_dir:
+        remove_earlier_run(folder, keep_reference=config.needs_reference and config.reference_kind == "precomputed")
+    broken = [each for each, _ in start.broken if is_ours(each)]
+    said = [f"{each.name} was not whole and is now {_in(folder, set_aside(each))}" for each in broken]
+    goes_on = start.in_folder_of(config)
+    said += _set_aside_steps(folder, steps_done + 1 if goes_on else 0)
+    if not goes_on:
+        said += [
+            f"{name} of an earlier run is now {_in(folder, set_aside(folder / name))}"
+            for name in OF_ONE_RUN
+            if (folder / name).exists()
+        ]
+    said += _keep_config(folder, steps_done, config_text)
+    return said
+
+
+def _set_aside_steps(folder: Path, first_step: int) -> list[str]:
+    """What was noted of steps that are to be run again, on any number of ranks."""
+    said = []
+    for file in [folder / METRICS, *sorted(folder.glob(SKIPPED))]:
+        count = set_aside_lines(file, lambda line: step_of_line(line) < first_step)
+        if count:
+            plural = "s" if count > 1 else ""
+            said.append(f"{count} line{plural} of {file.name} from step {first_step} on now in {FOLDER}/{file.name}")
+    if said and (folder / "report.html").exists():  # it shows those steps
+        said.append(f"report.html is now {_in(folder, set_aside(folder / 'report.html'))}")
+    return said
+
+
+def step_of_line(line: str) -> float:
+    """A line that a kill has cut off is of no step that is to be kept."""
+    try:
+        return int(json.loads(line).get("step", 0))
+    except (ValueError, TypeError, AttributeError):
+        return math.inf
+
+
+def _keep_config(folder: Path, step: int, text: str) -> list[str]:
+    """Writes config.yaml; the one that was there until now, if it says something else, keeps a name of its own."""
+    file, said = folder / CONFIG, []
+    if file.exists() and file.read_bytes() != text.encode():
+        kept = free_name(folder / f"config.until-step-{step}.yaml")
+        file.rename(kept)
+        said.append(f"the earlier config.yaml is now {kept.name}")
+    partial = folder / f"{CONFIG}.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+    return said
+
+
+def remove_earlier_run(folder: Path, *, keep_reference: bool) -> None:
+    """Deletes what runs write, and nothing else. keep_reference: log-probs that this run has made or found to be right."""
+    remove_checkpoints(folder)
+    for pattern in (*ALL_FILES, *(() if keep_reference else (REFERENCE,))):
+        for path in folder.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _name_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _in(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
