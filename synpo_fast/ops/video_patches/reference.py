@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from synpo_fast.ops.host_copy import to_device
 from synpo_fast.ops.video_patches.packing import Packing
 
 CHUNK_BYTES = 32 << 20  # of fp32 pixels at a time: all of a long video would take several times what comes out
@@ -54,8 +55,9 @@ def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 def normalise_frames(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 [T, 3, H, W] -> fp32, (x / 255 - mean) / std with the division by 255 folded into mean and std."""
-    levels = torch.tensor([mean, std], dtype=torch.float32, device=frames.device).view(2, 3, 1, 1) * 255
-    return frames.float().sub_(levels[0]).div_(levels[1])
+    levels = to_device({"levels": torch.tensor([mean, std], dtype=torch.float32)}, frames.device)["levels"]
+    mean_255, std_255 = levels.view(2, 3, 1, 1) * 255
+    return frames.float().sub_(mean_255).div_(std_255)
 
 
 def _places(pixels: Tensor, size: tuple[int, int], packing: Packing) -> Tensor:
