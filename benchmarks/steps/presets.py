@@ -124,7 +124,7 @@ def _published_qwen25_vl(shape: dict[str, int], device: torch.device, dtype: tor
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(qwen25_vl_config(shape, tokenizer), dtype=dtype)
-    implementation = attention.VARLEN if device.type == "cuda" else attention.SEGMENTS
+    implementation, _ = attention.choose("auto", device, dtype)
     policy = Policy(model.to(device), tokenizer, family, attn_implementation=implementation)
     language_model: Any = family.language_model(policy.base)
     language_model.config._attn_implementation = implementation

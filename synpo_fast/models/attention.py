@@ -10,6 +10,7 @@ attention functions as the keyword `packed` of the language model's forward.
 """
 
 import functools
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,45 @@ from torch import Tensor
 from synpo_fast.models.layout import RowLayout
 
 SEGMENTS, VARLEN = "synpo_fast_segments", "synpo_fast_varlen"
+IMPLEMENTATIONS = ("sdpa", "eager", SEGMENTS, VARLEN)
+FIRST_CAPABILITY = (8, 0)  # of flash attention, torch's and flash-attn's
+
+
+def choose(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The language model's attention for a device and the type of its weights, and why that one.
+
+    Raises ValueError for an unknown name, and for flash attention (varlen) where it cannot run.
+    """
+    if wanted not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"attn_implementation must be auto or one of {', '.join(IMPLEMENTATIONS)}, got {wanted!r}")
+    obstacle = _obstacle(device, dtype)
+    if wanted == VARLEN and obstacle:
+        raise ValueError(f"attn_implementation={VARLEN!r} {obstacle}; take auto, or {SEGMENTS}")
+    if wanted in ("sdpa", "eager"):
+        return wanted, f"{wanted} with a dense mask, as asked for"
+    if wanted == SEGMENTS or obstacle:
+        return SEGMENTS, f"{SEGMENTS}, " + (f"because {VARLEN} {obstacle}" if wanted == "auto" else "as asked for")
+    return VARLEN, f"{VARLEN}, by {varlen_package()}, " + ("as asked for" if wanted == VARLEN else "the fastest here")
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why flash attention cannot run, if so."""
+    if device.type != "cuda":
+        return f"needs a CUDA device, got {device}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return (
+            f"knows bfloat16 and float16 only, got {str(dtype).removeprefix('torch.')} (bf16=true trains in bfloat16)"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FIRST_CAPABILITY:
+        needed, found = (".".join(map(str, each)) for each in (FIRST_CAPABILITY, capability))
+        return f"needs a GPU of compute capability {needed} or above, got {found}"
+    return None
+
+
+def varlen_package() -> str:
+    """Whose kernel `varlen` runs: flash-attn's where that is installed, else torch's own."""
+    return "torch" if importlib.util.find_spec("flash_attn") is None else "flash-attn"
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ import torch
 
 from synpo_fast.models import attention
 from synpo_fast.models.family import FAMILIES, Family, attention_kinds, family_of
+from synpo_fast.models.liger import apply_liger_kernels
 from synpo_fast.models.low_precision import cast_as_loaded
 from synpo_fast.models.policy import Policy
 from synpo_fast.models.video_frames import with_resolution
@@ -42,11 +43,12 @@ def load_policy(
             `tiny_options` (sizes) are for those.
         dtype: type of the weights; None: fp32 on a CPU, bf16 on a GPU. What transformers keeps in fp32 (rotary frequencies,
             parameters a model declares) stays in fp32.
-        attn_implementation: sdpa, eager, synpo_fast_segments, synpo_fast_varlen, or auto: segments on a CPU, varlen on a GPU.
+        attn_implementation: sdpa, eager, synpo_fast_segments, synpo_fast_varlen, or auto: varlen for bf16 and fp16 on a GPU of
+            compute capability 8.0 or above, else segments.
         vision_attn_implementation: of the vision tower: auto, sdpa, eager, synpo_fast_varlen, synpo_fast_segments or
             flash_attention_2. auto: on a GPU varlen (segments in fp32) for towers that pack frames into one row, else sdpa.
         freeze_vision: tower and projector do not train; their features may then be kept.
-        liger_kernels: Liger's norms, rotary and MLP, on a GPU.
+        liger_kernels: Liger's norms, rotary and gated MLPs, on a GPU; none to replace is an error.
         row_tokens: bound of a packed row.
         min_pixels, max_pixels: bounds of a video's size in place of the model's own, in the meaning of the family's processor:
             of a frame (qwen2_5_vl), of all frames together (qwen3_vl), of a frame from below and all together from above
@@ -59,7 +61,7 @@ def load_policy(
     attention.register()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = _dtype(dtype, device)
-    implementation = _attention(attn_implementation, device)
+    implementation, reason = attention.choose(attn_implementation, device, dtype)
     if name_or_path.startswith("tiny:"):
         model, tokenizer, family = _tiny(name_or_path.removeprefix("tiny:"), seed, tiny_options or {})
         cast_as_loaded(model, dtype)
@@ -83,12 +85,13 @@ def load_policy(
     if policy.can_share:
         _check_layers(model.config, family.name)
         family.language_model(model).config._attn_implementation = implementation
+        policy.notes.append(f"attention: {reason}")
     if freeze_vision:
         policy.freeze_vision()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if liger_kernels:
-        _apply_liger(model, device)
+        policy.notes.append(_apply_liger(policy, device))
     return policy
 
 
@@ -100,17 +103,6 @@ def _dtype(wanted: str | torch.dtype | None, device: torch.device) -> torch.dtyp
     if wanted not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted!r}")
     return DTYPES[wanted]
-
-
-def _attention(wanted: str, device: torch.device) -> str:
-    known = ("sdpa", "eager", attention.SEGMENTS, attention.VARLEN)
-    if wanted == "auto":
-        return attention.VARLEN if device.type == "cuda" else attention.SEGMENTS
-    if wanted not in known:
-        raise ValueError(f"attn_implementation must be auto or one of {', '.join(known)}, got {wanted!r}")
-    if wanted == attention.VARLEN and device.type != "cuda":
-        raise ValueError(f"attn_implementation={wanted!r} needs a CUDA device, got {device}")
-    return wanted
 
 
 def _tiny(name: str, seed: int, options: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -171,11 +163,11 @@ def _preprocessor(name: str) -> dict[str, Any] | None:
     return None
 
 
-def _apply_liger(model: Any, device: torch.device) -> None:
+def _apply_liger(policy: Policy, device: torch.device) -> str:
     if device.type != "cuda":
         raise ValueError(f"liger_kernels=True needs a CUDA device, got {device}")
     try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        counts = apply_liger_kernels(policy.base, policy.family.language_model(policy.base))
     except ImportError as error:
-        raise ImportError("liger_kernels=True needs liger-kernel: pip install synpo-fast[gpu]") from error
-    _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)
+        raise ImportError(f"liger_kernels=True needs liger-kernel: pip install 'synpo-fast[gpu]' ({error})") from error
+    return "Liger's kernels: " + ", ".join(f"{count} {kind}" for kind, count in counts.items())

@@ -75,6 +75,7 @@ class Policy(nn.Module):
         self.processing: VideoProcessing | None = None  # None: what the family makes of the model's config
         self.feature_store: FeatureStore | None = None
         self._copies: CopyStream | None = None
+        self.notes: list[str] = []  # sentences on what was chosen at loading, to be said when a run starts
 
     @property
     def base(self) -> Any:

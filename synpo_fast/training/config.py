@@ -46,7 +46,9 @@ class TrainConfig:
     model_options: dict[str, Any] = option(dict, "sizes of a tiny: model, as key=value,key=value")
     trust_remote_code: bool = option(False, "run code that comes with the model")
     attn_implementation: str = option(
-        "auto", "auto, sdpa, eager, synpo_fast_segments or synpo_fast_varlen; auto: segments on a CPU, varlen on a GPU"
+        "auto",
+        "auto, sdpa, eager, synpo_fast_segments or synpo_fast_varlen; auto: varlen for bf16 and fp16 on a GPU from capability "
+        "8.0 on, else segments",
     )
     vision_attn_implementation: str = option(
         "auto",
@@ -55,7 +57,7 @@ class TrainConfig:
     )
     freeze_vision: bool = option(True, "vision tower and projector do not train")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward: less memory, more time")
-    liger_kernels: bool = option(False, "Liger's norms, rotary and MLP (GPU)")
+    liger_kernels: bool = option(False, "Liger's norms, rotary and gated MLPs (GPU); the start of a run says how many")
     bf16: bool | None = option(
         None, "train in bfloat16 with fp32 master weights; default: on a GPU, unless fp16 is set"
     )

@@ -221,6 +221,8 @@ def _announce(
         f"{engine.world_size} process{'es' if engine.world_size > 1 else ''} on {policy.device.type}"
     )
     progress.say(f"{config.loss_type}: {said(config.loss_type, config.loss_options)}")
+    for note in policy.notes:
+        progress.say(note)
     if start is not None:
         progress.say(f"going on from {start}")
     if config.needs_reference:

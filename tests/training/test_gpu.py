@@ -40,6 +40,7 @@ def on_the_cpu(world, tmp_path_factory):
         {"zero_stage": 2, "fp16": True, "bf16": False},
         {"zero_stage": 2, "gradient_checkpointing": True},
         {"zero_stage": 2, "attn_implementation": "sdpa"},
+        {"zero_stage": 2, "liger_kernels": True},
     ],
     ids=lambda more: "-".join(f"{name}={value}" for name, value in more.items()),
 )
