@@ -180,14 +180,14 @@ class Engine:
             yield
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Adam's moments and, where weights are 16-bit, their fp32 masters: whole, on the CPU, on rank 0; {} on the others.
+        """Adam's moments and the fp32 weights (masters, where a model is 16-bit): whole, on the CPU, on rank 0; {} on the others.
 
         All ranks call it: shards are gathered one parameter at a time.
         """
         self._link_states()
         state: dict[str, Tensor] = {}
         for name, parameter in self.trained_parameters():
-            for key in self._kept_keys():
+            for key in (None, *MOMENTS):
                 whole = self._whole(parameter, key)
                 if self.rank == 0:
                     state[f"{name}.{key or 'master'}"] = whole.detach().to("cpu", torch.float32, copy=True).contiguous()
@@ -198,19 +198,20 @@ class Engine:
         return state
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """What optimizer_state returned, whatever the number of ranks and the stage were then. All ranks pass the whole."""
+        """What optimizer_state returned, whatever ranks, stage and dtype were then. All ranks pass the whole.
+
+        Call restore_weights before the engine is made: where it trains in fp32 the module's own weights are the masters.
+        """
         self._link_states()
+        # None stands for the fp32 weights.
+        keys: tuple[str | None, ...] = MOMENTS if self.dtype == torch.float32 else (None, *MOMENTS)
         for name, parameter in self.trained_parameters():
-            for key in self._kept_keys():
+            for key in keys:
                 self._set_whole(parameter, key, _entry(state, f"{name}.{key or 'master'}", parameter))
         self.optimizer.set_step(int(state["step"]))
         if "loss_scale" in state and self.dtype == torch.float16:
             scaler = getattr(self.deepspeed.optimizer, "loss_scaler", self.deepspeed.optimizer)
             scaler.cur_scale = float(state["loss_scale"])
-
-    def _kept_keys(self) -> list[str | None]:
-        """None stands for the fp32 weights."""
-        return [*MOMENTS] if self.dtype == torch.float32 else [None, *MOMENTS]
 
     def _link_states(self) -> None:
         """ZeRO 1 and 2 map states to parameters at the first step, and with several parameter groups only the first one's."""
@@ -239,6 +240,15 @@ class Engine:
             shard.data[: part.numel()].copy_(part)
         else:
             parameter.set_full_hp_param(value.to(parameter.device), key)
+
+
+def restore_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Puts the fp32 weights that optimizer_state kept into a module that no engine has yet. A checkpoint's own weights are those
+    of its dtype: a run that goes on from bf16 in fp32 would begin with rounded ones."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and f"{name}.master" in state:
+                parameter.copy_(_entry(dict(state), f"{name}.master", parameter))
 
 
 def deepspeed_config(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -299,6 +309,11 @@ def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 def _entry(state: dict[str, Tensor], name: str, parameter: Any) -> Tensor:
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    if name not in state and name.endswith(".master"):
+        raise ValueError(
+            f"the checkpoint holds no fp32 weights ({name}), which bf16 and fp16 need: it was saved in fp32 by an earlier "
+            "version; go on in fp32 (bf16=false)"
+        )
     if name not in state or tuple(state[name].shape) != shape:
         found = "missing" if name not in state else f"of shape {tuple(state[name].shape)}"
         raise ValueError(

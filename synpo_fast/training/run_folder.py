@@ -25,11 +25,13 @@ from synpo_fast.training.checkpoint import (
     what_is_broken,
 )
 from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.config_sources import read_yaml
 from synpo_fast.training.superseded import FOLDER, free_name, set_aside, set_aside_lines
 
 CONFIG, METRICS, SKIPPED, REFERENCE = "config.yaml", "metrics.jsonl", "skipped_pairs.rank*.jsonl", "reference.pt"
 OF_ONE_RUN = ("report.html", "tensorboard", "wandb_run_id")  # a new run begins its own
 ALL_FILES = (CONFIG, "config.until-step-*.yaml", METRICS, SKIPPED, *OF_ONE_RUN, "profile.json", "wandb", FOLDER)
+PLACES = ("output_dir", "run_name")  # where a run lies and what it is called is no change of it
 ANEW = "start anew with --overwrite_output_dir (which deletes that run) or in another output_dir"
 
 
@@ -111,8 +113,22 @@ def take_over(config: TrainConfig, start: Start, *, steps_done: int, config_text
             for name in OF_ONE_RUN
             if (folder / name).exists()
         ]
-    said += _keep_config(folder, steps_done, config_text)
+    said += _keep_config(folder, start, steps_done, config_text)
     return said
+
+
+def what_changed(earlier: Path, new: Path) -> list[str]:
+    """A line for each option that differs between the config.yaml of an earlier start and that of this one."""
+    try:
+        was, now = read_yaml(earlier), read_yaml(new)
+    except (ValueError, OSError) as error:
+        return [f"what changed since the earlier start is not known: {error}"]
+    names = [name for name in now if name in was and was[name] != now[name] and name not in PLACES]
+    return [f"changed: {name} was {_shown(was[name])}, is {_shown(now[name])}" for name in names]
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _set_aside_steps(folder: Path, first_step: int) -> list[str]:
@@ -136,15 +152,17 @@ def step_of_line(line: str) -> float:
         return math.inf
 
 
-def _keep_config(folder: Path, step: int, text: str) -> list[str]:
+def _keep_config(folder: Path, start: Start, step: int, text: str) -> list[str]:
     """Writes config.yaml; the one that was there until now, if it says something else, keeps a name of its own."""
     file, said = folder / CONFIG, []
+    partial = folder / f"{CONFIG}.partial"
+    partial.write_text(text, encoding="utf-8")
+    if start.checkpoint is not None:
+        said += what_changed(start.checkpoint.parent / CONFIG, partial)
     if file.exists() and file.read_bytes() != text.encode():
         kept = free_name(folder / f"config.until-step-{step}.yaml")
         file.rename(kept)
         said.append(f"the earlier config.yaml is now {kept.name}")
-    partial = folder / f"{CONFIG}.partial"
-    partial.write_text(text, encoding="utf-8")
     partial.replace(file)
     return said
 

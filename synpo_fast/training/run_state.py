@@ -52,6 +52,7 @@ class Saver:
     config: TrainConfig
     facts: dict[str, Any]  # what must be the same for a resumed run to be the same run
     last: Path | None = None
+    setting: dict[str, Any] = field(default_factory=dict)  # what may differ when it goes on, and is told then
     run: str = field(default_factory=lambda: secrets.token_hex(8))  # marks its checkpoints, which it may delete again
 
     @property
@@ -83,6 +84,7 @@ class Saver:
                     trainer_state={
                         "state": asdict(state),
                         "facts": self.facts,
+                        "setting": self.setting,
                         "versions": versions(),
                         "run": self.run,
                     },

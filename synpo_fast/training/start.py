@@ -22,7 +22,7 @@ from synpo_fast.losses.units import said
 from synpo_fast.training.checkpoint import check_writable, read_state
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.config_sources import dump_config
-from synpo_fast.training.engine import Engine, deepspeed_config, start_distributed, stop_distributed
+from synpo_fast.training.engine import Engine, deepspeed_config, restore_weights, start_distributed, stop_distributed
 from synpo_fast.training.evaluation_loop import Evaluator
 from synpo_fast.training.loop import Run, train
 from synpo_fast.training.metrics import MetricsLog
@@ -113,6 +113,7 @@ def _build(config: TrainConfig, data: RunData, device: torch.device, start: Star
     if rank == 0:
         fetch_processor_files(config.model_name_or_path)
     model = build_model(config, data, device, checkpoint)
+    restore_weights(model.module, optimizer_state)
     engine = build_engine(config, model)
     state = RunState()
     if trainer_state is not None:
@@ -145,7 +146,11 @@ def _build(config: TrainConfig, data: RunData, device: torch.device, start: Star
     first_step = state.step + 1 if checkpoint else 0
     log = MetricsLog(Path(config.output_dir), config, first_step=first_step)
     on_rank_zero(log.open)
-    saver = Saver(config, facts, checkpoint)
+    saver = Saver(config, facts, checkpoint, setting=_setting(engine))
+    for name, value in saver.setting.items():
+        was = (trainer_state or {}).get("setting", {}).get(name, value)
+        if was != value:
+            progress.say(f"changed: {name} was {was}, is {value}")
     if trainer_state is not None and start.in_folder_of(config):
         saver.run = trainer_state.get("run", saver.run)
     return Run(config, engine, loader, state, saver, evaluator, log, progress, device, num_steps)
@@ -194,6 +199,16 @@ def _facts(config: TrainConfig, data: RunData, world_size: int) -> dict[str, Any
         "adapter": [config.lora_r, config.lora_alpha, config.lora_dropout, sorted(config.lora_target_modules)],
         "frames": repr(sampling_of(config)),
         **resolution_of(config),
+        "model_options": config.model_options or None,
+    }
+
+
+def _setting(engine: Engine) -> dict[str, Any]:
+    """What a run has found out by itself, and may find out otherwise when it goes on elsewhere."""
+    return {
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "processes": engine.world_size,
+        "device": engine.module.policy.device.type,
     }
 
 
