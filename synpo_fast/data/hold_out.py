@@ -33,7 +33,8 @@ def hold_out(pairs: Sequence[Pair], share: float, *, seed: int, root: str | Path
         if abs(grown - wanted) < abs(len(chosen) - wanted) and grown < len(pairs):
             chosen.update(group)
     if not chosen:
-        chosen.update(min(order, key=len))
+        smallest: list[int] = min(order, key=len)
+        chosen.update(smallest)
     return (
         [pair for place, pair in enumerate(pairs) if place not in chosen],
         [pair for place, pair in enumerate(pairs) if place in chosen],

@@ -1,11 +1,13 @@
 """What a run says of its data before the first step: what is held out, what it can not be trained on."""
 
+import json
 import re
 from dataclasses import replace
 
 import pytest
 
 from synpo_fast.data import Clip, Pair, read_manifest, write_manifest
+from synpo_fast.data.check import check_manifest
 from synpo_fast.data.encoding import BadPair, quoted
 from synpo_fast.training import start
 from synpo_fast.training.config import TrainConfig
@@ -117,3 +119,24 @@ def test_a_profile_without_a_usable_pair_says_why(world, tmp_path, in_one_proces
     values = options(world, tmp_path / "out", profile=1, video_root=str(tmp_path))
     with pytest.raises(ValueError, match=r"no step of .* every process: 'p\d-\d': v\d.mp4: there is no such file"):
         in_one_process(values)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (
+            {"clips": [{"path": "v0.mp4"}, {"path": "v1.mp4"}], "reference_clips": [0]},
+            "reference_clips is not read yet",
+        ),
+        ({"video": "v0.mp4", "audio": True}, "audio must be false: sound is not read yet"),
+    ],
+)
+@pytest.mark.parametrize("name", ["train_file", "eval_file"])
+def test_what_nothing_reads_is_refused_with_its_row(world, tmp_path, more, reason, name):
+    file = tmp_path / "rows.jsonl"
+    good, bad = {"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "r", "chosen": "a", "rejected": "b", **more}
+    file.write_text(f"{json.dumps(good)}\n{json.dumps(bad)}")
+    with pytest.raises(ValueError, match=rf"rows.jsonl:2: {reason}"):
+        read_data(TrainConfig(**{**options(world, tmp_path / "out"), name: str(file)}))
+    (finding,) = (finding for finding in check_manifest(file).findings if finding.is_problem)
+    assert finding.what == "bad rows" and f"rows.jsonl:2: {reason}" in finding.examples[0]
