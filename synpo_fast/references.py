@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from synpo_fast.errors import UserError
 from synpo_fast.models.digest import sample_key
 from synpo_fast.models.policy import Logps, Policy, Sample
 
@@ -65,14 +66,12 @@ class AdapterOff:
 
     def _check(self) -> None:
         if not hasattr(self.policy.model, "disable_adapter"):
-            raise ValueError(
-                "reference 'adapter off' needs a peft adapter; without one use a frozen copy or precompute"
-            )
+            raise UserError("reference 'adapter off' needs a peft adapter; without one use a frozen copy or precompute")
         outside = [
             name for name, p in self.policy.model.named_parameters() if p.requires_grad and not _is_adapter(name)
         ]
         if outside:
-            raise ValueError(
+            raise UserError(
                 f"reference 'adapter off' would move: {len(outside)} trained parameters lie outside the adapter, "
                 f"{', '.join(outside[:3])} among them; freeze them or use a frozen copy"
             )
@@ -87,7 +86,7 @@ class Precomputed:
     def __init__(self, file: str | Path, *, weights_key: str) -> None:
         stored = torch.load(file, weights_only=True)
         if stored["weights"] != weights_key:
-            raise ValueError(
+            raise UserError(
                 f"{file} was computed with other reference weights ({stored['weights'][:12]}, wanted {weights_key[:12]}); "
                 "compute it again"
             )
@@ -98,7 +97,7 @@ class Precomputed:
         for sample in samples:
             key = sample_key(sample)
             if key not in self.entries:
-                raise ValueError(
+                raise UserError(
                     f"{self.file} has no reference for sample {sample.name!r} as it is now; compute it again"
                 )
             results.append(list(self.entries[key]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,45 +19,63 @@ if not __package__:
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     sys.path.insert(0, str(here.parent))
 
+from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.printable import PrintableFormatter, printable
-from synpo_fast.training.config_sources import dump_config, resolve_config
-from synpo_fast.training.option_help import help_text
+from synpo_fast.training.console import say, say_mistake
+
+FAILED, MISTAKE = 1, 2
+UNEXPECTED = (
+    "synpo-fast train: an error that is none of the mistakes this program knows; the lines above say where it arose. A run's "
+    "last checkpoint is as it was: --resume auto goes on from it."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: done, or stopped by SIGTERM with a checkpoint. 1: the run could not go on. 2: a mistake in the options."""
+    """0: done, or stopped by SIGTERM with a checkpoint. 1: the run could not go on. 2: a mistake in options, data or files."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
+    asks_for_help, only_print = bool({"-h", "--help"} & set(arguments)), "--print_config" in arguments
+    if not asks_for_help and not only_print:
+        say("synpo-fast train: loading libraries")  # which takes seconds: torch first
+    from synpo_fast.training.config_sources import dump_config, resolve_config
+    from synpo_fast.training.option_help import help_text
+
+    if asks_for_help:
         print(help_text())
         return 0
-    only_print = "--print_config" in arguments
     try:
         config = resolve_config([word for word in arguments if word != "--print_config"])
-    except ValueError as error:
-        return _mistake(error)
-    if only_print:
-        print(dump_config(config), end="")
-        return 0
+        if only_print:
+            print(dump_config(config), end="")
+            return 0
+        from synpo_fast.training.start_checks import check_start
+
+        check_start(config)
+    except (UserError, MissingPackage) as error:
+        say_mistake(f"synpo-fast train: error: {printable(error)}")
+        return MISTAKE
     terminal = logging.StreamHandler()
     terminal.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[terminal])
-    from synpo_fast.training.checkpoint import CheckpointError
-    from synpo_fast.training.loop import TrainingStopped
-    from synpo_fast.training.start import run_training
+    from synpo_fast.training.said_once import SaidByAnotherProcess
+    from synpo_fast.training.start import FORESEEN, run_training
 
     try:
         run_training(config)
-    except ValueError as error:
-        return _mistake(error)
-    except (TrainingStopped, CheckpointError) as error:
-        print(f"synpo-fast train: {printable(error)}", file=sys.stderr)
-        return 1
+    except SaidByAnotherProcess as said:
+        return _status(said.error)
+    except FORESEEN as error:
+        told = "synpo-fast train: error:" if _status(error) == MISTAKE else "synpo-fast train:"
+        print(f"{told} {printable(error)}", file=sys.stderr)
+        return _status(error)
+    except Exception:  # shown whole: nothing is known of it
+        traceback.print_exc()
+        print(UNEXPECTED, file=sys.stderr)
+        return FAILED
     return 0
 
 
-def _mistake(error: Exception) -> int:
-    print(f"synpo-fast train: error: {printable(error)}", file=sys.stderr)
-    return 2
+def _status(error: Exception) -> int:
+    return MISTAKE if isinstance(error, (UserError, MissingPackage)) else FAILED
 
 
 if __name__ == "__main__":

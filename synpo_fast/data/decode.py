@@ -24,6 +24,7 @@ from torch import Tensor
 
 from synpo_fast.data.video_info import BackendRefusal, VideoError, VideoInfo
 from synpo_fast.data.video_path import resolve_video
+from synpo_fast.errors import MissingPackage, UserError
 
 Decoder = Callable[..., Tensor]
 
@@ -91,7 +92,7 @@ def open_video_file(
 
         yield OpenedVideo(file, probe_images(file), deadline)
         return
-    _require("pyav")
+    require_backend("pyav")
     from synpo_fast.data.container import open_video
     from synpo_fast.data.probe import probe_container
 
@@ -211,15 +212,18 @@ def _wanted_frames(info: VideoInfo, indices: Sequence[int] | None, times: Sequen
 
 
 def _load(backend: str) -> Decoder:
-    _require(backend)
+    require_backend(backend)
     decoder: Decoder = importlib.import_module(BACKENDS[backend][0]).decode
     return decoder
 
 
-def _require(backend: str) -> None:
+def require_backend(backend: str) -> None:
+    """Raises UserError for a backend that does not exist, MissingPackage for one that is not installed."""
+    if backend not in BACKENDS:
+        raise UserError(f"video_backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
     _, package, hint = BACKENDS[backend]
     if not _installed(package):
-        raise ImportError(f"the {backend} backend needs {package}: {hint}")
+        raise MissingPackage(f"the {backend} backend needs {package}: {hint}")
 
 
 def _installed(package: str) -> bool:

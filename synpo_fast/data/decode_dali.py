@@ -36,6 +36,7 @@ from synpo_fast.data.container import check_deadline, open_video
 from synpo_fast.data.orientation import upright_tensor
 from synpo_fast.data.rgb import BT601, LUMA_WEIGHTS
 from synpo_fast.data.video_info import BackendRefusal, VideoError, VideoInfo
+from synpo_fast.errors import MissingPackage
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 CUDA_CODECS = (*CPU_CODECS, "h264", "hevc", "av1", "mpeg4")
@@ -99,7 +100,7 @@ def _decoder(device_index: int | None, process: int) -> _Decoder:
         from nvidia.dali.pipeline import Pipeline
         from nvidia.dali.types import DALIDataType
     except ImportError as error:
-        raise ImportError("the dali backend needs NVIDIA DALI: pip install 'synpo-fast[dali]'") from error
+        raise MissingPackage("the dali backend needs NVIDIA DALI: pip install 'synpo-fast[dali]'") from error
     # With exec_dynamic an output owns its memory: it outlives the next run, and the pipeline.
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_index, prefetch_queue_depth=1, exec_dynamic=True)
     options = {"device": "cpu"} if device_index is None else {"device": "mixed", "affine": False}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from synpo_fast.errors import UserError
 from synpo_fast.models.digest import video_key
 from synpo_fast.models.family import VideoFeatures, VideoInputs
 
@@ -29,7 +30,7 @@ class FeatureCache:
             _write(meta, json.dumps({"format": FORMAT, "tower": tower}).encode())
         known = json.loads(meta.read_text())
         if known != {"format": FORMAT, "tower": tower}:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} holds features of another vision tower ({known.get('tower', '?')[:12]}, "
                 f"now {tower[:12]}); give this run a folder of its own or delete that one"
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from synpo_fast.data.order import epoch_order
 from synpo_fast.data.pair import Pair
+from synpo_fast.errors import UserError
 
 
 def hold_out(pairs: Sequence[Pair], share: float, *, seed: int, root: str | Path) -> tuple[list[Pair], list[Pair]]:
@@ -22,7 +23,7 @@ def hold_out(pairs: Sequence[Pair], share: float, *, seed: int, root: str | Path
     """
     groups = connected_groups(pairs, root)
     if len(groups) < 2:
-        raise ValueError(
+        raise UserError(
             f"eval_split={share}: all {len(pairs)} pairs show the same file, or files that other pairs connect (pairs without a "
             "video: the same prompt), so none can be held out unseen. Give an eval_file, or leave eval_split at 0"
         )

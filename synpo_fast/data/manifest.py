@@ -24,6 +24,7 @@ from torch import Tensor
 
 from synpo_fast.data.pair import Clip, Pair
 from synpo_fast.data.row_files import read_rows
+from synpo_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class BadRow:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
-class ManifestError(ValueError):
+class ManifestError(UserError):
     """Rows that are not pairs: bad_rows holds all of them, the message the first ones."""
 
     def __init__(self, path: str | Path, bad_rows: list[BadRow], message: str = "") -> None:

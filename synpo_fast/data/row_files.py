@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from synpo_fast.data.row_folders import named_split, split_files
+from synpo_fast.errors import MissingPackage, UserError
 
 BOM = b"\xef\xbb\xbf"
 BATCH_ROWS = 1024
@@ -45,7 +46,7 @@ def _read_file(path: Path) -> Iterator[FileRow]:
         raise FileNotFoundError(f"{path} does not exist")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(f"{path}: cannot tell its format by its name; expected {', '.join(READERS)} or a folder")
+        raise UserError(f"{path}: cannot tell its format by its name; expected {', '.join(READERS)} or a folder")
     return reader(path)
 
 
@@ -90,13 +91,11 @@ def _read_json_list(path: Path) -> Iterator[FileRow]:
     try:
         rows = _loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 in line {raw.count(10, 0, error.start) + 1}") from error
+        raise UserError(f"{path}: not UTF-8 in line {raw.count(10, 0, error.start) + 1}") from error
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: not a JSON list: {error.msg} in line {error.lineno}, column {error.colno}"
-        ) from error
+        raise UserError(f"{path}: not a JSON list: {error.msg} in line {error.lineno}, column {error.colno}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not usable JSON: {error}") from error
+        raise UserError(f"{path}: not usable JSON: {error}") from error
     for line, content in enumerate(rows, 1):
         yield _object_row(path, line, content)
 
@@ -109,7 +108,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+        raise UserError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
     return content
 
 
@@ -123,7 +122,7 @@ def _read_csv(path: Path) -> Iterator[FileRow]:
                 else:
                     yield FileRow(str(path), reader.line_num, {name: cell for name, cell in content.items() if cell})
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not usable as CSV after line {reader.line_num}: {error}") from error
+            raise UserError(f"{path}: not usable as CSV after line {reader.line_num}: {error}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[FileRow]:
@@ -133,7 +132,7 @@ def _read_parquet(path: Path) -> Iterator[FileRow]:
     try:
         yield from _batches(path, parquet.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS))
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not readable as Parquet: {error}") from error
+        raise UserError(f"{path}: not readable as Parquet: {error}") from error
 
 
 def _read_arrow(path: Path) -> Iterator[FileRow]:
@@ -147,7 +146,7 @@ def _read_arrow(path: Path) -> Iterator[FileRow]:
             batches = (source.get_batch(i) for i in range(source.num_record_batches)) if indexed else source
             yield from _batches(path, batches)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not readable as Arrow: {error}") from error
+        raise UserError(f"{path}: not readable as Arrow: {error}") from error
 
 
 def _batches(path: Path, batches: Any) -> Iterator[FileRow]:
@@ -162,7 +161,7 @@ def _pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise ImportError("reading Parquet and Arrow needs pyarrow: pip install pyarrow") from error
+        raise MissingPackage("reading Parquet and Arrow needs pyarrow: pip install pyarrow") from error
     return pyarrow
 
 

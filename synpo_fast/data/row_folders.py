@@ -9,6 +9,8 @@ import json
 import re
 from pathlib import Path
 
+from synpo_fast.errors import UserError
+
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -34,10 +36,10 @@ def split_files(folder: Path, split: str = "") -> list[Path]:
         found = splits.get(split) or splits.get(SPLITS.get(split, split))
         if not found:
             known = f"it has {names}" if splits.keys() - {NO_SPLIT} else "its files name none"
-            raise ValueError(f"{folder} has no split {split!r}: {known}")
+            raise UserError(f"{folder} has no split {split!r}: {known}")
         return found
     if not splits:
-        raise ValueError(
+        raise UserError(
             f"{folder} is a folder with no {', '.join(PATTERNS[:-1])} or {PATTERNS[-1]} file directly in it"
         )
     if len(splits) > 1:
@@ -45,12 +47,12 @@ def split_files(folder: Path, split: str = "") -> list[Path]:
             f"{name} ({len(files)} file{'s' if len(files) > 1 else ''})" for name, files in sorted(splits.items())
         )
         first = "train" if "train" in splits else next(name for name in sorted(splits) if name != NO_SPLIT)
-        raise ValueError(f"{folder} holds several splits: {sizes}; name one, as in {folder}:{first}, or give one file")
+        raise UserError(f"{folder} holds several splits: {sizes}; name one, as in {folder}:{first}, or give one file")
     ((name, files),) = splits.items()
     if (
         name == NO_SPLIT and len(files) > 1 and files[0].suffix in (".jsonl", ".csv")
     ):  # Parquet and Arrow come in shards
-        raise ValueError(
+        raise UserError(
             f"{folder} holds {len(files)} {files[0].suffix} files that name no split, {files[0].name} the first: give one"
         )
     return files
@@ -80,7 +82,7 @@ def _saved_files(folder: Path) -> list[Path]:
         return []
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.get("_indices_data_files"):
-        raise ValueError(f"{folder} holds a selection of rows: save it again with dataset.flatten_indices()")
+        raise UserError(f"{folder} holds a selection of rows: save it again with dataset.flatten_indices()")
     return [folder / part["filename"] for part in state["_data_files"]]
 
 

@@ -27,6 +27,7 @@ from typing import Any
 from synpo_fast.data.messages import receive_message
 from synpo_fast.data.worker import DONE, READY
 from synpo_fast.data.worker_process import WorkerProcess
+from synpo_fast.errors import UserError
 
 ATTEMPTS = 2
 FAILED_STARTS = 3  # so many workers in a row that end before they are ready: no item can be blamed
@@ -49,9 +50,9 @@ class WorkerPool:
 
     def __init__(self, work: Callable[[Any], Any], *, num_workers: int, deadline_s: float) -> None:
         if num_workers < 1 or not deadline_s > 0:
-            raise ValueError(f"need num_workers >= 1 and deadline_s > 0, got {num_workers} and {deadline_s}")
+            raise UserError(f"need num_workers >= 1 and deadline_s > 0, got {num_workers} and {deadline_s}")
         if not sys.platform.startswith("linux"):
-            raise ValueError(f"worker processes need Linux (memfd), not {sys.platform}; use num_workers=0")
+            raise UserError(f"worker processes need Linux (memfd), not {sys.platform}; use num_workers=0")
         self._dispatcher = _Dispatcher(pickle.dumps(work), num_workers, deadline_s)
         self.close = weakref.finalize(self, self._dispatcher.stop)
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from synpo_fast.errors import UserError
 from synpo_fast.models.layout import RowLayout
 
 SEGMENTS, VARLEN = "synpo_fast_segments", "synpo_fast_varlen"
@@ -31,10 +32,10 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, 
     Raises ValueError for an unknown name, and for flash attention (varlen) where it cannot run.
     """
     if wanted not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"attn_implementation must be auto or one of {', '.join(IMPLEMENTATIONS)}, got {wanted!r}")
+        raise UserError(f"attn_implementation must be auto or one of {', '.join(IMPLEMENTATIONS)}, got {wanted!r}")
     obstacle = _obstacle(device, dtype)
     if wanted == VARLEN and obstacle:
-        raise ValueError(f"attn_implementation={VARLEN!r} {obstacle}; take auto, or {SEGMENTS}")
+        raise UserError(f"attn_implementation={VARLEN!r} {obstacle}; take auto, or {SEGMENTS}")
     if wanted in ("sdpa", "eager"):
         return wanted, f"{wanted} with a dense mask, as asked for"
     if wanted == SEGMENTS or obstacle:
@@ -120,7 +121,7 @@ def attention_mask(packed: PackedRow, implementation: str, dtype: torch.dtype) -
         return allowed
     if implementation == "eager":
         return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)
-    raise ValueError(
+    raise UserError(
         f"packed rows can not be run with attn_implementation={implementation!r}; "
         f"use one of sdpa, eager, {SEGMENTS}, {VARLEN}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from synpo_fast.errors import UserError
 from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, attention_kinds
 from synpo_fast.models.internvl import InternVL
 from synpo_fast.models.llava_onevision import LlavaOneVision
@@ -30,4 +31,4 @@ def family_of(config: Any) -> Family:
         if config.model_type in family.model_types:
             return family
     served = "; ".join(f"{name}: {', '.join(family.model_types)}" for name, family in FAMILIES.items())
-    raise ValueError(f"model_type {config.model_type!r} is not supported. Supported are {served}")
+    raise UserError(f"model_type {config.model_type!r} is not supported. Supported are {served}")

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from synpo_fast.errors import UserError
+
 # Config entries that multiply the logits: Cohere, Muse, Falcon-H1.
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 # `logits_scaling` divides in Granite and MiniCPM3, and multiplies here.
@@ -50,9 +52,9 @@ def head_of(model: nn.Module) -> Head:
     base = base_model_of(model)
     weight, bias = _weight_and_bias(base, base.get_output_embeddings())
     if not weight.is_floating_point():
-        raise ValueError(f"the head's weight is {weight.dtype}: a quantised head can not be read; leave it unquantised")
+        raise UserError(f"the head's weight is {weight.dtype}: a quantised head can not be read; leave it unquantised")
     if weight.is_meta:
-        raise ValueError("the head's weight is on the meta device (offloaded?): keep the head in memory")
+        raise UserError("the head's weight is on the meta device (offloaded?): keep the head in memory")
     config = base.config.get_text_config()
     return Head(weight, bias, _logit_scale_of(config), _softcap_of(config))
 
@@ -62,19 +64,19 @@ def base_model_of(model: nn.Module) -> Any:
     if hasattr(model, "get_base_model"):
         adapter = getattr(model, "active_peft_config", None)
         if getattr(adapter, "is_prompt_learning", False):
-            raise ValueError(
+            raise UserError(
                 f"{type(adapter).__name__} adds virtual tokens in peft's own forward, which the fused loss does not go "
                 "through; use LoRA or another adapter of the layers"
             )
         inner: Any = model
         model = inner.get_base_model()
     if not hasattr(model, "get_output_embeddings"):
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} is not a transformers model; give the model itself, not what wraps it (DDP, FSDP, "
             "DeepSpeed), and read its head inside the wrapper's forward"
         )
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder; prompt and response must be one sequence")
+        raise UserError(f"{type(model).__name__} is an encoder-decoder; prompt and response must be one sequence")
     return model
 
 
@@ -100,11 +102,11 @@ def check_head(model: nn.Module) -> None:
     with _backbone_returning(base, hidden):
         own = base(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=hidden.device), use_cache=False).logits
     if own.shape != fused.shape:
-        raise ValueError(f"{type(base).__name__} returns logits {list(own.shape)}, its head alone {list(fused.shape)}")
+        raise UserError(f"{type(base).__name__} returns logits {list(own.shape)}, its head alone {list(fused.shape)}")
     error = float((own.float() - fused.float()).abs().max())
     allowed = max(1e-4, 4 * torch.finfo(hidden.dtype).eps) * float(own.abs().max())
     if not error <= allowed:
-        raise ValueError(
+        raise UserError(
             f"{type(base).__name__} does not treat its logits as its config says: they differ by {error:.3g} from "
             f"those of its head with logit_scale={head.logit_scale} and softcap={head.softcap}"
         )
@@ -113,20 +115,20 @@ def check_head(model: nn.Module) -> None:
 def _weight_and_bias(base: Any, head: Any) -> tuple[Tensor, Tensor | None]:
     name = type(base).__name__
     if head is None:
-        raise ValueError(f"{name} has no output embedding: it is not a language model with a head")
+        raise UserError(f"{name} has no output embedding: it is not a language model with a head")
     if hasattr(head, "modules_to_save"):
         # peft's copy of the head, trained in full: what the model's forward uses while the adapter is on.
         on = not head.disable_adapters and head.active_adapters
         head = head.modules_to_save[head.active_adapters[0]] if on else head.original_module
     if hasattr(head, "base_layer") or hasattr(head, "original_module"):
-        raise ValueError(
+        raise UserError(
             f"{name} has an adapter on its head ({type(head).__name__}). The fused loss multiplies hidden states by the "
             "head's weight and would ignore the adapter, which would then never train. Leave the head (lm_head) out of "
             "target_modules (with target_modules='all-linear' peft does so by itself; else exclude_modules=['lm_head']), "
             "or train it in full with modules_to_save=['lm_head']"
         )
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise ValueError(f"{name}'s head is {type(head).__module__}.{type(head).__name__}, not a plain linear layer")
+        raise UserError(f"{name}'s head is {type(head).__module__}.{type(head).__name__}, not a plain linear layer")
     weight: Any = head.weight
     bias: Any = head.bias
     if not hasattr(weight, "full_tensor"):
@@ -135,7 +137,7 @@ def _weight_and_bias(base: Any, head: Any) -> tuple[Tensor, Tensor | None]:
     # which is right under tensor parallelism and wrong under FSDP.
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
-        raise ValueError(
+        raise UserError(
             f"{name}'s head is trained and sharded by itself, so its gradient would not be summed over processes: under "
             "FSDP wrap the layers and the model but not the head, and read the head inside the model's forward"
         )
@@ -162,7 +164,7 @@ def _softcap_of(config: Any) -> float | None:
 def _backbone_of(base: Any) -> nn.Module:
     backbone = base.base_model
     if backbone is base:
-        raise ValueError(f"{type(base).__name__} names no backbone (base_model_prefix={base.base_model_prefix!r})")
+        raise UserError(f"{type(base).__name__} names no backbone (base_model_prefix={base.base_model_prefix!r})")
     return backbone
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from synpo_fast.errors import UserError
+
 # How a norm rounds, in Liger's terms. llama: normalised in fp32, rounded, times weight. gemma: times 1 + weight in fp32, rounded.
 RMS_NORMS: dict[str, tuple[float, str]] = {
     **dict.fromkeys(
@@ -68,7 +70,7 @@ def apply_liger_kernels(model: nn.Module, language_model: nn.Module) -> dict[str
         of_language_model += id(module) in inside
     if not of_language_model:
         names = ", ".join(sorted({type(module).__name__ for module in language_model.modules()}))
-        raise ValueError(
+        raise UserError(
             f"liger_kernels=true would change nothing: Liger has no kernel for what any of {names} computes. Leave it out. It "
             "works with qwen2_5_vl, qwen3_vl, llava_onevision, internvl, video_llama_3, and with text models built like Llama, "
             "Mistral, Qwen, Gemma, Phi-3, Granite or GLM"

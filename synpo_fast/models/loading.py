@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.models import attention
 from synpo_fast.models.family import FAMILIES, Family, attention_kinds, family_of
 from synpo_fast.models.liger import apply_liger_kernels
 from synpo_fast.models.low_precision import cast_as_loaded
+from synpo_fast.models.model_source import find_model
 from synpo_fast.models.policy import Policy
 from synpo_fast.models.video_frames import with_resolution
 from synpo_fast.models.vision_attention import set_vision_attention
@@ -66,9 +68,9 @@ def load_policy(
         model, tokenizer, family = _tiny(name_or_path.removeprefix("tiny:"), seed, tiny_options or {})
         cast_as_loaded(model, dtype)
     else:
-        model, tokenizer, family = _pretrained(
-            name_or_path, dtype, trust_remote_code, None if like is None else like.tokenizer
-        )
+        place = find_model(name_or_path)
+        tokenizer = None if like is None else like.tokenizer
+        model, tokenizer, family = _pretrained(name_or_path, place, dtype, trust_remote_code, tokenizer)
     model.to(device=device)  # never dtype=: see low_precision.py
     policy = Policy(model, tokenizer, family, attn_implementation=implementation, row_tokens=row_tokens)
     policy.vision_attn_implementation = set_vision_attention(
@@ -77,7 +79,7 @@ def load_policy(
     if like is not None:
         policy.processing = like.processing
     elif not name_or_path.startswith("tiny:") and family.placeholder_token:
-        policy.processing = family.processing(model.config, _preprocessor(name_or_path))
+        policy.processing = family.processing(model.config, _preprocessor(place))
     resolution = {"min_pixels": min_pixels, "max_pixels": max_pixels, "video_max_tokens": video_max_tokens}
     if any(value is not None for value in resolution.values()):
         processing = policy.processing or family.processing(model.config)
@@ -101,7 +103,7 @@ def _dtype(wanted: str | torch.dtype | None, device: torch.device) -> torch.dtyp
     if isinstance(wanted, torch.dtype):
         return wanted
     if wanted not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted!r}")
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted!r}")
     return DTYPES[wanted]
 
 
@@ -113,14 +115,25 @@ def _tiny(name: str, seed: int, options: dict[str, Any]) -> tuple[Any, Any, Any]
     return model, tokenizer, family
 
 
-def _pretrained(name: str, dtype: torch.dtype, trust_remote_code: bool, tokenizer: Any) -> tuple[Any, Any, Any]:
+def _pretrained(
+    name: str, place: str, dtype: torch.dtype, trust_remote_code: bool, tokenizer: Any
+) -> tuple[Any, Any, Any]:
+    """place: what find_model made of the name. What is made of the model, such as an adapter, shall know it by its name."""
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    family = family_of(config)
-    model = family.load_class().from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        family = family_of(config)
+        model = family.load_class().from_pretrained(place, dtype=dtype, trust_remote_code=trust_remote_code)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+            tokenizer.name_or_path = name
+    except (OSError, SafetensorError) as error:  # transformers' way to say that a file is not there, or not whole
+        reason = " ".join(str(error).split())
+        raise UserError(f"model_name_or_path={name!r} cannot be loaded: {reason}") from error
+    for part in (model, model.config):
+        part.name_or_path = name
     return model, tokenizer, family
 
 
@@ -133,15 +146,16 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> tup
         return tiny_tokenizer(family.name), family
     from transformers import AutoConfig, AutoTokenizer
 
-    family = family_of(AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code))
-    return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code), family
+    place = find_model(name_or_path)
+    family = family_of(AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code))
+    return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code), family
 
 
 def _known_family(name: str) -> Family:
     """Of "tiny:<family>"."""
     family = FAMILIES.get(name.removeprefix("tiny:"))
     if family is None:
-        raise ValueError(f"unknown family in {name!r}, expected one of {', '.join(FAMILIES)}")
+        raise UserError(f"unknown family in {name!r}, expected one of {', '.join(FAMILIES)}")
     return family
 
 
@@ -149,7 +163,7 @@ def _check_layers(config: Any, family: str) -> None:
     """Our attention is full attention: a window inside it would be ignored, silently."""
     others = attention_kinds(config) - {"full_attention"}
     if others:
-        raise ValueError(f"{family}: layers of type {', '.join(sorted(others))} can not be run on packed rows")
+        raise UserError(f"{family}: layers of type {', '.join(sorted(others))} can not be run on packed rows")
 
 
 def _preprocessor(name: str) -> dict[str, Any] | None:
@@ -165,9 +179,11 @@ def _preprocessor(name: str) -> dict[str, Any] | None:
 
 def _apply_liger(policy: Policy, device: torch.device) -> str:
     if device.type != "cuda":
-        raise ValueError(f"liger_kernels=True needs a CUDA device, got {device}")
+        raise UserError(f"liger_kernels=True needs a CUDA device, got {device}")
     try:
         counts = apply_liger_kernels(policy.base, policy.family.language_model(policy.base))
     except ImportError as error:
-        raise ImportError(f"liger_kernels=True needs liger-kernel: pip install 'synpo-fast[gpu]' ({error})") from error
+        raise MissingPackage(
+            f"liger_kernels=True needs liger-kernel: pip install 'synpo-fast[gpu]' ({error})"
+        ) from error
     return "Liger's kernels: " + ", ".join(f"{count} {kind}" for kind, count in counts.items())

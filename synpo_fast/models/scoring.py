@@ -10,6 +10,7 @@ from torch import Tensor
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.pair_frames import pair_frames
 from synpo_fast.data.sampling import FrameSampling
+from synpo_fast.errors import UserError
 from synpo_fast.models.family import Family, VideoInputs
 from synpo_fast.models.policy import Policy, Sample
 from synpo_fast.models.video_frames import VideoProcessing
@@ -53,7 +54,7 @@ class PairEncoder:
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no eos_token: a response could not end")
+            raise UserError("the tokenizer has no eos_token: a response could not end")
 
     @classmethod
     def of(cls, policy: Policy, *, max_tokens: int | None = None, with_ground_truth: bool = False) -> "PairEncoder":

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from synpo_fast.errors import UserError
 from synpo_fast.models.family import FAMILIES
 
 BOS, EOS, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -77,22 +78,22 @@ def tiny_model(
     Raises ValueError for an unknown family, for sizes that do not fit, and for what the family cannot do.
     """
     if family_name not in FAMILIES:
-        raise ValueError(f"no family {family_name!r}; there are {', '.join(FAMILIES)}")
+        raise UserError(f"no family {family_name!r}; there are {', '.join(FAMILIES)}")
     if linear_attention and family_name != "text":
-        raise ValueError(f"family {family_name!r} has no linear attention; only 'text' can be built with it")
+        raise UserError(f"family {family_name!r} has no linear attention; only 'text' can be built with it")
     if hidden_size % num_heads or hidden_size // num_heads % 2 or num_heads % num_kv_heads:
-        raise ValueError(
+        raise UserError(
             "hidden_size must be an even multiple of num_heads, and num_heads a multiple of num_kv_heads, got"
             f" {hidden_size}, {num_heads} and {num_kv_heads}"
         )
     if hidden_size // num_heads < 6 and family_name in ("qwen2_5_vl", "qwen3_vl"):
-        raise ValueError(f"family {family_name!r} needs hidden_size / num_heads >= 6, got {hidden_size // num_heads}")
+        raise UserError(f"family {family_name!r} needs hidden_size / num_heads >= 6, got {hidden_size // num_heads}")
     if vision_hidden_size % 8:
-        raise ValueError(f"vision_hidden_size must be a multiple of 8, got {vision_hidden_size}")
+        raise UserError(f"vision_hidden_size must be a multiple of 8, got {vision_hidden_size}")
     tokenizer = tiny_tokenizer(family_name)
     smallest = -(-len(tokenizer) // 16) * 16
     if vocab_size is not None and vocab_size < len(tokenizer):
-        raise ValueError(f"vocab_size must be at least {len(tokenizer)} for family {family_name!r}, got {vocab_size}")
+        raise UserError(f"vocab_size must be at least {len(tokenizer)} for family {family_name!r}, got {vocab_size}")
     sizes = Sizes(
         hidden_size=hidden_size,
         num_layers=num_layers,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synpo_fast.errors import UserError
 from synpo_fast.ops.video_patches import Packing, resized_frames, video_patches
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -90,18 +91,18 @@ def with_resolution(
         return processing
     if processing.size is not None:
         height, width = processing.size
-        raise ValueError(
+        raise UserError(
             f"{', '.join(given)}: family {family!r} scales every frame to {height} x {width}, so there is no size to choose;"
             " leave it unset, and take fewer frames for fewer tokens"
         )
     for name, value in given.items():
         if value < 1:
-            raise ValueError(f"{name} must be above 0, got {value}")
+            raise UserError(f"{name} must be above 0, got {value}")
     lowest, highest = min_pixels or processing.min_pixels, max_pixels or processing.max_pixels
     if lowest > highest:
         own = {name for name in ("min_pixels", "max_pixels") if asked[name] is None}
         source = f" ({own.pop()} is the model's own setting: give both)" if own else ""
-        raise ValueError(f"min_pixels={lowest} is above max_pixels={highest}{source}")
+        raise UserError(f"min_pixels={lowest} is above max_pixels={highest}{source}")
     return replace(
         processing, min_pixels=lowest, max_pixels=highest, max_tokens=video_max_tokens or processing.max_tokens
     )

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from synpo_fast.errors import UserError
 from synpo_fast.models.attention import SEGMENTS, VARLEN
 from synpo_fast.models.family import Family
 
@@ -68,7 +69,7 @@ def set_vision_attention(
     Raises ValueError for an unknown name and for what the family, the device or the dtype cannot do.
     """
     if wanted not in CHOICES:
-        raise ValueError(f"vision_attn_implementation must be one of {', '.join(CHOICES)}, got {wanted!r}")
+        raise UserError(f"vision_attn_implementation must be one of {', '.join(CHOICES)}, got {wanted!r}")
     modules = family.vision_modules(model)
     if not modules:
         return None
@@ -101,7 +102,7 @@ def _automatic(family: Family, config: Any, dtype: torch.dtype, device: torch.de
 
 def _check(chosen: str, family: Family, dtype: torch.dtype, device: torch.device) -> None:
     if chosen in REGISTERED and not family.packs_frames:
-        raise ValueError(
+        raise UserError(
             f"vision_attn_implementation={chosen!r} is for towers that pack frames into one row, and {family.name}'s takes "
             "each frame whole, all in one call: leave it at auto"
         )
@@ -109,12 +110,12 @@ def _check(chosen: str, family: Family, dtype: torch.dtype, device: torch.device
         return
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        raise ValueError(
+        raise UserError(
             f"vision_attn_implementation={chosen!r} needs a CUDA device and bfloat16 or float16, got {device} and {name}: "
             "leave it at auto"
         )
     if chosen == FLASH_ATTENTION_2 and _flash_attn() is None:
-        raise ValueError(
+        raise UserError(
             f"vision_attn_implementation={chosen!r} needs flash-attn, which is not installed: leave it at auto, which "
             f"uses torch's own flash attention ({VARLEN})"
         )

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synpo_fast.errors import UserError
 from synpo_fast.training.superseded import set_aside
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -188,7 +189,7 @@ def check_writable(output_dir: Path) -> None:
             probe.write(b"x" * 4096)
             probe.flush()
     except OSError as error:
-        raise ValueError(f"output_dir={str(output_dir)!r} can not be written: {error}") from error
+        raise UserError(f"output_dir={str(output_dir)!r} can not be written: {error}") from error
 
 
 def _save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from synpo_fast.errors import UserError
 from synpo_fast.losses import LOSSES, AuxiliaryNLL, check_options
 from synpo_fast.losses.checks import check_number
 
@@ -242,15 +243,18 @@ def _check_ranges(config: TrainConfig) -> None:
         value = getattr(config, item.name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             widest = {"below": 2**63} if isinstance(value, int) else {}  # what torch can count
-            check_number(item.name, value, **widest | item.metadata["bounds"])
+            try:
+                check_number(item.name, value, **widest | item.metadata["bounds"])
+            except ValueError as error:
+                raise UserError(str(error)) from error
     if config.max_steps == 0:
-        raise ValueError("max_steps must be above 0, or -1 to go by num_train_epochs, got 0")
+        raise UserError("max_steps must be above 0, or -1 to go by num_train_epochs, got 0")
     if config.min_pixels is not None and config.max_pixels is not None and config.min_pixels > config.max_pixels:
-        raise ValueError(f"min_pixels={config.min_pixels} is above max_pixels={config.max_pixels}")
+        raise UserError(f"min_pixels={config.min_pixels} is above max_pixels={config.max_pixels}")
     if config.min_frames > config.max_frames:
-        raise ValueError(f"min_frames={config.min_frames} is above max_frames={config.max_frames}")
+        raise UserError(f"min_frames={config.min_frames} is above max_frames={config.max_frames}")
     if config.learning_rate * config.weight_decay >= 1:
-        raise ValueError(
+        raise UserError(
             f"learning_rate={config.learning_rate} x weight_decay={config.weight_decay} is 1 or more: each step multiplies "
             "weights by 1 minus that, and none would be left of them"
         )
@@ -260,20 +264,20 @@ def _check_choices(config: TrainConfig) -> None:
     for item in fields(config):
         choices, value = item.metadata["choices"], getattr(config, item.name)
         if choices and value not in choices:
-            raise ValueError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
+            raise UserError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
     for name in config.report_to:
         if name not in REPORTERS:
-            raise ValueError(f"report_to knows {', '.join(REPORTERS)}, got {name!r}")
+            raise UserError(f"report_to knows {', '.join(REPORTERS)}, got {name!r}")
     if not config.model_name_or_path:
-        raise ValueError("model_name_or_path is missing: a hub name, a folder, or tiny:qwen2_5_vl to try things out")
+        raise UserError("model_name_or_path is missing: a hub name, a folder, or tiny:qwen2_5_vl to try things out")
     if not config.train_file:
-        raise ValueError("train_file is missing: the manifest of pairs (synpo-fast pairs import makes one)")
+        raise UserError("train_file is missing: the manifest of pairs (synpo-fast pairs import makes one)")
     if config.eval_file and config.eval_split:
-        raise ValueError(f"give eval_file or eval_split, not both, got {config.eval_file!r} and {config.eval_split}")
+        raise UserError(f"give eval_file or eval_split, not both, got {config.eval_file!r} and {config.eval_split}")
     if config.fp16 and config.bf16:
-        raise ValueError("bf16 and fp16 are both set: choose one")
+        raise UserError("bf16 and fp16 are both set: choose one")
     if config.zero_stage == 0 and (config.fp16 or config.bf16):
-        raise ValueError(
+        raise UserError(
             "zero_stage=0 keeps no fp32 master weights for bf16 or fp16: use 1, which on one device costs nothing"
         )
 
@@ -282,32 +286,32 @@ def _check_loss(config: TrainConfig) -> None:
     known = LOSSES[config.loss_type].options if config.loss_type in LOSSES else {}
     for name in config.loss_options:
         if name not in known:
-            raise ValueError(f"loss_type={config.loss_type} has no option {name}; it has {', '.join(known) or 'none'}")
+            raise UserError(f"loss_type={config.loss_type} has no option {name}; it has {', '.join(known) or 'none'}")
     if config.loss_type == "sft" and config.auxiliary_nll:
-        raise ValueError("loss_type=sft is an NLL already: leave auxiliary_nll at 0")
+        raise UserError("loss_type=sft is an NLL already: leave auxiliary_nll at 0")
     if config.loss_type in LOSSES:
-        auxiliary = AuxiliaryNLL(config.auxiliary_target, config.auxiliary_nll) if config.auxiliary_nll else None
         try:
+            auxiliary = AuxiliaryNLL(config.auxiliary_target, config.auxiliary_nll) if config.auxiliary_nll else None
             check_options(config.loss_type, auxiliary=auxiliary, **config.loss_options)
         except ValueError as error:
-            raise ValueError(f"loss_type={config.loss_type}: {error}") from error
+            raise UserError(f"loss_type={config.loss_type}: {error}") from error
     if config.auxiliary_target != "chosen" and not config.auxiliary_nll:
-        raise ValueError(
+        raise UserError(
             f"auxiliary_target={config.auxiliary_target} has no effect while auxiliary_nll is 0: set its weight"
         )
 
 
 def _check_reference(config: TrainConfig) -> None:
     if config.reference != "auto" and not config.needs_reference:
-        raise ValueError(
+        raise UserError(
             f"loss_type={config.loss_type} reads no reference: leave reference at auto, got {config.reference}"
         )
     if not config.needs_reference:
         return
     if config.reference_kind == "adapter_off" and not config.use_peft:
-        raise ValueError("reference=adapter_off needs use_peft=true; else take frozen_copy or precomputed")
+        raise UserError("reference=adapter_off needs use_peft=true; else take frozen_copy or precomputed")
     if config.reference_kind == "frozen_copy" and config.zero_stage == 3:
-        raise ValueError(
+        raise UserError(
             "reference=frozen_copy would hold a whole model on every device, which zero_stage=3 is there to avoid: "
             "take adapter_off (with use_peft) or precomputed"
         )
@@ -315,27 +319,27 @@ def _check_reference(config: TrainConfig) -> None:
 
 def _check_output(config: TrainConfig) -> None:
     if not config.output_dir:
-        raise ValueError("output_dir is missing: the folder for checkpoints and metrics")
+        raise UserError("output_dir is missing: the folder for checkpoints and metrics")
     if config.resume and config.overwrite_output_dir:
-        raise ValueError("resume keeps what overwrite_output_dir would delete: choose one")
+        raise UserError("resume keeps what overwrite_output_dir would delete: choose one")
     if config.profile and (config.resume or config.overwrite_output_dir):
-        raise ValueError(
+        raise UserError(
             "profile measures the model as training begins and deletes nothing: leave resume and "
             "overwrite_output_dir unset"
         )
     if config.diagnostics and config.zero_stage == 3:
-        raise ValueError("diagnostics need whole gradients, which zero_stage=3 does not keep: use stage 2 or below")
+        raise UserError("diagnostics need whole gradients, which zero_stage=3 does not keep: use stage 2 or below")
     if config.diagnostics and config.loss_type == "sft":
-        raise ValueError("diagnostics compare chosen and rejected rewards: loss_type=sft has none")
+        raise UserError("diagnostics compare chosen and rejected rewards: loss_type=sft has none")
     if config.zero_stage == 3 and config.row_tokens is not None:
-        raise ValueError("zero_stage=3 needs the same number of rows on every device: leave row_tokens unset")
+        raise UserError("zero_stage=3 needs the same number of rows on every device: leave row_tokens unset")
     if config.zero_stage == 3 and config.feature_cache:
-        raise ValueError("zero_stage=3 needs the vision tower run on every device alike: leave feature_cache unset")
+        raise UserError("zero_stage=3 needs the vision tower run on every device alike: leave feature_cache unset")
     if config.offload_optimizer and config.zero_stage == 0:
-        raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        raise UserError("offload_optimizer needs zero_stage 1, 2 or 3")
     if config.use_peft and not config.freeze_vision:
-        raise ValueError(
+        raise UserError(
             "freeze_vision=false has no effect beside an adapter, which trains alone: set use_peft=false too"
         )
     if config.feature_cache and not config.freeze_vision:
-        raise ValueError("feature_cache needs freeze_vision=true: a tower that trains has no lasting features")
+        raise UserError("feature_cache needs freeze_vision=true: a tower that trains has no lasting features")

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from synpo_fast.errors import UserError
 from synpo_fast.training.config import TrainConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -42,7 +43,7 @@ def resolve_config(arguments: Sequence[str]) -> TrainConfig:
 def read_recipe(name: str) -> dict[str, Any]:
     file = RECIPES / f"{name}.yaml"
     if not file.exists():
-        raise ValueError(f"unknown recipe {name!r}, expected one of {', '.join(recipe_names())}")
+        raise UserError(f"unknown recipe {name!r}, expected one of {', '.join(recipe_names())}")
     return read_yaml(file)
 
 
@@ -54,13 +55,13 @@ def read_yaml(file: Path) -> dict[str, Any]:
     import yaml
 
     if not file.is_file():
-        raise ValueError(f"config {str(file)!r} is not a file")
+        raise UserError(f"config {str(file)!r} is not a file")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"config {str(file)!r} is not YAML: {error}") from error
+        raise UserError(f"config {str(file)!r} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"config {str(file)!r} must map options to values, it holds {type(content).__name__}")
+        raise UserError(f"config {str(file)!r} must map options to values, it holds {type(content).__name__}")
     return content
 
 
@@ -78,19 +79,19 @@ def typed(name: str, value: Any, source: str) -> Any:
     if name not in OPTIONS:
         near = difflib.get_close_matches(name, OPTIONS, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; --help lists the options"
-        raise ValueError(f"{source}: there is no option {name!r}{hint}")
+        raise UserError(f"{source}: there is no option {name!r}{hint}")
     kinds = typing.get_args(TYPES[name]) if isinstance(TYPES[name], types.UnionType) else (TYPES[name],)
     if value is None or value in ("none", "null"):
         if type(None) in kinds:
             return None
-        raise ValueError(f"{source}: {name} needs a value")
+        raise UserError(f"{source}: {name} needs a value")
     kind = next(kind for kind in kinds if kind is not type(None))
     try:
         return _as(typing.get_origin(kind) or kind, value)
     except (TypeError, ValueError) as error:
         expected = {tuple: "a list, or words with commas between", dict: "a mapping, or key=value,key=value"}
         wanted = expected.get(typing.get_origin(kind) or kind, f"{getattr(kind, '__name__', kind)}")
-        raise ValueError(f"{source}: {name} must be {wanted}, got {value!r}") from error
+        raise UserError(f"{source}: {name} must be {wanted}, got {value!r}") from error
 
 
 def _as(kind: type, value: Any) -> Any:
@@ -143,7 +144,7 @@ def _command_line(arguments: Sequence[str]) -> dict[str, str]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or len(word) == 2:
-            raise ValueError(f"expected an option (--name value), got {word!r}")
+            raise UserError(f"expected an option (--name value), got {word!r}")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if not equals:
@@ -151,7 +152,7 @@ def _command_line(arguments: Sequence[str]) -> dict[str, str]:
             flag = not rest or (rest[0].startswith("-") and not _is_number(rest[0]))
             value = "true" if flag else rest.pop(0)
         if name in given:
-            raise ValueError(f"--{name} is given twice")
+            raise UserError(f"--{name} is given twice")
         given[name] = value
     return given
 

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.fp32_parameters import keep_from_casting
 from synpo_fast.training.optimizer import MOMENTS, AdamW
@@ -76,7 +77,7 @@ def launch_environment(given: Mapping[str, str]) -> dict[str, str]:
     ):
         if int(given.get(size, "1")) > 1:
             if "MASTER_ADDR" not in given:
-                raise ValueError(f"{size}={given[size]}, but MASTER_ADDR is not set: export the name of the first node")
+                raise UserError(f"{size}={given[size]}, but MASTER_ADDR is not set: export the name of the first node")
             return {
                 "RANK": given[rank],
                 "WORLD_SIZE": given[size],
@@ -282,16 +283,16 @@ def _user_entries(file: str | None) -> dict[str, Any]:
         return {}
     try:
         entries = json.loads(Path(file).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"deepspeed={file!r} can not be read as JSON: {error}") from error
+    except (OSError, ValueError) as error:  # not UTF-8, or not JSON
+        raise UserError(f"deepspeed={file!r} can not be read as JSON: {error}") from error
     clash = [name for name in OURS if name in entries and entries[name] != "auto"]
     if clash or "stage" in entries.get("zero_optimization", {}):
-        raise ValueError(
+        raise UserError(
             f"deepspeed={file!r} sets {', '.join(clash) or 'zero_optimization.stage'}, which this trainer sets from its own "
             "options (zero_stage, bf16, max_grad_norm, per_device_train_batch_size, ...): take it out"
         )
     if entries.get("data_types", {}).get("buffer_dtype") is not None:
-        raise ValueError(
+        raise UserError(
             f"deepspeed={file!r} sets data_types.buffer_dtype, which would round rotary frequencies: positions of long "
             "prompts would be wrong. Take it out"
         )
@@ -310,15 +311,13 @@ def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 def _entry(state: dict[str, Tensor], name: str, parameter: Any) -> Tensor:
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     if name not in state and name.endswith(".master"):
-        raise ValueError(
+        raise UserError(
             f"the checkpoint holds no fp32 weights ({name}), which bf16 and fp16 need: it was saved in fp32 by an earlier "
             "version; go on in fp32 (bf16=false)"
         )
     if name not in state or tuple(state[name].shape) != shape:
         found = "missing" if name not in state else f"of shape {tuple(state[name].shape)}"
-        raise ValueError(
-            f"the checkpoint's {name} is {found}, expected {shape}: it belongs to another model or adapter"
-        )
+        raise UserError(f"the checkpoint's {name} is {found}, expected {shape}: it belongs to another model or adapter")
     return state[name]
 
 
@@ -348,5 +347,5 @@ def _deepspeed() -> Any:
     try:
         import deepspeed
     except ImportError as error:
-        raise ImportError("training needs deepspeed: pip install 'synpo-fast[train]'") from error
+        raise MissingPackage("training needs deepspeed: pip install 'synpo-fast[train]'") from error
     return deepspeed

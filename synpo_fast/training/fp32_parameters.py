@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from synpo_fast.errors import UserError
+
 
 def keep_from_casting(module: nn.Module, dtype: torch.dtype) -> list[str]:
     """Makes buffers of the frozen parameters whose type is not `dtype`, and returns their names.
@@ -19,7 +21,7 @@ def keep_from_casting(module: nn.Module, dtype: torch.dtype) -> list[str]:
     others = [(n, p) for n, p in module.named_parameters() if p.is_floating_point() and p.dtype != dtype]
     trained = [f"{name} ({_short(parameter.dtype)})" for name, parameter in others if parameter.requires_grad]
     if trained:
-        raise ValueError(
+        raise UserError(
             f"{len(trained)} trained parameters are not to be in {_short(dtype)}, {trained[0]} the first, but DeepSpeed holds "
             "all that it trains in one type: train an adapter (use_peft=true), or in fp32 (bf16=false)"
         )

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synpo_fast.errors import MissingPackage, UserError
+from synpo_fast.models.model_source import find_model
 from synpo_fast.models.policy import Policy
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -22,7 +24,7 @@ def add_lora(
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError("LoRA needs peft: pip install synpo-fast[train]") from error
+        raise MissingPackage("LoRA needs peft: pip install synpo-fast[train]") from error
     language_model = policy.family.language_model(policy.base)
     inside = {id(module) for module in language_model.modules()}
     found: dict[str, list[str]] = {target: [] for target in targets}
@@ -32,7 +34,7 @@ def add_lora(
             found[last].append(name)
     missing = [target for target, names in found.items() if not names]
     if missing:
-        raise ValueError(f"the language model of {policy.family.name} has no layer called {', '.join(missing)}")
+        raise UserError(f"the language model of {policy.family.name} has no layer called {', '.join(missing)}")
     names = [name for each in found.values() for name in each]
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none")
     # autocast_adapter_dtype would put the adapter in fp32 under ZeRO-3, where dtypes must match.
@@ -61,16 +63,16 @@ def load_adapter(policy: Policy, folder: Path) -> None:
 
     file = folder / "adapter_model.safetensors"
     if not file.exists():
-        raise ValueError(f"{folder} holds no adapter: was it trained with use_peft=false?")
+        raise UserError(f"{folder} holds no adapter: was it trained with use_peft=false?")
     saved = load_file(file)
     model: Any = policy.model
     try:
         result: Any = set_peft_model_state_dict(model, saved)
     except RuntimeError as error:
-        raise ValueError(f"the adapter in {folder} has other shapes than this run's: {error}") from error
+        raise UserError(f"the adapter in {folder} has other shapes than this run's: {error}") from error
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:
-        raise ValueError(
+        raise UserError(
             f"the adapter in {folder} does not fit this run's lora_target_modules: {len(missing)} tensors are missing, "
             f"{len(result.unexpected_keys)} have no place"
         )
@@ -82,9 +84,32 @@ def load_adapter_model(adapter: Path, model_name_or_path: str | None, dtype: tor
 
     from synpo_fast.models.loading import load_policy
 
-    base = model_name_or_path or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    if not base:
-        raise ValueError(f"{adapter} does not say which model it belongs to: give model_name_or_path")
+    base = model_name_or_path or _base_of(adapter, PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
     policy = load_policy(base, dtype=dtype, device="cpu")
     model: Any = policy.model
-    return PeftModel.from_pretrained(model, str(adapter)), policy.tokenizer, base
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)), policy.tokenizer, base
+    except (RuntimeError, ValueError) as error:  # of other shapes, or for layers that are not there
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{adapter} does not fit its base model {base!r}: {reason}") from error
+
+
+def _base_of(adapter: Path, name: str | None) -> str:
+    """The base model that an adapter names, as a place to load it from.
+
+    A relative path was relative to the folder in which training was started. Here it may be another one: then the path is looked
+    for beside the adapter and in the folders above it, where a run's folder usually lies.
+    """
+    if not name:
+        raise UserError(f"{adapter} does not say which model it belongs to: name it with --model_name_or_path")
+    if Path(name).is_absolute() or name.startswith("tiny:") or Path(name).is_dir():
+        found = name
+    else:
+        places = [folder / name for folder in (adapter.resolve(), *adapter.resolve().parents)]
+        found = next((str(place) for place in places if (place / "config.json").is_file()), name)
+    try:
+        return find_model(found)
+    except UserError as error:
+        raise UserError(
+            f"{adapter} names {name!r} as its base: {error}; --model_name_or_path names another place"
+        ) from error

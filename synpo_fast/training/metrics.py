@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.losses.metric_sums import metric_means
 from synpo_fast.training.config import TrainConfig
 
@@ -134,7 +135,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise ValueError(f"{file}:{number} is not JSON: {error}") from error
+                raise UserError(f"{file}:{number} is not JSON: {error}") from error
     return rows
 
 
@@ -153,7 +154,7 @@ def _tensorboard(output_dir: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("report_to=tensorboard needs tensorboard: pip install 'synpo-fast[train]'") from error
+        raise MissingPackage("report_to=tensorboard needs tensorboard: pip install 'synpo-fast[train]'") from error
     return SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
 
 
@@ -162,7 +163,7 @@ def _wandb(output_dir: Path, config: TrainConfig, *, goes_on: bool) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ImportError("report_to=wandb needs wandb: pip install wandb") from error
+        raise MissingPackage("report_to=wandb needs wandb: pip install wandb") from error
     kept = output_dir / "wandb_run_id"
     own = kept.read_text(encoding="utf-8") if goes_on and kept.exists() else secrets.token_hex(4)
     identifier = os.environ.get("WANDB_RUN_ID", own)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from synpo_fast.errors import UserError
 from synpo_fast.models.loading import DTYPES
 from synpo_fast.models.low_precision import cast_as_loaded
 from synpo_fast.models.policy import Policy
@@ -82,7 +83,7 @@ def _processor_file(source: str, name: str, *, local_only: bool) -> str | None:
 def merge_adapter(adapter: Path, out: Path, *, model_name_or_path: str | None = None, dtype: str | None = None) -> None:
     """Base model + adapter -> one model in `out`, the sum done in fp32: in bf16 a small update would vanish in rounding."""
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     model, tokenizer, base = load_adapter_model(adapter, model_name_or_path, torch.float32)
     merged = model.merge_and_unload()
     if dtype is not None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from synpo_fast.errors import UserError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -44,7 +46,7 @@ def make_optimizer(
     """Matrices decay, vectors (norms, biases) do not. Raises ValueError if nothing trains."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trained:
-        raise ValueError("no parameter trains: with use_peft=false the language model must be trainable")
+        raise UserError("no parameter trains: with use_peft=false the language model must be trainable")
     matrices, vectors = _split(trained)
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": weight_decay}] if matrices else []
     if vectors:

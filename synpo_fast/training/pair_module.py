@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from synpo_fast.errors import UserError
 from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss
 from synpo_fast.losses.metric_sums import metric_sums
 from synpo_fast.models.policy import Logps, Policy, Sample
@@ -129,7 +130,7 @@ def pair_logprobs(pairs: Sequence[EncodedPair], logps: Logps, *, all_sft: bool =
         if pair.has_ground_truth:
             truths.append(responses[-1])
     if truths and len(truths) != len(pairs):
-        raise ValueError(f"{len(pairs) - len(truths)} of {len(pairs)} pairs of a micro-batch have no ground truth")
+        raise UserError(f"{len(pairs) - len(truths)} of {len(pairs)} pairs of a micro-batch have no ground truth")
     return PairLogprobs.from_pairs(
         couples, ground_truth=truths or None, preference=None if all(preference) else preference
     )

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from synpo_fast.data.encoding import BadPair, quoted
 from synpo_fast.data.loader import PairLoader, StepBatch
+from synpo_fast.errors import UserError
 from synpo_fast.models.batching import micro_batches
 from synpo_fast.models.policy import Sample
 from synpo_fast.models.scoring import EncodedPair
@@ -60,7 +61,7 @@ def read_steps(config: TrainConfig, loader: PairLoader) -> list[ProfiledStep]:
             break
     if not batches:
         why = f": {quoted(bad)}" if bad else ""
-        raise ValueError(f"no step of {config.train_file} has a pair that can be used on every process{why}")
+        raise UserError(f"no step of {config.train_file} has a pair that can be used on every process{why}")
     mean = sum(waits) / max(1, len(waits))
     steps = []
     for batch in batches[-wanted:]:

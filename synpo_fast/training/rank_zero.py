@@ -7,20 +7,22 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from synpo_fast.errors import UserError
+
 Result = TypeVar("Result")
 
 
 def on_rank_zero(work: Callable[[], Result]) -> Result:
     """Every rank calls it. The result must be picklable; so must an error, which is raised on every rank.
 
-    An OSError, of a disk that is full or a folder that may not be written, becomes a ValueError with the same text.
+    An OSError, of a disk that is full or a folder that may not be written, becomes a UserError with the same text.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer[0] = work()
         except OSError as error:
-            answer[1] = ValueError(str(error))
+            answer[1] = UserError(str(error))
         except (ValueError, RuntimeError, ImportError) as error:
             answer[1] = error
     dist.broadcast_object_list(answer, src=0)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from synpo_fast.errors import UserError
 from synpo_fast.printable import printable
 from synpo_fast.training.report_data import read_json_object, read_run
 from synpo_fast.training.report_page import page
@@ -33,7 +34,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) 
     _check(folders)
     target = Path(out) if out is not None else _usual_place(folders)
     if target.is_dir():
-        raise ValueError(f"the page can not be written to {target}: it is a folder")
+        raise UserError(f"the page can not be written to {target}: it is a folder")
     runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     problems: list[str] = []
     demo = _demo([*folders, target.parent], problems)
@@ -62,14 +63,14 @@ def main(argv: list[str]) -> int:
 
 def _check(folders: Sequence[Path]) -> None:
     if not folders:
-        raise ValueError("no run's folder was given")
+        raise UserError("no run's folder was given")
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder: give the output_dir of a run")
+            raise UserError(f"{folder} is not a folder: give the output_dir of a run")
     places = [folder.resolve() for folder in folders]
     twice = [str(folder) for folder, place in zip(folders, places, strict=True) if places.count(place) > 1]
     if twice:
-        raise ValueError(f"one folder is given more than once: {', '.join(twice)}")
+        raise UserError(f"one folder is given more than once: {', '.join(twice)}")
 
 
 def _usual_place(folders: Sequence[Path]) -> Path:

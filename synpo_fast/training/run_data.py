@@ -16,9 +16,11 @@ from synpo_fast.data.manifest import filter_by_score_gap, read_manifest
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.row_folders import named_split
 from synpo_fast.data.sampling import FrameSampling
+from synpo_fast.errors import UserError
 from synpo_fast.models.policy import Policy
 from synpo_fast.models.scoring import EncodedPair, PairEncoder
 from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.start_checks import check_videos
 
 logger = logging.getLogger(__name__)
 READ_SECONDS = 60.0  # for one pair: a network disk may be slow, a broken file must not stop the run
@@ -54,8 +56,10 @@ def read_data(config: TrainConfig) -> RunData:
     elif evaluation:
         _warn_of_shared_files(config, files_of(train, train_root) & files_of(evaluation, eval_root))
     if not train:
-        raise ValueError(f"no pair of {config.train_file} is left to train on")
+        raise UserError(f"no pair of {config.train_file} is left to train on")
     _check_uses(config, [*train, *evaluation])
+    check_videos(train, train_root, config.train_file)
+    check_videos(evaluation, eval_root, config.eval_file or config.train_file)
     return RunData(train, evaluation, train_root, eval_root, data_key(train))
 
 
@@ -144,8 +148,11 @@ def read_some(config: TrainConfig, data: RunData, policy: Policy, count: int) ->
 
 def _read(file: str, config: TrainConfig) -> list[Pair]:
     if not named_split(file)[0].exists():
-        raise ValueError(f"there is no manifest {file!r}")
-    return read_manifest(file, on_bad="skip" if config.allow_bad_rows else "raise")
+        raise UserError(f"there is no manifest {file!r}")
+    try:
+        return read_manifest(file, on_bad="skip" if config.allow_bad_rows else "raise")
+    except OSError as error:
+        raise UserError(f"the manifest {file!r} cannot be read: {error}") from error
 
 
 def _warn_of_shared_files(config: TrainConfig, shared: set[object]) -> None:
@@ -161,13 +168,13 @@ def _check_uses(config: TrainConfig, pairs: Sequence[Pair]) -> None:
     if config.auxiliary_target == "ground_truth":
         missing = [pair.id for pair in pairs if pair.ground_truth is None]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"auxiliary_target=ground_truth, but {len(missing)} of {len(pairs)} pairs have none, {missing[0]!r} among them"
             )
     with_video = sum(1 for pair in pairs if pair.video is not None or pair.clips)
     alike = config.zero_stage == 3 or (config.zero_stage > 0 and not config.freeze_vision)
     if alike and 0 < with_video < len(pairs):
-        raise ValueError(
+        raise UserError(
             f"{with_video} of {len(pairs)} pairs have a video: zero_stage={config.zero_stage} with freeze_vision="
             f"{str(config.freeze_vision).lower()} needs the vision tower run on every device alike, so all pairs with a "
             "video or none; use zero_stage=2 with a frozen tower, zero_stage=0, or two runs"

@@ -15,6 +15,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from synpo_fast.errors import UserError
 from synpo_fast.training.checkpoint import (
     CheckpointError,
     is_ours,
@@ -55,7 +56,7 @@ def choose_start(config: TrainConfig) -> Start:
     if config.resume is not None:
         return _given(config, folder, Path(config.resume))
     if list_checkpoints(folder) and not config.overwrite_output_dir:
-        raise ValueError(f"output_dir={config.output_dir!r} holds checkpoints: go on with --resume auto, or {ANEW}")
+        raise UserError(f"output_dir={config.output_dir!r} holds checkpoints: go on with --resume auto, or {ANEW}")
     return Start()
 
 
@@ -64,7 +65,7 @@ def _newest(folder: Path) -> Start:
     if newest is None and broken:
         reasons = "; ".join(f"{each.name}: {problem}" for each, problem in broken)
         count = "its only checkpoint" if len(broken) == 1 else f"none of its {len(broken)} checkpoints"
-        raise ValueError(
+        raise UserError(
             f"resume=auto: output_dir={str(folder)!r} holds a run, but {count} "
             f"{'is not whole' if len(broken) == 1 else 'is whole'} ({reasons}). Put back what is missing, or {ANEW}"
         )
@@ -73,13 +74,13 @@ def _newest(folder: Path) -> Start:
 
 def _given(config: TrainConfig, folder: Path, found: Path) -> Start:
     if not found.is_dir():
-        raise ValueError(f"resume={config.resume!r} is not a folder: give a checkpoint-N folder, or auto")
+        raise UserError(f"resume={config.resume!r} is not a folder: give a checkpoint-N folder, or auto")
     problem = what_is_broken(found)
     if problem is not None:
         raise CheckpointError(f"can not resume from {found}: {problem}")
     if found.resolve().parent != folder.resolve():
         if list_checkpoints(folder):
-            raise ValueError(
+            raise UserError(
                 f"resume={config.resume!r} is of another folder, and output_dir={config.output_dir!r} holds checkpoints of "
                 f"its own: go on from those with --resume auto, or {ANEW}"
             )
@@ -88,7 +89,7 @@ def _given(config: TrainConfig, folder: Path, found: Path) -> Start:
     problems = [(each, what_is_broken(each)) for each in reversed(later)]
     whole = [each.name for each, problem in problems if problem is None]
     if whole:
-        raise ValueError(
+        raise UserError(
             f"resume={config.resume!r}: {config.output_dir!r} holds later checkpoints, {whole[0]} the last, which would be "
             "taken for this run's. Move them away, or give another output_dir"
         )

@@ -15,6 +15,8 @@ import platform
 import time
 from pathlib import Path
 
+from synpo_fast.errors import UserError
+
 LOCK = "run.lock"
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ class RunLock:
             except BlockingIOError:
                 holder = _holder(descriptor)
                 os.close(descriptor)
-                raise ValueError(
+                raise UserError(
                     f"output_dir={str(self.file.parent)!r} is in use by another run{holder}: wait for it or end it, or give "
                     "another output_dir"
                 ) from None

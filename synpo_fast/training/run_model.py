@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from synpo_fast.data.feature_cache import FeatureCache
+from synpo_fast.errors import UserError
 from synpo_fast.models.digest import sample_key, tower_key, weights_key
 from synpo_fast.models.loading import load_policy
 from synpo_fast.models.policy import Policy
@@ -38,7 +39,7 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """bf16 on a GPU and fp32 on a CPU, unless the options say otherwise."""
     if config.fp16:
         if device.type == "cpu":
-            raise ValueError("fp16 needs a GPU: DeepSpeed has no fp16 on a CPU; use bf16, or neither for fp32")
+            raise UserError("fp16 needs a GPU: DeepSpeed has no fp16 on a CPU; use bf16, or neither for fp32")
         return torch.float16
     wanted = config.bf16 if config.bf16 is not None else device.type == "cuda" and config.zero_stage > 0
     return torch.bfloat16 if wanted else torch.float32
@@ -49,7 +50,7 @@ def build_model(config: TrainConfig, data: RunData, device: torch.device, checkp
     dtype = training_dtype(config, device)
     policy = _load(config, config.model_name_or_path, device, dtype)
     if config.zero_stage == 3 and not policy.can_share:
-        raise ValueError(
+        raise UserError(
             f"{policy.family.name} has linear-attention layers, so responses run as rows of their own, and zero_stage=3 "
             "needs the same number of rows on every device: use zero_stage=2"
         )

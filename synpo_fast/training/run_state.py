@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from synpo_fast.data.encoding import BadPair
+from synpo_fast.errors import UserError
 from synpo_fast.training.checkpoint import CheckpointError, write_checkpoint
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.engine import Engine
@@ -113,7 +114,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> 
     differing = [name for name in now if saved.get(name) != now[name]]
     if differing:
         what = "; ".join(f"{name} was {saved.get(name)!r}, now {now[name]!r}" for name in differing)
-        raise ValueError(f"can not resume from {folder}: {what}. Set it back, or start anew in another output_dir")
+        raise UserError(f"can not resume from {folder}: {what}. Set it back, or start anew in another output_dir")
 
 
 def versions() -> dict[str, str]:

@@ -18,13 +18,14 @@ import torch.distributed as dist
 
 from synpo_fast.data.hold_out import num_files
 from synpo_fast.data.loader import PairLoader
+from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.losses.units import said
-from synpo_fast.training.checkpoint import check_writable, read_state
+from synpo_fast.training.checkpoint import CheckpointError, check_writable, read_state
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.config_sources import dump_config
 from synpo_fast.training.engine import Engine, deepspeed_config, restore_weights, start_distributed, stop_distributed
 from synpo_fast.training.evaluation_loop import Evaluator
-from synpo_fast.training.loop import Run, train
+from synpo_fast.training.loop import Run, TrainingStopped, train
 from synpo_fast.training.metrics import MetricsLog
 from synpo_fast.training.model_files import fetch_processor_files
 from synpo_fast.training.progress import Progress
@@ -42,16 +43,28 @@ from synpo_fast.training.run_folder import Start, choose_start, take_over
 from synpo_fast.training.run_lock import RunLock
 from synpo_fast.training.run_model import build_engine, build_model, training_dtype
 from synpo_fast.training.run_state import RunState, Saver, check_same_run
+from synpo_fast.training.said_once import SaidByAnotherProcess, first_to_say
 from synpo_fast.training.text_checks import check_texts
 
 logger = logging.getLogger(__name__)
 
 
+# Errors whose message says all there is to say, and which every process of a launch may come with.
+FORESEEN = (UserError, MissingPackage, TrainingStopped, CheckpointError)
+
+
 def run_training(config: TrainConfig) -> RunState:
-    """Trains, and returns where the run stands at its end. Every process of a launch calls it."""
+    """Trains, and returns where the run stands at its end. Every process of a launch calls it.
+
+    Raises SaidByAnotherProcess in place of an error that another process of the launch raises, too.
+    """
     device = start_distributed(config)
     try:
         return train_in_group(config, device)
+    except FORESEEN as error:
+        if not first_to_say(str(error)):
+            raise SaidByAnotherProcess(error) from error
+        raise
     finally:
         stop_distributed()
 
@@ -59,7 +72,7 @@ def run_training(config: TrainConfig) -> RunState:
 def train_in_group(config: TrainConfig, device: torch.device) -> RunState:
     """The same in a process group that is there already."""
     if config.video_device == "cuda" and device.type != "cuda":
-        raise ValueError("video_device=cuda, but this run is on the CPU: there is no GPU, or use_cpu is set")
+        raise UserError("video_device=cuda, but this run is on the CPU: there is no GPU, or use_cpu is set")
     loaders: list[PairLoader] = []
     try:
         deepspeed_config(config, training_dtype(config, device))  # what is wrong with them is said here

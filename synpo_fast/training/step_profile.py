@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from synpo_fast.errors import UserError
 from synpo_fast.training.checkpoint import check_writable
 from synpo_fast.training.config import LOSS_OPTIONS, TrainConfig
 from synpo_fast.training.profile_batches import ProfiledStep, every_rank, read_steps
@@ -68,11 +69,11 @@ def _check_folder(folder: Path) -> None:
     if dist.get_rank() == 0:
         try:
             check_writable(folder)
-        except ValueError as error:
+        except UserError as error:
             answer = [str(error)]
     dist.broadcast_object_list(answer, src=0)
     if answer[0] is not None:
-        raise ValueError(answer[0])
+        raise UserError(answer[0])
 
 
 def _build(config: TrainConfig, data: RunData, device: torch.device) -> Bench:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 
 from synpo_fast.data.text_markers import CONTROL, TAGS, any_of, marked_pairs, quoted, special_tokens
+from synpo_fast.errors import UserError
 from synpo_fast.models.loading import load_tokenizer
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.run_data import RunData, data_key
@@ -25,7 +26,7 @@ def check_texts(config: TrainConfig, data: RunData) -> RunData:
     if found:
         what = f"{len(found)} of {len(pairs)} pairs hold special tokens of the model's tokenizer: {quoted(found)}"
         if not config.allow_bad_rows:
-            raise ValueError(
+            raise UserError(
                 f"{what}. They would not be read as text: take them out, or leave these pairs out with --allow_bad_rows"
             )
         logger.warning("left out: %s", what)
@@ -43,6 +44,6 @@ def check_texts(config: TrainConfig, data: RunData) -> RunData:
 def _without(data: RunData, left_out: set[int]) -> RunData:
     train = [pair for pair in data.train if id(pair) not in left_out]
     if not train:
-        raise ValueError("no pair is left to train on: all of them hold special tokens of the model's tokenizer")
+        raise UserError("no pair is left to train on: all of them hold special tokens of the model's tokenizer")
     evaluation = [pair for pair in data.evaluation if id(pair) not in left_out]
     return replace(data, train=train, evaluation=evaluation, key=data_key(train))

@@ -1,0 +1,34 @@
+"""What a command says to the user before and after a run: on standard error, by one process of a launch.
+
+Imports nothing heavy: the first line is there before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+# Where launchers put a process's number: torch's and DeepSpeed's, Slurm's, Open MPI's. On its machine, then over all.
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+
+
+def rank_of(environment: Mapping[str, str], names: tuple[str, ...] = RANKS) -> int:
+    """This process's number, 0 where no launcher has given it one."""
+    for name in names:
+        if environment.get(name, "").isdigit():
+            return int(environment[name])
+    return 0
+
+
+def say(text: str) -> None:
+    """A line on how far the start has come, from the first process of all."""
+    if rank_of(os.environ) == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def say_mistake(text: str) -> None:
+    """A mistake that every process finds for itself: said once a machine, since a file may be missing on one of them."""
+    if rank_of(os.environ, LOCAL_RANKS) == 0:
+        print(text, file=sys.stderr, flush=True)
