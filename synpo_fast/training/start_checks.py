@@ -8,6 +8,7 @@ from pathlib import Path
 
 from synpo_fast.data.decode import require_backend
 from synpo_fast.data.pair import Pair
+from synpo_fast.data.row_folders import named_split
 from synpo_fast.data.video_info import VideoError
 from synpo_fast.data.video_path import resolve_video
 from synpo_fast.errors import MissingPackage, UserError
@@ -54,7 +55,7 @@ def check_videos(pairs: Sequence[Pair], root: Path, manifest: str) -> None:
 
 
 def _check_manifest(option: str, file: str) -> None:
-    path = Path(file)
+    path, _ = named_split(file)
     if not path.exists():
         raise UserError(f"{option}={file!r}: there is no manifest {str(path.absolute())!r}")
     try:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -85,15 +86,23 @@ def test_a_tag_of_another_format_is_a_warning(world, tmp_path, caplog):
     assert not caplog.text
 
 
+def broken_videos(world, folder):
+    """A video root whose files are there and cannot be decoded: files that are missing are noticed before a model is loaded."""
+    folder.mkdir()
+    for video in world.glob("*.mp4"):
+        (folder / video.name).write_bytes(b"no video")
+    return str(folder)
+
+
 def test_too_many_bad_pairs_are_named_with_their_reasons(world, tmp_path, in_one_process):
-    """ "16 of 16 pairs could not be used" alone does not say that the video root is the wrong one."""
-    (tmp_path / "empty").mkdir()
-    values = options(world, tmp_path / "out", max_steps=4, video_root=str(tmp_path / "empty"), report=False)
+    """ "16 of 16 pairs could not be used" alone does not say that the videos are broken."""
+    root = broken_videos(world, tmp_path / "broken")
+    values = options(world, tmp_path / "out", max_steps=4, video_root=root, report=False)
     with pytest.raises(TrainingStopped) as error:
         in_one_process(values)
     text = str(error.value)
     assert text.startswith("4 of 4 pairs could not be used, more than max_bad_share=0.05. 'p")
-    assert len(re.findall(r"'p\d-\d': v\d\.mp4: there is no such file under .*?empty", text)) == 3 and "\n" not in text
+    assert len(re.findall(r"'p\d-\d': .*?v\d\.mp4: can not be decoded: Invalid data", text)) == 3 and "\n" not in text
 
 
 def test_a_resumed_run_quotes_what_was_noted_before(world, tmp_path, group):
@@ -108,16 +117,22 @@ def test_a_resumed_run_quotes_what_was_noted_before(world, tmp_path, group):
 
 
 def test_held_out_pairs_that_can_not_be_used_are_said_once(world, tmp_path, in_one_process, caplog):
-    pairs = [replace(pair, video="gone.mp4") for pair in read_manifest(world / "pairs.jsonl")[:4]]
+    root = tmp_path / "root"
+    shutil.copytree(world, root)
+    (root / "broken.mp4").write_bytes(b"no video")
+    pairs = [replace(pair, video="broken.mp4") for pair in read_manifest(world / "pairs.jsonl")[:4]]
     write_manifest(tmp_path / "eval.jsonl", pairs)
     values = options(world, tmp_path / "out", max_steps=2, eval_steps=1, eval_file=str(tmp_path / "eval.jsonl"))
-    in_one_process({**values, "video_root": str(world), "report": False})
-    assert caplog.text.count("4 held-out pairs could not be used: 'p0-0': gone.mp4: there is no such file under") == 1
+    in_one_process({**values, "video_root": str(root), "report": False})
+    assert (
+        len(re.findall(r"4 held-out pairs could not be used: 'p0-0': .*?broken.mp4: can not be decoded", caplog.text))
+        == 1
+    )
 
 
 def test_a_profile_without_a_usable_pair_says_why(world, tmp_path, in_one_process):
-    values = options(world, tmp_path / "out", profile=1, video_root=str(tmp_path))
-    with pytest.raises(ValueError, match=r"no step of .* every process: 'p\d-\d': v\d.mp4: there is no such file"):
+    values = options(world, tmp_path / "out", profile=1, video_root=broken_videos(world, tmp_path / "broken"))
+    with pytest.raises(ValueError, match=r"no step of .* every process: 'p\d-\d': .*v\d.mp4: can not be decoded"):
         in_one_process(values)
 
 
