@@ -170,7 +170,11 @@ class TrainConfig:
 
     # DeepSpeed
     zero_stage: int = option(
-        2, "what DeepSpeed shards: 0 nothing, 1 optimiser, 2 gradients too, 3 weights too", at_least=0, at_most=3
+        None,
+        "what DeepSpeed shards: 0 nothing, 1 optimiser, 2 gradients too, 3 weights too; default: 1 for an adapter, whose "
+        "gradients are then sent once a step, 2 without one, where they are sent after every micro-batch",
+        at_least=0,
+        at_most=3,
     )
     offload_optimizer: bool = option(False, "keep optimiser state in host memory (ZeRO 1-3)")
     deepspeed: str | None = option(
@@ -208,6 +212,8 @@ class TrainConfig:
     disable_tqdm: bool = option(False, "no progress bar")
 
     def __post_init__(self) -> None:
+        if self.zero_stage is None:
+            object.__setattr__(self, "zero_stage", 1 if self.use_peft else 2)
         for check in (_check_ranges, _check_choices, _check_loss, _check_reference, _check_output):
             check(self)
 
