@@ -1,6 +1,7 @@
 # make venv   the environment: pinned packages and the compiled extension, in .venv
 # make test   the whole suite (sets the environment up first)
 # make demo   from nothing to a tiny model trained with SynPO, beside DPO, and a report; 4 to 5 minutes on 2 cores (DEMO_ARGS="--seed 1")
+# make rehearse   a second environment with torch for CUDA (5 GB), and in it all that a GPU run does, on a GPU that is not there
 # make demo-loss  the fused SynPO loss beside eager torch, on this machine as it is
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,12 +12,18 @@ PACKAGES := .[dev,gpu,trl,train,dali,pairs]
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TEST_ARGS ?=
+REHEARSE_VENV ?= .venv-cuda
+REHEARSE := $(REHEARSE_VENV)/bin/python
+REHEARSE_READY := $(REHEARSE_VENV)/.ready
+REHEARSE_PACKAGES := transformers peft deepspeed liger-kernel av numpy pyarrow pyyaml pytest hypothesis
+# Where pip would choose a CPU build by itself: settings, as NAME=VALUE words, under which it finds the CUDA build.
+CUDA_PIP_ENV ?=
 DEMO_ARGS ?=
 # One worker a core and one thread a worker: small tests on several threads spend their time waiting for each other.
 TEST_WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 8 ? 8 : n)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --durations=10
 
-.PHONY: help venv test test-heavy demo demo-loss lint types format clean
+.PHONY: help venv test test-heavy rehearse demo demo-loss lint types format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -39,10 +46,23 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@touch $(READY)
 
 test: $(READY)
-	$(PYTEST) -m "not heavy" $(TEST_ARGS)
+	$(PYTEST) -m "not heavy and not rehearsal" $(TEST_ARGS)
 
 test-heavy: $(READY)
 	$(PYTEST) -m heavy $(TEST_ARGS)
+
+$(REHEARSE_READY): constraints.txt
+	@test -x $(REHEARSE) || { echo "Making $(REHEARSE_VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(REHEARSE_VENV); }
+	@echo "Installing torch $(TORCH) for CUDA and torchvision: about 5 GB"
+	@$(CUDA_PIP_ENV) $(REHEARSE) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt torch torchvision
+	@$(REHEARSE) -c "import sys, torch; sys.exit(torch.version.cuda is None and \
+	  f'pip chose {torch.__version__}, which is not for CUDA: see CUDA_PIP_ENV in the Makefile')"
+	@$(REHEARSE) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(REHEARSE_PACKAGES)
+	@touch $(REHEARSE_READY)
+
+rehearse: $(REHEARSE_READY)
+	OMP_NUM_THREADS=1 $(REHEARSE) -m tests.rehearsal
+	OMP_NUM_THREADS=1 $(REHEARSE) -m pytest -q tests/rehearsal/test_fake_gpu.py tests/ops/video_patches
 
 demo: $(READY)
 	$(BIN)/synpo-fast demo $(DEMO_ARGS)
@@ -62,4 +82,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info synpo_fast/*.so .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(REHEARSE_VENV) build dist *.egg-info synpo_fast/*.so .pytest_cache .ruff_cache .mypy_cache

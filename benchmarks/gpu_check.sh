@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs what needs a GPU and leaves its results in a folder, 10 files at most:
-#   bash benchmarks/gpu_check.sh OUT [tests] [kernels] [throughput] [trainer] [decode]     the first three when none is named
-# gpu_tests.xml, gpu_check.log, kernels.json, throughput.json and one picture for each of four shapes; trainer_tests.xml
+#   bash benchmarks/gpu_check.sh OUT [rehearsal] [tests] [kernels] [throughput] [trainer] [decode]
+# The first four when none is named. rehearsal: what `make rehearse` does without a GPU, here on real tensors: every family's
+# forwards and losses, and where the host waits for the device. gpu_tests.xml, gpu_check.log, kernels.json, throughput.json and one picture for each of four shapes; trainer_tests.xml
 # (the trainer in bf16 and fp16, ZeRO 0-3; needs deepspeed, peft and PyAV) and decode.json (needs PyAV, and DALI for NVDEC).
 # A failing step does not stop the next; the exit code is non-zero if any failed. Nothing is downloaded.
 # SYNPO_FAST_NATIVE=0 leaves out building the C++ extension, which no GPU figure needs.
@@ -10,9 +11,9 @@
 # THROUGHPUT_ARGS are added to those of throughput.py: THROUGHPUT_ARGS='--sweep ratio --plot pictures'.
 set -uo pipefail
 
-out=${1:?usage: gpu_check.sh OUT [tests] [kernels] [throughput] [trainer] [decode]}
+out=${1:?usage: gpu_check.sh OUT [rehearsal] [tests] [kernels] [throughput] [trainer] [decode]}
 shift
-steps=" ${*:-tests kernels throughput} "
+steps=" ${*:-rehearsal tests kernels throughput} "
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.." || exit 2
@@ -35,6 +36,11 @@ if [ "${SYNPO_FAST_NATIVE:-}" != 0 ] && ! compgen -G 'synpo_fast/_native*.so' >/
   echo '== building the C++ extension' | tee -a "$log"
   python3 setup.py build_ext --inplace >>"$log" 2>&1 || echo 'not built: see the log' | tee -a "$log"
 fi
+
+case $steps in *' rehearsal '*)
+  run rehearsal python3 -m tests.rehearsal
+  run waits python3 -m pytest tests/training/test_gpu_waits.py tests/ops/test_host_copy.py -m gpu -q -p no:cacheprovider ;;
+esac
 
 case $steps in *' tests '*)
   run tests python3 -m pytest tests/ops tests/test_fused.py tests/benchmarks -q -p no:cacheprovider --junitxml="$out/gpu_tests.xml" ;;

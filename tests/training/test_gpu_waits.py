@@ -1,0 +1,28 @@
+"""On a GPU: between two micro-batches, backward included, the host waits for nothing but what tests/rehearsal/paths.py states."""
+
+from collections import Counter
+
+import pytest
+
+from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.pair_module import PairModule
+from tests.rehearsal.__main__ import Outcome, RealGpu
+from tests.rehearsal.paths import FAMILY_NAMES, prepare
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_forward_and_backward_of_two_micro_batches(family):
+    ready = prepare(family)
+    module = PairModule(ready.policy, TrainConfig(model_name_or_path="x", train_file="x", output_dir="x"))
+
+    def step():
+        for pairs in (ready.pairs[:1], ready.pairs[1:]):
+            module(pairs, 0.5)[0].backward()
+
+    step()  # what is compiled and allocated the first time may wait
+    gpu = RealGpu()
+    with gpu.watching():
+        step()
+    assert Outcome(family, "step", Counter(gpu.waits)).too_many == {}
