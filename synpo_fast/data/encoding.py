@@ -3,15 +3,17 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from synpo_fast.data.feature_cache import StoredVideos
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.pair_frames import pair_frames
 from synpo_fast.data.sampling import FrameSampling
+from synpo_fast.data.video_key import video_key
 from synpo_fast.models.scoring import EncodedPair, PairEncoder, TooLong
 
 
@@ -35,6 +37,9 @@ class PairReader:
     """pair -> EncodedPair or BadPair, after a second attempt: a file system may fail once.
 
     What is not an error of the data is raised: a mistake in the set-up or in the code.
+
+    facts: video_key.reading_facts; with them every video gets a key. stored: where features may be found by that key: such a
+    video is not decoded.
     """
 
     encoder: PairEncoder
@@ -43,26 +48,44 @@ class PairReader:
     backend: str
     device: torch.device
     deadline_s: float
+    facts: str | None = None
+    stored: StoredVideos | None = None
 
     def __call__(self, pair: Pair) -> EncodedPair | BadPair:
         deadline = time.monotonic() + self.deadline_s
         for last in (False, True):
             try:
-                frames, seconds = pair_frames(
-                    pair,
-                    self.sampling,
-                    video_root=self.video_root,
-                    backend=self.backend,
-                    device=self.device,
-                    deadline_s=deadline - time.monotonic(),
-                )
-                return self.encoder(pair, frames, seconds)
+                return self._read(pair, deadline)
             except TooLong as error:
                 return BadPair(pair.id, str(error))
             except (ValueError, OSError, MemoryError) as error:
                 if last or time.monotonic() > deadline:
                     return BadPair(pair.id, str(error) or type(error).__name__)
         raise AssertionError("the last attempt returns")
+
+    def _read(self, pair: Pair, deadline: float) -> EncodedPair:
+        key = self._key(pair)
+        if key is not None and self.stored is not None:
+            # With its features in hand: that file may be gone before the pair's turn.
+            found = self.stored.find(key)
+            if found is not None:
+                return self.encoder.with_video(pair, found)
+        frames, seconds = pair_frames(
+            pair,
+            self.sampling,
+            video_root=self.video_root,
+            backend=self.backend,
+            device=self.device,
+            deadline_s=deadline - time.monotonic(),
+        )
+        if key is None or frames is None:
+            return self.encoder(pair, frames, seconds)
+        if not isinstance(pair.video, torch.Tensor) and self._key(pair) != key:
+            raise OSError(f"pair {pair.id!r}: its video was changed while it was read")
+        return self.encoder.with_video(pair, replace(self.encoder.video_inputs(pair, frames, seconds), key=key))
+
+    def _key(self, pair: Pair) -> str | None:
+        return None if self.facts is None else video_key(pair, self.facts, self.video_root)
 
 
 class ReadOnDemand:

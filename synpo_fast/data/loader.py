@@ -11,17 +11,19 @@ no good pair at all is a step too.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from synpo_fast.data.decode import BACKENDS
 from synpo_fast.data.encoding import BadPair, PairReader, ReadInThread, ReadOnDemand
+from synpo_fast.data.feature_cache import StoredVideos
 from synpo_fast.data.order import epoch_order, num_steps, step_positions
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.read_ahead import PendingStep, ReadAhead, Slot
 from synpo_fast.data.sampling import FrameSampling
+from synpo_fast.data.video_key import reading_facts
 from synpo_fast.data.worker_pool import WorkerLost, WorkerPool
 from synpo_fast.models.scoring import EncodedPair, PairEncoder
 
@@ -51,6 +53,9 @@ class PairLoader:
     fewer steps are read ahead where they are large, but the next one always and whole.
 
     backend: of decode_frames. device: where frames are decoded and made into pixels; a CUDA device needs num_workers=0.
+    keyed: videos get a key by which feature caches and precomputed references know them (video_key.py), made where they are
+    read; without it their content is hashed when it is asked for. feature_folder: of a FeatureCache that is the policy's
+    feature_store. A video whose features lie there comes with them and is not decoded.
     deadline_s: for one pair. A worker that takes longer is stopped, and the pair tried once more in a fresh one.
 
     Use it as a context manager, or close it.
@@ -74,6 +79,8 @@ class PairLoader:
         backend: str = "auto",
         device: str | torch.device = "cpu",
         deadline_s: float = 30.0,
+        keyed: bool = False,
+        feature_folder: str | Path | None = None,
     ) -> None:
         if not pairs:
             raise ValueError("there are no pairs to load")
@@ -96,6 +103,9 @@ class PairLoader:
         self.prefetch_steps = prefetch_steps
         self.steps_per_epoch = num_steps(len(pairs), world_size=world_size, pairs_per_rank=pairs_per_step)
         reader = PairReader(encoder, sampling, video_root, backend, device, deadline_s)
+        if keyed or feature_folder is not None:
+            stored = None if feature_folder is None else StoredVideos(Path(feature_folder))
+            reader = replace(reader, facts=reading_facts(encoder, sampling, backend, device), stored=stored)
         self._source: WorkerPool | ReadInThread | ReadOnDemand
         if num_workers:
             # A little later than the decoder's own deadline, whose message says more.

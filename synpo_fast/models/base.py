@@ -32,6 +32,8 @@ class VideoInputs:
     tensors: keyword arguments of the family's vision call, for this video alone, but for its pixels.
     frames: uint8 [T, height, width, 3], resized for the tower; recipe: what makes them pixels, when the tower is called and on
         its device. Both None: the pixels stand in tensors.
+    key: what the video is known by in a feature cache and among precomputed log-probs; None: its content is hashed.
+    features: what the tower makes of it, where that was found in a feature cache; then there are neither frames nor pixels.
     token_ids: what stands for the video in the prompt: placeholders, with the timestamps, separators and newlines the
         family puts between them.
     placeholder_id: features replace the embeddings where token_ids equals it.
@@ -44,6 +46,8 @@ class VideoInputs:
     seconds_per_grid: float | None = None
     frames: Tensor | None = None
     recipe: PixelRecipe | None = None
+    key: str | None = None
+    features: VideoFeatures | None = None
 
     @property
     def num_placeholders(self) -> int:
@@ -51,14 +55,21 @@ class VideoInputs:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its tensors, frames included."""
+        """Bytes of its tensors, frames and features included."""
         held = [*self.tensors.values(), *([] if self.frames is None else [self.frames])]
+        if self.features is not None:
+            held += [self.features.features, *self.features.deepstack]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def argument(self, name: str, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """One keyword argument of the vision call, on a device (None: where it is held). Pixels are made here; they and no
         others take the dtype (None: fp32)."""
         if self.recipe is None or self.recipe.name != name:
+            if name not in self.tensors and self.features is not None:
+                raise ValueError(
+                    "this video came from a feature cache, with features and without pixels: set policy.feature_store to that "
+                    "cache, or read the pair without it"
+                )
             tensor = self.tensors[name]
             return tensor if device is None else tensor.to(device)
         assert self.frames is not None

@@ -25,7 +25,9 @@ def tower_key(policy: Policy) -> str:
 
 
 def video_key(video: VideoInputs) -> str:
-    """A digest of one video as the tower gets it: frames, size, normalisation and packing included."""
+    """The video's own key, or a digest of it as the tower gets it: frames, size, normalisation and packing included."""
+    if video.key is not None:
+        return video.key
     facts = [video.token_ids, video.placeholder_id, video.seconds_per_grid, repr(video.recipe)]
     frames = [] if video.frames is None else [("frames", video.frames)]
     return _digest(facts, [*sorted(video.tensors.items()), *frames])

@@ -1,10 +1,13 @@
 """From pairs to tokens, and from tokens to the log-probs of their responses."""
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from synpo_fast.data.pair import Pair
@@ -68,9 +71,10 @@ class PairEncoder:
         Nothing is ever cut: a cut response is another response, and a cut video is not that video. Raises TooLong for a
         pair that is too long, ValueError for one whose responses are the same tokens.
         """
-        video = None
-        if frames is not None:
-            video = self._video_inputs(pair, frames, seconds_per_frame)
+        return self.with_video(pair, None if frames is None else self.video_inputs(pair, frames, seconds_per_frame))
+
+    def with_video(self, pair: Pair, video: VideoInputs | None) -> EncodedPair:
+        """The same for a video that was encoded before."""
         prompt = self.family.prompt_ids(self.tokenizer, pair.prompt, None if video is None else video.token_ids)
         preference = pair.loss == "preference"
         has_ground_truth = self.with_ground_truth and pair.ground_truth is not None
@@ -85,7 +89,27 @@ class PairEncoder:
         self._check_length(pair, len(prompt), max(len(response) for response in responses))
         return EncodedPair(Sample(tuple(prompt), responses, video, pair.id), pair.id, preference, has_ground_truth)
 
-    def _video_inputs(self, pair: Pair, frames: Tensor, seconds_per_frame: float | None) -> VideoInputs:
+    def video_facts(self) -> str:
+        """A digest of what decides, beside the frames, a video's pixels and tokens: the family, its processing, the vocabulary,
+        and what becomes of a small video, which depends on the config. (The config's text changes when a model is saved.)"""
+        facts: list[Any] = [self.family.name, sorted(self.tokenizer.get_vocab().items())]
+        if self.family.placeholder_token:
+            processing = self.processing or self.family.processing(self.config)
+            frames = torch.arange(12 * 50 * 70 * 3).remainder(251).to(torch.uint8).view(12, 50, 70, 3)
+            video = self.family.video_inputs(
+                self.config,
+                self.tokenizer,
+                frames,
+                seconds_per_frame=1.37,
+                processing=replace(processing, max_tokens=None),
+            )
+            assert video.frames is not None
+            shapes = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in sorted(video.tensors.items())}
+            made = [video.token_ids, video.placeholder_id, video.seconds_per_grid, shapes, list(video.frames.shape)]
+            facts += [repr(processing), repr(video.recipe), made]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def video_inputs(self, pair: Pair, frames: Tensor, seconds_per_frame: float | None) -> VideoInputs:
         try:
             return self.family.video_inputs(
                 self.config, self.tokenizer, frames, seconds_per_frame=seconds_per_frame, processing=self.processing

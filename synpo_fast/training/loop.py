@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from synpo_fast.data.encoding import BadPair, quoted
+from synpo_fast.data.feature_cache import FeatureCache
 from synpo_fast.data.loader import PairLoader, StepBatch
 from synpo_fast.models.batching import micro_batches
 from synpo_fast.models.scoring import EncodedPair
@@ -145,6 +146,9 @@ def _numbers_of(
         "bad_pairs": len(batch.bad), "wanted_pairs": batch.wanted, "wait_s": batch.wait_s, "step_s": seconds,
         "asked_to_stop": run.asked_to_stop,
     }  # fmt: skip
+    store = run.engine.module.policy.feature_store
+    if isinstance(store, FeatureCache):
+        local |= {"feature_cache/hits": store.hits, "feature_cache/misses": store.misses}
     for bad in batch.bad:
         run.saver.note_bad(bad, batch.epoch, run.state.step + 1)
     sums = sums | {name: torch.full((), float(value), device=run.device) for name, value in local.items()}
@@ -174,6 +178,8 @@ def _numbers_of(
         "skipped_pairs": state.bad_pairs,
         "nonfinite_steps": state.nonfinite_steps,
     }
+    if "feature_cache/hits" in local:
+        numbers |= {name: total[name] for name in ("feature_cache/hits", "feature_cache/misses")}
     if scale is not None:
         numbers["loss_scale"] = scale
     if run.device.type == "cuda":

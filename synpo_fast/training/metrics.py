@@ -56,6 +56,7 @@ def means_of(sums: Numbers) -> Numbers:
 # Where a run stands rather than what a step was like: of several steps the last says it.
 STANDS = (
     "epoch", "learning_rate", "num_tokens", "skipped_pairs", "nonfinite_steps", "loss_scale", "peak_memory_gib",
+    "feature_cache/hits", "feature_cache/misses",
 )  # fmt: skip
 RATES = ("pairs_per_s", "tokens_per_s", "data_wait_share")  # of several steps: over all their time
 

@@ -86,6 +86,12 @@ CHARTS = (
         exact=True,
         counter=True,
     ),
+    Chart(
+        "Videos looked for in the feature cache so far",
+        {"feature_cache/hits": "found", "feature_cache/misses": "not found"},
+        floor=0,
+        exact=True,
+    ),
     Chart("Peak GPU memory, GiB", {"peak_memory_gib": "GiB"}, floor=0, exact=True),
     Chart("Loss scale", {"loss_scale": "scale"}, floor=0, exact=True),
 )

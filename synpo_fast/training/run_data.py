@@ -16,6 +16,7 @@ from synpo_fast.data.manifest import filter_by_score_gap, read_manifest
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.row_folders import named_split
 from synpo_fast.data.sampling import FrameSampling
+from synpo_fast.data.video_key import reading_facts
 from synpo_fast.errors import UserError
 from synpo_fast.models.policy import Policy
 from synpo_fast.models.scoring import EncodedPair, PairEncoder
@@ -105,6 +106,8 @@ def train_loader(config: TrainConfig, data: RunData, policy: Policy, rank: int, 
         backend=config.video_backend,
         device=config.video_device,
         deadline_s=READ_SECONDS,
+        keyed=True,
+        feature_folder=config.feature_cache,
     )
 
 
@@ -127,6 +130,8 @@ def ordered_loader(
         backend=config.video_backend,
         device=config.video_device,
         deadline_s=READ_SECONDS,
+        keyed=True,
+        feature_folder=config.feature_cache,
     )
 
 
@@ -134,9 +139,10 @@ def read_some(config: TrainConfig, data: RunData, policy: Policy, count: int) ->
     """The first `count` good evaluation pairs: for sample captions."""
     import torch
 
+    encoder, sampling = encoder_of(config, policy), sampling_of(config)
     reader = PairReader(
-        encoder_of(config, policy), sampling_of(config), data.eval_root, config.video_backend, torch.device("cpu"),
-        READ_SECONDS,
+        encoder, sampling, data.eval_root, config.video_backend, torch.device("cpu"),
+        READ_SECONDS, reading_facts(encoder, sampling, config.video_backend, torch.device("cpu")),
     )  # fmt: skip
     found: list[tuple[Pair, EncodedPair]] = []
     for pair in data.evaluation[: 4 * count]:

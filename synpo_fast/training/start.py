@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from synpo_fast.data.feature_cache import FeatureCache
 from synpo_fast.data.hold_out import num_files
 from synpo_fast.data.loader import PairLoader
 from synpo_fast.errors import MissingPackage, UserError
@@ -102,6 +103,9 @@ def _train(config: TrainConfig, device: torch.device, start: Start, loaders: lis
         run.log.close()
     if config.report and dist.get_rank() == 0:
         _write_report(run)
+    store = run.engine.module.policy.feature_store
+    if isinstance(store, FeatureCache):
+        run.progress.say(f"feature_cache: {store.hits} of {store.hits + store.misses} videos were found there")
     done = "stopped by SIGTERM at" if state.stopped_early else "finished at"
     run.progress.say(f"{done} step {state.step} of {run.num_steps}; checkpoint: {run.saver.last}")
     return state

@@ -81,7 +81,10 @@ def _build(config: TrainConfig, data: RunData, device: torch.device) -> Bench:
     # Built for a loss that reads no reference, or the run's own would be made, and written into its folder.
     unset: dict[str, Any] = dict.fromkeys(LOSS_OPTIONS)
     model = build_model(replace(config, loss_type="synpo", reference="auto", **unset), data, device, checkpoint=None)
-    with train_loader(config, data, model.policy, dist.get_rank(), dist.get_world_size()) as loader:
+    # Some ways leave the cache out: their videos must come with pixels.
+    with train_loader(
+        replace(config, feature_cache=None), data, model.policy, dist.get_rank(), dist.get_world_size()
+    ) as loader:
         steps = read_steps(config, loader)
     references = make_references(config, model.policy, [step.samples for step in steps])
     engine = build_engine(config, model)
