@@ -10,6 +10,7 @@ What is read when depends on sizes and on who is faster. What a step holds, and 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -119,7 +120,7 @@ class ReadAhead:
                 if place and not self._has_room():
                     return
                 slot.future = self.source.submit(slot.pair)
-                slot.future.add_done_callback(lambda future, slot=slot: self._arrived(slot, future))
+                slot.future.add_done_callback(functools.partial(self._arrived, slot))
 
     def _has_room(self) -> bool:
         if not self._recent:

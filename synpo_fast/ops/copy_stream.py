@@ -66,7 +66,7 @@ class CopyStream:
         already is returned as it is."""
         if tensor.device.type != "cpu":
             return tensor
-        _, copy, event = self._begun.pop(id(tensor), None) or self._copy(tensor)
+        _, copy, event = self._begun.pop(id(tensor)) if id(tensor) in self._begun else self._copy(tensor)
         current = self.streams.current_stream(self.device)
         current.wait_event(event)
         self.streams.record_stream(copy, current)
