@@ -54,12 +54,14 @@ def write_checkpoint(
     optimizer_state: dict[str, Tensor],
     trainer_state: dict[str, Any],
     keep: int | None,
+    best: int | None = None,
 ) -> Path:
-    """One process writes. save_model puts the files others load into the folder it is given.
+    """One process writes. save_model puts the files others load into the folder it is given. best: the step of a checkpoint
+    that is never deleted.
 
     Raises CheckpointError, with the partial folder removed, if anything can not be written.
     """
-    final = output_dir / f"checkpoint-{step:06d}"
+    final = folder_of(output_dir, step)
     partial = output_dir / f"{final.name}.partial"
     try:
         _remove(partial)
@@ -75,8 +77,13 @@ def write_checkpoint(
     except Exception as error:  # safetensors and peft wrap errors of the disk in types of their own
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"could not write {final}: {error}") from error
-    _prune(output_dir, keep, newest=final, run=trainer_state.get("run"))
+    kept = {final, final if best is None else folder_of(output_dir, best)}
+    _prune(output_dir, keep, kept=kept, run=trainer_state.get("run"))
     return final
+
+
+def folder_of(output_dir: Path, step: int) -> Path:
+    return output_dir / f"checkpoint-{step:06d}"
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
@@ -229,17 +236,19 @@ def _slow(stream: Any) -> str:
     return digest.hexdigest()
 
 
-def _prune(output_dir: Path, keep: int | None, *, newest: Path, run: str | None) -> None:
-    """Deletes the oldest checkpoints that this run wrote, under the names it gave them, but for the last `keep`."""
+def _prune(output_dir: Path, keep: int | None, *, kept: set[Path], run: str | None) -> None:
+    """Deletes the oldest checkpoints that this run wrote, under the names it gave them, until `keep` are left. Those in `kept`
+    are never deleted, and count."""
     for folder in output_dir.glob(f"checkpoint-*{REMOVED}"):  # of a run that was killed meanwhile
         if LEFT_OVER.fullmatch(folder.name):
             shutil.rmtree(folder, ignore_errors=True)
     if keep is None:
         return
-    for folder in [each for each in list_checkpoints(output_dir) if _is_of(each, run)][:-keep]:
-        if folder != newest:
-            with suppress(OSError):  # a checkpoint too many is no reason to stop
-                _remove(folder)
+    found = [each for each in list_checkpoints(output_dir) if _is_of(each, run)]
+    others = [folder for folder in found if folder not in kept]
+    for folder in others[: max(0, len(found) - keep)]:
+        with suppress(OSError):  # a checkpoint too many is no reason to stop
+            _remove(folder)
 
 
 def _is_of(folder: Path, run: str | None) -> bool:

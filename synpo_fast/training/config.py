@@ -13,10 +13,12 @@ from typing import Any
 from synpo_fast.errors import UserError
 from synpo_fast.losses import LOSSES, AuxiliaryNLL, check_options
 from synpo_fast.losses.checks import check_number
+from synpo_fast.losses.metric_sums import WEIGHTS
 
 REFERENCES = ("auto", "adapter_off", "frozen_copy", "precomputed")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 REPORTERS = ("tensorboard", "wandb")
+EVALUATED = ("loss", *(name for name in WEIGHTS if not name.startswith("logits/")))  # the trainer makes no logits
 LOSS_OPTIONS = ("alpha", "beta", "gamma", "link", "variant", "label_smoothing")
 
 
@@ -195,6 +197,20 @@ class TrainConfig:
     logging_steps: int = option(1, "a line of metrics every so many steps: their means", above=0)
     eval_steps: int = option(0, "evaluate every so many steps, and at the end; 0: at the end only", at_least=0)
     eval_on_start: bool = option(True, "evaluate before the first step too, where there are held-out pairs")
+    load_best_model_at_end: bool = option(
+        False,
+        "save a checkpoint at each evaluation that is the best so far, never delete the best one, and put its model files at the "
+        "top of output_dir at the end",
+    )
+    metric_for_best_model: str | None = option(
+        None, "number of an evaluation to compare, with or without eval_: loss, rewards/accuracies, ...; default: loss"
+    )
+    greater_is_better: bool | None = option(
+        None, "whether a greater number is better; default: unless its name ends in loss"
+    )
+    early_stopping_patience: int | None = option(
+        None, "stop after so many evaluations in a row that are no better than the best one before them", above=0
+    )
     per_device_eval_batch_size: int = option(4, "pairs of an evaluation step", above=0)
     num_eval_captions: int = option(2, "captions written by the model at each evaluation", at_least=0)
     max_new_tokens: int = option(256, "length of those captions", above=0)
@@ -214,7 +230,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.zero_stage is None:
             object.__setattr__(self, "zero_stage", 1 if self.use_peft else 2)
-        for check in (_check_ranges, _check_choices, _check_loss, _check_reference, _check_output):
+        for check in (_check_ranges, _check_choices, _check_loss, _check_reference, _check_output, _check_best):
             check(self)
 
     @property
@@ -231,6 +247,23 @@ class TrainConfig:
     def reads_ahead(self) -> bool:
         """Whether videos are decoded while a step is computed: in processes, or for a GPU in a thread."""
         return self.num_reading_processes > 0 or self.video_device == "cuda"
+
+    @property
+    def compares_evaluations(self) -> str:
+        """The option because of which evaluations are compared with each other, or "" where they are not."""
+        if self.load_best_model_at_end:
+            return "load_best_model_at_end"
+        return "early_stopping_patience" if self.early_stopping_patience is not None else ""
+
+    @property
+    def best_metric(self) -> str:
+        """`metric_for_best_model` as evaluation writes it."""
+        return f"eval_{(self.metric_for_best_model or 'loss').removeprefix('eval_')}"
+
+    @property
+    def best_is_greater(self) -> bool:
+        """`greater_is_better` with its default resolved, by Hugging Face's rule."""
+        return not self.best_metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
 
     @property
     def needs_reference(self) -> bool:
@@ -349,3 +382,22 @@ def _check_output(config: TrainConfig) -> None:
         )
     if config.feature_cache and not config.freeze_vision:
         raise UserError("feature_cache needs freeze_vision=true: a tower that trains has no lasting features")
+
+
+def _check_best(config: TrainConfig) -> None:
+    why = config.compares_evaluations
+    if not why:
+        for name in ("metric_for_best_model", "greater_is_better"):
+            if getattr(config, name) is not None:
+                raise UserError(f"{name} has no effect without load_best_model_at_end or early_stopping_patience")
+        return
+    if not config.eval_file and not config.eval_split:
+        raise UserError(f"{why} compares evaluations, which need held-out pairs: give eval_file or eval_split")
+    if not config.eval_steps:
+        raise UserError(f"{why} compares evaluations, and eval_steps=0 makes one, at the end: set eval_steps")
+    compared = [name for name in EVALUATED if config.loss_type != "sft" or name in ("loss", "nll_loss")]
+    if config.best_metric.removeprefix("eval_") not in compared:
+        raise UserError(
+            f"metric_for_best_model is {config.metric_for_best_model!r}, expected a number that evaluation of "
+            f"loss_type={config.loss_type} writes: {', '.join(compared)}"
+        )

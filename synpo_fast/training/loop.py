@@ -27,6 +27,7 @@ from synpo_fast.data.feature_cache import FeatureCache
 from synpo_fast.data.loader import PairLoader, StepBatch
 from synpo_fast.models.batching import micro_batches
 from synpo_fast.models.scoring import EncodedPair
+from synpo_fast.training.best_model import judge
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.diagnostics import reward_gradient_norms
 from synpo_fast.training.engine import Engine, StepOutcome
@@ -60,13 +61,20 @@ class Run:
     asked_to_stop: bool = field(default=False)  # this rank was
     stopping: bool = field(default=False)  # some rank was: what all agreed on with the last step's numbers
 
+    @property
+    def ran_out_of_patience(self) -> bool:
+        return self.state.best.is_out_of_patience(self.config)
+
 
 def train(run: Run) -> RunState:
-    """Runs to the last step, or to the end of the step in which SIGTERM arrived; either way a checkpoint is left."""
+    """Runs to the last step, to the end of the step in which SIGTERM arrived, or until evaluations have long not become better;
+    either way a checkpoint is left."""
     config, state = run.config, run.state
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "asked_to_stop", True))
     if run.evaluator is not None and config.eval_on_start and state.step == 0:
         evaluate(run, run.evaluator)
+    if state.evaluation_due and _evaluate_late(run):
+        return state
     for batch in _batches(run):
         numbers = train_step(run, batch)
         state.step += 1
@@ -78,11 +86,18 @@ def train(run: Run) -> RunState:
             run.log.log(state.step, state.window.take())
         run.progress.show(state.step, numbers)
         _check_health(run, batch, numbers)
-        if run.evaluator is not None and (last or _is_due(state.step, config.eval_steps)) and not stop:
-            evaluate(run, run.evaluator)
-        if last or stop or _is_due(state.step, config.save_steps):
+        improved = ended = False
+        if run.evaluator is not None and (last or _is_due(state.step, config.eval_steps)):
+            state.evaluation_due = stop  # then the resumed run begins with it
+            if not stop:
+                improved = evaluate(run, run.evaluator)
+                ended = run.ran_out_of_patience
+        if ended and not last and state.window.sums:  # no later step will write the line
+            run.log.log(state.step, state.window.take())
+        best = improved and config.load_best_model_at_end
+        if last or stop or ended or best or _is_due(state.step, config.save_steps):
             run.saver.save(run.engine, state)
-        if last or stop:
+        if last or stop or ended:
             state.stopped_early = stop and not last
             break
     return state
@@ -115,10 +130,29 @@ def train_step(run: Run, batch: StepBatch) -> Numbers:
     return numbers | _numbers_of(run, batch, sums, outcome, rate, time.perf_counter() - started)
 
 
-def evaluate(run: Run, evaluator: Evaluator) -> None:
-    numbers = evaluator.evaluate(run.engine, run.state.step)
-    run.log.log(run.state.step, numbers)
+def evaluate(run: Run, evaluator: Evaluator) -> bool:
+    """Returns whether this evaluation is the best so far; without an option that compares evaluations, none is."""
+    state = run.state
+    numbers = evaluator.evaluate(run.engine, state.step)
+    run.log.log(state.step, numbers)
     run.progress.note(numbers)
+    if not state.best.metric:
+        return False
+    improved, said = judge(state.best, numbers, state.step, run.device)
+    if said:
+        run.progress.say(said)
+    return improved
+
+
+def _evaluate_late(run: Run) -> bool:
+    """The evaluation that a stop came before; its step's checkpoint was written then. Returns whether the run ends here."""
+    state = run.state
+    state.evaluation_due = False
+    improved = run.evaluator is not None and evaluate(run, run.evaluator)
+    ends = state.step >= run.num_steps or run.ran_out_of_patience
+    if ends or (improved and run.config.load_best_model_at_end and not run.saver.has(state.step)):
+        run.saver.save(run.engine, state)
+    return ends
 
 
 def _agree_on_micro_batches(run: Run, batch: StepBatch) -> tuple[list[tuple[list[EncodedPair], float]], int]:

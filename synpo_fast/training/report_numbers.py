@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from synpo_fast.training.best_files import NAME as BEST_MODEL
 from synpo_fast.training.report_charts import short
-from synpo_fast.training.report_data import Row, RunRecord, number_in
+from synpo_fast.training.report_data import Row, RunRecord, number_in, read_json_object
 from synpo_fast.training.report_profile import table
 from synpo_fast.training.report_series import ends, finite, points_of
 from synpo_fast.training.report_units import LOGPS, LOSS, REWARD, unit_markup, unit_of, with_units
@@ -56,6 +57,33 @@ def numbers_markup(run: RunRecord) -> str:
     when = [f"held out, step {run.evaluations[place]['step']:,}" for place in (0, -1)] if run.evaluations else []
     head = ["", "training, start", "training, end", *when]
     return f'<div class="tiles">{tiles}</div><div class="card">{table(head, rows, "numbers stack")}</div>'
+
+
+def best_lines(run: RunRecord, *, several: bool) -> list[str]:
+    """What the run says of its best evaluation, and of having stopped early, if evaluations were compared with each other."""
+    best = run.part("state").get("best")
+    metric = best.get("metric") if isinstance(best, dict) else None
+    if not isinstance(best, dict) or not isinstance(metric, str) or not metric:
+        return []
+    value, before = number_in(best.get("value")), number_in(best.get("before"))
+    name = f"{run.name}: " if several else ""
+    units = {measure_name: unit_of(run, measure.quantity) for measure_name, measure in MEASURES.items()}
+    unit = units.get(metric.removeprefix("eval_"), "")
+    if value is None:
+        return [f"{name}{metric} was finite in no evaluation."]
+    text = f"Best evaluation: {metric} {short(value)}{f' ({unit})' if unit else ''} at step {short(number_in(best.get('step')))}"
+    text += f", before training {short(before)}" if before is not None else ""
+    kept = run.config.get("load_best_model_at_end") is True
+    lines = [f"{name}{text}.{' Its model is in the output folder.' if kept and _holds_best(run, best) else ''}"]
+    patience, waited = number_in(run.config.get("early_stopping_patience")), number_in(best.get("without_improvement"))
+    if patience is not None and waited is not None and waited >= patience:
+        lines.append(f"{name}Early stopping ended the run: {short(waited)} evaluations in a row were no better.")
+    return lines
+
+
+def _holds_best(run: RunRecord, best: dict[str, Any]) -> bool:
+    found = read_json_object(run.folder / BEST_MODEL, run.problems)
+    return found is not None and found.get("step") == best.get("step")
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:

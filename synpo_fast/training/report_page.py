@@ -20,6 +20,7 @@ from synpo_fast.training.report_charts import CHARTS, UNCHARTED, figures, other_
 from synpo_fast.training.report_data import RunRecord
 from synpo_fast.training.report_numbers import (
     as_text,
+    best_lines,
     compared_markup,
     differences_markup,
     last_number,
@@ -105,7 +106,8 @@ def _outcome(runs: Sequence[RunRecord], colours: Sequence[str]) -> str:
     drawn = [figure for chart in outcome_charts(runs) for figure in figures(chart, runs, colours)]
     if not drawn:
         return '<p class="note">No rewards and no NLL to draw.</p>'
-    return f'<p class="note">{_how_to_read(runs)}</p><div class="charts">{"".join(drawn)}</div>'
+    best = "".join(f"<p>{escape(line)}</p>" for run in runs for line in best_lines(run, several=len(runs) > 1))
+    return f'{best}<p class="note">{_how_to_read(runs)}</p><div class="charts">{"".join(drawn)}</div>'
 
 
 def _run_key(runs: Sequence[RunRecord], colours: Sequence[str]) -> str:

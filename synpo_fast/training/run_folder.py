@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from synpo_fast.errors import UserError
+from synpo_fast.training.best_files import check_place, remove_best
 from synpo_fast.training.checkpoint import (
     CheckpointError,
     is_ours,
@@ -51,13 +52,16 @@ class Start:
 def choose_start(config: TrainConfig) -> Start:
     """Reads only. Raises ValueError where going on or starting anew would cost an earlier run something."""
     folder = Path(config.output_dir)
+    start = Start()
     if config.resume == "auto":
-        return _newest(folder)
-    if config.resume is not None:
-        return _given(config, folder, Path(config.resume))
-    if list_checkpoints(folder) and not config.overwrite_output_dir:
+        start = _newest(folder)
+    elif config.resume is not None:
+        start = _given(config, folder, Path(config.resume))
+    elif list_checkpoints(folder) and not config.overwrite_output_dir:
         raise UserError(f"output_dir={config.output_dir!r} holds checkpoints: go on with --resume auto, or {ANEW}")
-    return Start()
+    if config.load_best_model_at_end:
+        check_place(folder, may_replace=config.overwrite_output_dir or start.in_folder_of(config))
+    return start
 
 
 def _newest(folder: Path) -> Start:
@@ -171,6 +175,7 @@ def _keep_config(folder: Path, start: Start, step: int, text: str) -> list[str]:
 def remove_earlier_run(folder: Path, *, keep_reference: bool) -> None:
     """Deletes what runs write, and nothing else. keep_reference: log-probs that this run has made or found to be right."""
     remove_checkpoints(folder)
+    remove_best(folder)
     for pattern in (*ALL_FILES, *(() if keep_reference else (REFERENCE,))):
         for path in folder.glob(pattern):
             if path.is_dir() and not path.is_symlink():

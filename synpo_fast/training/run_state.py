@@ -15,11 +15,14 @@ import torch.distributed as dist
 
 from synpo_fast.data.encoding import BadPair
 from synpo_fast.errors import UserError
-from synpo_fast.training.checkpoint import CheckpointError, write_checkpoint
+from synpo_fast.training.best_files import put_best
+from synpo_fast.training.best_model import BestSoFar
+from synpo_fast.training.checkpoint import CheckpointError, folder_of, write_checkpoint
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.engine import Engine
 from synpo_fast.training.metrics import Window
 from synpo_fast.training.model_files import save_model_files, whole_weights
+from synpo_fast.training.rank_zero import on_rank_zero
 from synpo_fast.training.run_folder import step_of_line
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "triton", "av", "nvidia-dali-cuda130")
@@ -38,12 +41,15 @@ class RunState:
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
     stopped_early: bool = False
+    evaluation_due: bool = False  # a stop came before the evaluation of this step
+    best: BestSoFar = field(default_factory=BestSoFar)
     window: Window = field(default_factory=Window)
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> RunState:
         """From what a checkpoint holds."""
-        return cls(**{**saved, "stopped_early": False, "window": Window(**saved.get("window", {}))})
+        window, best = Window(**saved.get("window", {})), BestSoFar(**saved.get("best", {}))
+        return cls(**{**saved, "stopped_early": False, "window": window, "best": best})
 
 
 @dataclass
@@ -90,12 +96,22 @@ class Saver:
                         "run": self.run,
                     },
                     keep=self.config.save_total_limit,
+                    best=(state.best.step or None) if self.config.load_best_model_at_end else None,
                 )
             except CheckpointError as error:
                 problem = [str(error)]
         dist.broadcast_object_list(problem, src=0)
         if problem[0] is not None:
             raise CheckpointError(problem[0])
+
+    def has(self, step: int) -> bool:
+        """Whether this run's folder holds a checkpoint of the step. All ranks call it."""
+        return on_rank_zero(folder_of(self.folder, step).is_dir)
+
+    def put_best(self, best: BestSoFar) -> None:
+        """The best checkpoint's model to the top of the folder. All ranks call it; CheckpointError on every rank if it fails."""
+        facts = {"step": best.step, "metric": best.metric, "value": best.value}
+        on_rank_zero(lambda: put_best(self.folder, folder_of(self.folder, best.step), facts))
 
     def note_bad(self, bad: BadPair, epoch: int, step: int) -> None:
         with self.bad_file.open("a", encoding="utf-8") as stream:

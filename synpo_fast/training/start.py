@@ -21,7 +21,8 @@ from synpo_fast.data.hold_out import num_files
 from synpo_fast.data.loader import PairLoader
 from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.losses.units import said
-from synpo_fast.training.checkpoint import CheckpointError, check_writable, read_state
+from synpo_fast.training.best_model import check_held_out, goes_on
+from synpo_fast.training.checkpoint import CheckpointError, check_writable, folder_of, read_state
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.config_sources import dump_config
 from synpo_fast.training.engine import Engine, deepspeed_config, restore_weights, start_distributed, stop_distributed
@@ -92,23 +93,53 @@ def train_in_group(config: TrainConfig, device: torch.device) -> RunState:
 
 def _train(config: TrainConfig, device: torch.device, start: Start, loaders: list[PairLoader]) -> RunState:
     data = check_texts(config, read_data(config))
+    check_held_out(config, data.evaluation)
     run = _build(config, data, device, start, loaders)
     try:
-        if run.state.step >= run.num_steps:
-            run.progress.say(f"nothing to do: the run had all of its {run.num_steps} steps at {start.checkpoint}")
+        if (nothing := _nothing_to_do(run)) is not None:
+            run.progress.say(f"nothing to do: {nothing} at {start.checkpoint}")
+            _put_best(run)
             return run.state
         state = train(run)
     finally:
         run.progress.close()
         run.log.close()
+    if not state.stopped_early:
+        _put_best(run)
     if config.report and dist.get_rank() == 0:
         _write_report(run)
     store = run.engine.module.policy.feature_store
     if isinstance(store, FeatureCache):
         run.progress.say(f"feature_cache: {store.hits} of {store.hits + store.misses} videos were found there")
     done = "stopped by SIGTERM at" if state.stopped_early else "finished at"
+    if run.ran_out_of_patience and state.step < run.num_steps:
+        done = f"no improvement in {state.best.without_improvement} evaluations: stopped early at"
     run.progress.say(f"{done} step {state.step} of {run.num_steps}; checkpoint: {run.saver.last}")
     return state
+
+
+def _nothing_to_do(run: Run) -> str | None:
+    """Why a resumed run is over already, or None."""
+    state, patience = run.state, run.config.early_stopping_patience
+    if state.evaluation_due:
+        return None
+    if state.step >= run.num_steps:
+        return f"the run had all of its {run.num_steps} steps"
+    if run.ran_out_of_patience:
+        return f"the run stopped early (raise early_stopping_patience={patience} or leave it out to go on)"
+    return None
+
+
+def _put_best(run: Run) -> None:
+    best = run.state.best
+    if not best.metric:
+        return
+    run.progress.say(f"best evaluation: {best.said()}")
+    if run.config.load_best_model_at_end and best.value is not None:
+        run.saver.put_best(best)
+        run.progress.say(
+            f"best model: in {run.config.output_dir}, a copy of {folder_of(run.saver.folder, best.step).name}"
+        )
 
 
 def _write_report(run: Run) -> None:
@@ -136,6 +167,7 @@ def _build(config: TrainConfig, data: RunData, device: torch.device, start: Star
     if trainer_state is not None:
         engine.load_optimizer_state(optimizer_state)
         state = RunState.of(trainer_state["state"])
+    state.best, compared_anew = goes_on(state.best, config)
     loader = train_loader(config, data, model.policy, rank, world_size)
     loaders.append(loader)
     evaluator = None
@@ -158,7 +190,8 @@ def _build(config: TrainConfig, data: RunData, device: torch.device, start: Star
     )
     _announce(progress, config, data, model.policy, engine, num_steps, checkpoint)
     kept = dump_config(replace(config, resume=None, overwrite_output_dir=False))  # to be started from again, safely
-    for line in on_rank_zero(lambda: take_over(config, start, steps_done=state.step, config_text=kept)):
+    said_of_folder = on_rank_zero(lambda: take_over(config, start, steps_done=state.step, config_text=kept))
+    for line in [*said_of_folder, *compared_anew]:
         progress.say(line)
     first_step = state.step + 1 if checkpoint else 0
     log = MetricsLog(Path(config.output_dir), config, first_step=first_step)

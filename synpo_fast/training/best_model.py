@@ -1,0 +1,127 @@
+"""Which evaluation of a run was the best so far, and whether to stop because none gets better.
+
+The meaning is that of Hugging Face's trainer: `metric_for_best_model` names a number that evaluation writes, an evaluation is
+better only if its number is strictly so (a tie is no improvement, nor is nan), and `early_stopping_patience` evaluations in a
+row without improvement end the run. The evaluation before the first step is not counted, for there is no checkpoint of it; its
+number is kept, so that a run that only made things worse says so.
+
+BestSoFar is part of a checkpoint's state: a resumed run judges as the uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from synpo_fast.data.pair import Pair
+from synpo_fast.errors import UserError
+from synpo_fast.training.checkpoint import folder_of
+from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.rank_zero import on_rank_zero
+
+
+@dataclass
+class BestSoFar:
+    """metric: with eval_ before it, "" while nothing is compared. value, step: of the best evaluation, None and 0 before one.
+
+    before: the number before the first step, if it was evaluated. without_improvement: evaluations since the best one.
+    """
+
+    metric: str = ""
+    greater_is_better: bool = False
+    value: float | None = None
+    step: int = 0
+    before: float | None = None
+    without_improvement: int = 0
+
+    def is_improved_by(self, value: float | None) -> bool:
+        if value is None or not math.isfinite(value):
+            return False
+        if self.value is None:
+            return True
+        return value > self.value if self.greater_is_better else value < self.value
+
+    def take(self, value: float | None, step: int) -> bool:
+        """Notes an evaluation; returns whether it is the best so far."""
+        if step == 0:
+            self.before = value if value is not None and math.isfinite(value) else None
+            return False
+        if not self.is_improved_by(value):
+            self.without_improvement += 1
+            return False
+        self.value, self.step, self.without_improvement = value, step, 0
+        return True
+
+    def is_out_of_patience(self, config: TrainConfig) -> bool:
+        patience = config.early_stopping_patience
+        return patience is not None and bool(self.metric) and self.without_improvement >= patience
+
+    def said(self) -> str:
+        """For people: the best number, where it was reached, and that it was better before training if it was."""
+        if self.value is None:
+            return f"{self.metric} was finite in no evaluation"
+        text = f"{self.metric} {self.value:.4g} at step {self.step}"
+        started_better = self.before is not None and not BestSoFar(
+            value=self.before, greater_is_better=self.greater_is_better
+        ).is_improved_by(self.value)
+        return text + (f" (before training it was {self.before:.4g}, no worse)" if started_better else "")
+
+
+def compared(config: TrainConfig) -> BestSoFar:
+    """What a run of this config begins with."""
+    if not config.compares_evaluations:
+        return BestSoFar()
+    return BestSoFar(metric=config.best_metric, greater_is_better=config.best_is_greater)
+
+
+def goes_on(saved: BestSoFar, config: TrainConfig) -> tuple[BestSoFar, list[str]]:
+    """What a resumed run begins with, and lines that say where that is not what was saved. All ranks call it."""
+    now = compared(config)
+    if not now.metric or not saved.metric:
+        return now, []
+    if (saved.metric, saved.greater_is_better) != (now.metric, now.greater_is_better):
+        return now, [f"evaluations are compared anew: by {_rule(now)}, until now by {_rule(saved)}"]
+    folder = folder_of(Path(config.output_dir), saved.step)
+    there = on_rank_zero(folder.is_dir)  # one look at the disk, for all
+    if config.load_best_model_at_end and saved.value is not None and not there:
+        return now, [f"evaluations are compared anew: {folder}, the best of them so far, is not there"]
+    return saved, []
+
+
+def check_held_out(config: TrainConfig, pairs: Sequence[Pair]) -> None:
+    """Raises UserError where the held-out pairs do not give the number that is to be compared."""
+    if not config.compares_evaluations:
+        return
+    if not pairs:
+        raise UserError(
+            f"{config.compares_evaluations} compares evaluations, but no pair was held out: give eval_file or eval_split"
+        )
+    name = config.best_metric.removeprefix("eval_")
+    if name.startswith(("rewards/", "logps/")) and not any(pair.loss == "preference" for pair in pairs):
+        raise UserError(
+            f'metric_for_best_model={name} compares chosen and rejected responses, but every held-out pair has "loss": "sft"'
+        )
+
+
+def judge(best: BestSoFar, numbers: Mapping[str, Any], step: int, device: torch.device) -> tuple[bool, str]:
+    """(whether this evaluation is the best so far, a line for people or ""). All ranks call it and judge rank 0's number."""
+    found = numbers.get(best.metric)
+    value = torch.tensor(found if isinstance(found, float) else math.nan, dtype=torch.float64, device=device)
+    dist.broadcast(value, src=0)
+    improved = best.take(float(value), step)
+    if step == 0:
+        return False, ""
+    if improved:
+        return True, f"best so far: {best.said()}"
+    count = best.without_improvement
+    return False, f"no improvement in {count} evaluation{'s' if count > 1 else ''}: {best.said()}"
+
+
+def _rule(best: BestSoFar) -> str:
+    return f"the {'greatest' if best.greater_is_better else 'least'} {best.metric}"
