@@ -187,7 +187,8 @@ class TrainConfig:
     # Output
     output_dir: str = option("", "checkpoints, metrics and the resolved config go here")
     resume: str | None = option(
-        None, "auto: from the newest good checkpoint of output_dir if there is one; or a folder"
+        None,
+        "auto: from the newest good checkpoint of output_dir if there is one; or a checkpoint's folder, or that of a run",
     )
     overwrite_output_dir: bool = option(
         False, "start anew in a folder that holds a run, and delete all that runs write there; your own files stay"
@@ -223,7 +224,7 @@ class TrainConfig:
         at_least=0,
     )
     report: bool = option(True, "write report.html at the end of the run")
-    report_to: tuple[str, ...] = option((), "tensorboard and wandb; metrics.jsonl is always written")
+    report_to: tuple[str, ...] = option((), "tensorboard and wandb, or none; metrics.jsonl is always written")
     run_name: str | None = option(None, "name of the run for W&B")
     disable_tqdm: bool = option(False, "no progress bar")
 
@@ -306,13 +307,19 @@ def _check_choices(config: TrainConfig) -> None:
             raise UserError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
     for name in config.report_to:
         if name not in REPORTERS:
-            raise UserError(f"report_to knows {', '.join(REPORTERS)}, got {name!r}")
+            raise UserError(f"report_to takes {', '.join(REPORTERS)} or none, got {name!r}")
+    if config.use_peft and not config.lora_target_modules:
+        raise UserError("lora_target_modules is empty: name the layers that get an adapter, or set use_peft=false")
     if not config.model_name_or_path:
         raise UserError("model_name_or_path is missing: a hub name, a folder, or tiny:qwen2_5_vl to try things out")
     if not config.train_file:
         raise UserError("train_file is missing: the manifest of pairs (synpo-fast pairs import makes one)")
     if config.eval_file and config.eval_split:
         raise UserError(f"give eval_file or eval_split, not both, got {config.eval_file!r} and {config.eval_split}")
+    if config.eval_steps and not (config.eval_file or config.eval_split):
+        raise UserError(
+            f"eval_steps={config.eval_steps}, but no pairs are held out: set eval_file or eval_split, or leave eval_steps at 0"
+        )
     if config.fp16 and config.bf16:
         raise UserError("bf16 and fp16 are both set: choose one")
     if config.zero_stage == 0 and (config.fp16 or config.bf16):

@@ -19,12 +19,14 @@ import torch.distributed as dist
 from synpo_fast.data.feature_cache import FeatureCache
 from synpo_fast.data.hold_out import num_files
 from synpo_fast.data.loader import PairLoader
+from synpo_fast.data.order import num_steps as steps_in_epoch
 from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.losses.units import said
 from synpo_fast.training.best_model import check_held_out, goes_on
 from synpo_fast.training.checkpoint import CheckpointError, check_writable, folder_of, read_state
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.config_sources import dump_config
+from synpo_fast.training.console import say
 from synpo_fast.training.engine import Engine, deepspeed_config, restore_weights, start_distributed, stop_distributed
 from synpo_fast.training.evaluation_loop import Evaluator
 from synpo_fast.training.loop import Run, TrainingStopped, train
@@ -32,6 +34,7 @@ from synpo_fast.training.metrics import MetricsLog
 from synpo_fast.training.model_files import fetch_processor_files
 from synpo_fast.training.progress import Progress
 from synpo_fast.training.rank_zero import on_rank_zero
+from synpo_fast.training.resume_choice import at_checkpoint
 from synpo_fast.training.run_data import (
     RunData,
     ordered_loader,
@@ -93,6 +96,7 @@ def train_in_group(config: TrainConfig, device: torch.device) -> RunState:
 
 def _train(config: TrainConfig, device: torch.device, start: Start, loaders: list[PairLoader]) -> RunState:
     data = check_texts(config, read_data(config))
+    warn_of_schedule(config, data, dist.get_world_size())
     check_held_out(config, data.evaluation)
     run = _build(config, data, device, start, loaders)
     try:
@@ -213,6 +217,17 @@ def steps_of(config: TrainConfig, steps_per_epoch: int) -> int:
     return math.ceil(config.num_train_epochs * steps_per_epoch - 1e-9)
 
 
+def warn_of_schedule(config: TrainConfig, data: RunData, world_size: int) -> None:
+    """No error, since a few steps of a longer run's options are a usual way to try those out."""
+    pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    steps = steps_of(config, steps_in_epoch(len(data.train), world_size=world_size, pairs_per_rank=pairs))
+    if config.warmup_steps and config.lr_scheduler_type == "constant":
+        say(f"warning: warmup_steps={config.warmup_steps} has no effect with lr_scheduler_type=constant")
+    elif config.warmup_steps >= steps or config.warmup_ratio == 1:
+        given = f"warmup_steps={config.warmup_steps}" if config.warmup_steps else "warmup_ratio=1"
+        say(f"warning: {given}, and the run has {steps} steps: the learning rate rises to their end and never falls")
+
+
 @contextmanager
 def _output_of_one_run(config: TrainConfig) -> Iterator[Start]:
     """Makes the folder, keeps other runs out of it, and chooses what to go on from; the same answer on every rank."""
@@ -221,7 +236,7 @@ def _output_of_one_run(config: TrainConfig) -> Iterator[Start]:
     def prepare() -> Start:
         check_writable(Path(config.output_dir))
         locks.append(RunLock(Path(config.output_dir)))
-        return choose_start(config)
+        return choose_start(at_checkpoint(config))
 
     try:
         start = on_rank_zero(prepare)

@@ -89,7 +89,7 @@ def test_words_become_values_of_the_right_type(words, expected):
         (["--eval_file", "x", "--eval_split", "0.1"], "eval_file or eval_split, not both"),
         (["--min_frames", "9", "--max_frames", "8"], "min_frames=9 is above max_frames=8"),
         (["--resume", "auto", "--overwrite_output_dir"], "choose one"),
-        (["--report_to", "mlflow"], "report_to knows tensorboard, wandb"),
+        (["--report_to", "mlflow"], "report_to takes tensorboard, wandb or none"),
         (["--max_steps", "0"], "max_steps must be above 0"),
         (["--diagnostics", "2", "--loss_type", "sft"], "loss_type=sft has none"),
     ],
