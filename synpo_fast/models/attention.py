@@ -33,7 +33,7 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, 
     """
     if wanted not in ("auto", *IMPLEMENTATIONS):
         raise UserError(f"attn_implementation must be auto or one of {', '.join(IMPLEMENTATIONS)}, got {wanted!r}")
-    obstacle = _obstacle(device, dtype)
+    obstacle = flash_obstacle(device, dtype)
     if wanted == VARLEN and obstacle:
         raise UserError(f"attn_implementation={VARLEN!r} {obstacle}; take auto, or {SEGMENTS}")
     if wanted in ("sdpa", "eager"):
@@ -43,7 +43,7 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, 
     return VARLEN, f"{VARLEN}, by {varlen_package()}, " + ("as asked for" if wanted == VARLEN else "the fastest here")
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why flash attention cannot run, if so."""
     if device.type != "cuda":
         return f"needs a CUDA device, got {device}"

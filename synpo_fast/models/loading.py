@@ -76,6 +76,8 @@ def load_policy(
     policy.vision_attn_implementation = set_vision_attention(
         family, model, vision_attn_implementation, dtype=dtype, device=device
     )
+    if policy.vision_attn_implementation is not None:
+        policy.notes.append(f"attention of the vision tower: {policy.vision_attn_implementation}")
     if like is not None:
         policy.processing = like.processing
     elif not name_or_path.startswith("tiny:") and family.placeholder_token:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from synpo_fast.errors import UserError
-from synpo_fast.models.attention import SEGMENTS, VARLEN
+from synpo_fast.models.attention import SEGMENTS, VARLEN, flash_obstacle
 from synpo_fast.models.family import Family
 
 FLASH_ATTENTION_2 = "flash_attention_2"
@@ -96,7 +96,7 @@ def _automatic(family: Family, config: Any, dtype: torch.dtype, device: torch.de
         return "sdpa"
     heads = getattr(config, "num_heads", None) or config.num_attention_heads
     size = config.hidden_size // heads
-    fits = dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= LARGEST_HEAD
+    fits = flash_obstacle(device, dtype) is None and size % 8 == 0 and size <= LARGEST_HEAD
     return VARLEN if fits else SEGMENTS
 
 
@@ -108,12 +108,8 @@ def _check(chosen: str, family: Family, dtype: torch.dtype, device: torch.device
         )
     if chosen not in (VARLEN, FLASH_ATTENTION_2):
         return
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
-        raise UserError(
-            f"vision_attn_implementation={chosen!r} needs a CUDA device and bfloat16 or float16, got {device} and {name}: "
-            "leave it at auto"
-        )
+    if obstacle := flash_obstacle(device, dtype):
+        raise UserError(f"vision_attn_implementation={chosen!r} {obstacle}: leave it at auto")
     if chosen == FLASH_ATTENTION_2 and _flash_attn() is None:
         raise UserError(
             f"vision_attn_implementation={chosen!r} needs flash-attn, which is not installed: leave it at auto, which "
