@@ -64,7 +64,7 @@ class FeatureCache:
             _write(meta, json.dumps({"format": FORMAT, "tower": tower}).encode())
         known = json.loads(meta.read_text())
         if known.get("format") != FORMAT:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} holds features in another version's format ({known.get('format')}, now {FORMAT}); give "
                 "this run a folder of its own or delete that one"
             )

@@ -13,7 +13,7 @@ from synpo_fast.models.liger import apply_liger_kernels
 from synpo_fast.models.low_precision import cast_as_loaded
 from synpo_fast.models.model_source import find_model
 from synpo_fast.models.policy import Policy
-from synpo_fast.models.video_frames import with_resolution
+from synpo_fast.models.video_frames import VideoProcessing, with_resolution
 from synpo_fast.models.vision_attention import set_vision_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,13 +64,17 @@ def load_policy(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = _dtype(dtype, device)
     implementation, reason = attention.choose(attn_implementation, device, dtype)
+    resolution = {"min_pixels": min_pixels, "max_pixels": max_pixels, "video_max_tokens": video_max_tokens}
     if name_or_path.startswith("tiny:"):
         model, tokenizer, family = _tiny(name_or_path.removeprefix("tiny:"), seed, tiny_options or {})
         cast_as_loaded(model, dtype)
+        processing = _processing(family, model.config, None, resolution)
     else:
         place = find_model(name_or_path)
         tokenizer = None if like is None else like.tokenizer
-        model, tokenizer, family = _pretrained(name_or_path, place, dtype, trust_remote_code, tokenizer)
+        model, tokenizer, family, processing = _pretrained(
+            name_or_path, place, dtype, trust_remote_code, tokenizer, resolution
+        )
     model.to(device=device)  # never dtype=: see low_precision.py
     policy = Policy(model, tokenizer, family, attn_implementation=implementation, row_tokens=row_tokens)
     policy.vision_attn_implementation = set_vision_attention(
@@ -78,14 +82,7 @@ def load_policy(
     )
     if policy.vision_attn_implementation is not None:
         policy.notes.append(f"attention of the vision tower: {policy.vision_attn_implementation}")
-    if like is not None:
-        policy.processing = like.processing
-    elif not name_or_path.startswith("tiny:") and family.placeholder_token:
-        policy.processing = family.processing(model.config, _preprocessor(place))
-    resolution = {"min_pixels": min_pixels, "max_pixels": max_pixels, "video_max_tokens": video_max_tokens}
-    if any(value is not None for value in resolution.values()):
-        processing = policy.processing or family.processing(model.config)
-        policy.processing = with_resolution(processing, family=family.name, **resolution)
+    policy.processing = processing if like is None else like.processing
     if policy.can_share:
         _check_layers(model.config, family.name)
         family.language_model(model).config._attn_implementation = implementation
@@ -118,15 +115,22 @@ def _tiny(name: str, seed: int, options: dict[str, Any]) -> tuple[Any, Any, Any]
 
 
 def _pretrained(
-    name: str, place: str, dtype: torch.dtype, trust_remote_code: bool, tokenizer: Any
-) -> tuple[Any, Any, Any]:
-    """place: what find_model made of the name. What is made of the model, such as an adapter, shall know it by its name."""
+    name: str,
+    place: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    tokenizer: Any,
+    resolution: dict[str, int | None],
+) -> tuple[Any, Any, Any, VideoProcessing | None]:
+    """place: what find_model made of the name. What is made of the model, such as an adapter, shall know it by its name.
+    What is wrong with the resolution is said before weights are read."""
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer
 
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
         family = family_of(config)
+        processing = _processing(family, config, place, resolution)
         model = family.load_class().from_pretrained(place, dtype=dtype, trust_remote_code=trust_remote_code)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
@@ -136,7 +140,19 @@ def _pretrained(
         raise UserError(f"model_name_or_path={name!r} cannot be loaded: {reason}") from error
     for part in (model, model.config):
         part.name_or_path = name
-    return model, tokenizer, family
+    return model, tokenizer, family, processing
+
+
+def _processing(
+    family: Family, config: Any, place: str | None, resolution: dict[str, int | None]
+) -> VideoProcessing | None:
+    """None: what the family makes of the config. place: where the model's own video settings lie."""
+    processing = None
+    if place is not None and family.placeholder_token:
+        processing = family.processing(config, _preprocessor(place))
+    if any(value is not None for value in resolution.values()):
+        processing = with_resolution(processing or family.processing(config), family=family.name, **resolution)
+    return processing
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> tuple[Any, Family]:

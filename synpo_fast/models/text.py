@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from synpo_fast.errors import UserError
 from synpo_fast.models.base import Family, VideoFeatures, VideoInputs
 from synpo_fast.models.video_frames import VideoProcessing
 
@@ -48,7 +49,7 @@ class Text(Family):
         return AutoModelForCausalLM
 
     def default_processing(self, config: Any) -> VideoProcessing:
-        raise ValueError(f"model_type {config.model_type!r} is a text model: it takes no video")
+        raise UserError(f"model_type {config.model_type!r} is a text model: it takes no video")
 
     def _video_inputs(
         self, config: Any, tokenizer: Any, frames: Tensor, seconds: float, processing: VideoProcessing

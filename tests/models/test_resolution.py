@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from synpo_fast.data.pair import Pair
+from synpo_fast.errors import UserError
 from synpo_fast.models import load_policy
 from synpo_fast.models.scoring import PairEncoder, encode_pairs
 from synpo_fast.models.video_frames import with_resolution
@@ -103,3 +104,12 @@ def test_bounds_that_make_no_sense(options, message):
 def test_a_text_model_has_no_frames():
     with pytest.raises(ValueError, match="text model: it takes no video"):
         load_policy("tiny:text", max_pixels=1000)
+
+
+def test_a_wrong_size_is_said_before_weights_are_read(tmp_path):
+    """In one line for whoever trains: the folder has a config, and weights that nobody could read."""
+    _, model, _ = tiny("internvl")
+    model.config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"max_pixels: family 'internvl' scales every frame to 56 x 56"):
+        load_policy(str(tmp_path), max_pixels=1000)
