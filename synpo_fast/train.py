@@ -22,6 +22,7 @@ if not __package__:
 from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.printable import PrintableFormatter, printable
 from synpo_fast.training.console import say, say_mistake
+from synpo_fast.training.stopping import Interrupted, Stopper
 
 FAILED, MISTAKE = 1, 2
 UNEXPECTED = (
@@ -31,11 +32,22 @@ UNEXPECTED = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: done, or stopped by SIGTERM with a checkpoint. 1: the run could not go on. 2: a mistake in options, data or files."""
+    """0: done, or stopped by SIGTERM with a checkpoint. 1: the run could not go on. 2: a mistake in options, data or files.
+    130: stopped by Ctrl-C. 143: stopped when there was nothing to save."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     asks_for_help, only_print = bool({"-h", "--help"} & set(arguments)), "--print_config" in arguments
     if not asks_for_help and not only_print:
         say("synpo-fast train: loading libraries")  # which takes seconds: torch first
+    stopper = Stopper()
+    try:
+        with stopper.installed():
+            return _main(arguments, stopper, asks_for_help, only_print)
+    except Interrupted as error:
+        print(f"synpo-fast train: {error} outside of training: there was nothing to save", file=sys.stderr)
+        return stopper.status or 143
+
+
+def _main(arguments: list[str], stopper: Stopper, asks_for_help: bool, only_print: bool) -> int:
     from synpo_fast.training.config_sources import dump_config, resolve_config
     from synpo_fast.training.option_help import help_text
 
@@ -60,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from synpo_fast.training.start import FORESEEN, run_training
 
     try:
-        run_training(config)
+        state = run_training(config, stopper)
     except SaidByAnotherProcess as said:
         return _status(said.error)
     except FORESEEN as error:
@@ -71,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         print(UNEXPECTED, file=sys.stderr)
         return FAILED
-    return 0
+    return stopper.status if state.stopped_early else 0
 
 
 def _status(error: Exception) -> int:

@@ -11,11 +11,12 @@ from typing import Any
 
 from synpo_fast.data.messages import send_message
 
-# Ctrl-C reaches the whole group, but the parent decides what ends. And not `-m`: the parent's own sys.path says where the
-# package is, also when a script of it was started by path.
+# Signals reach the whole group, or all of a launcher's processes, but the parent decides what ends. And not `-m`: the parent's
+# own sys.path says where the package is, also when a script of it was started by path.
 START = """
 import signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(each, signal.SIG_IGN)
 _, descriptor, deadline_s, *sys.path = sys.argv
 from synpo_fast.data.worker import main
 main(int(descriptor), float(deadline_s))

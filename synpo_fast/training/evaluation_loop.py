@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,11 @@ class Evaluator:
     max_tokens: int | None = None  # in one forward
     told: bool = False  # why pairs could not be used: at the first evaluation, since it is the same at each
 
-    def evaluate(self, engine: Engine, step: int) -> dict[str, Any]:
-        """All ranks call it and take part in every step of it, as ZeRO-3 needs; all get the same numbers."""
+    def evaluate(self, engine: Engine, step: int, stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
+        """All ranks call it and take part in every step of it, as ZeRO-3 needs; all get the same numbers.
+
+        stop: asked between batches, with the same answer on all ranks; once it is true there are no numbers.
+        """
         module = engine.module
         module.eval()
         sums: dict[str, torch.Tensor] = {}
@@ -41,6 +44,8 @@ class Evaluator:
         try:
             with torch.no_grad():
                 for batch in self.loader.steps(0):
+                    if stop():
+                        return None
                     bad += batch.bad
                     groups = micro_batches(
                         [pair.sample for pair in batch.pairs],
@@ -53,6 +58,8 @@ class Evaluator:
                     for _ in range(most - len(groups)):
                         assert self.spare is not None
                         engine.forward([self.spare], 0.0)
+            if stop():
+                return None
             captions = sample_captions(engine, self.captioned, max_new_tokens=self.max_new_tokens)
         finally:
             module.train()

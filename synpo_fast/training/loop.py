@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,7 @@ from synpo_fast.training.optimizer import learning_rate_at, warmup_steps
 from synpo_fast.training.progress import Progress
 from synpo_fast.training.run_state import RunState, Saver
 from synpo_fast.training.stand_in import agree_on_forwards
+from synpo_fast.training.stopping import Stopper
 
 
 class TrainingStopped(RuntimeError):
@@ -60,6 +61,13 @@ class Run:
     spare: EncodedPair | None = None  # stands in, with weight 0, where this rank has fewer micro-batches than others
     asked_to_stop: bool = field(default=False)  # this rank was
     stopping: bool = field(default=False)  # some rank was: what all agreed on with the last step's numbers
+    stopper: Stopper = field(default_factory=Stopper)  # by a signal, or the end of the launcher
+    failure: str | None = None  # what this rank could not write
+    failing: bool = field(default=False)  # some rank could not: agreed on likewise
+
+    @property
+    def asked(self) -> bool:
+        return self.asked_to_stop or self.stopper.reason is not None
 
     @property
     def ran_out_of_patience(self) -> bool:
@@ -67,12 +75,17 @@ class Run:
 
 
 def train(run: Run) -> RunState:
-    """Runs to the last step, to the end of the step in which SIGTERM arrived, or until evaluations have long not become better;
-    either way a checkpoint is left."""
+    """Runs to the last step, to the end of the step in which somebody asked to stop, or until evaluations have long not become
+    better; either way a checkpoint is left."""
+    with run.stopper.saves_at_the_end_of_a_step():
+        return _train(run)
+
+
+def _train(run: Run) -> RunState:
     config, state = run.config, run.state
-    signal.signal(signal.SIGTERM, lambda *_: setattr(run, "asked_to_stop", True))
-    if run.evaluator is not None and config.eval_on_start and state.step == 0:
-        evaluate(run, run.evaluator)
+    if run.evaluator is not None and config.eval_on_start and state.step == 0 and evaluate(run, run.evaluator) is None:
+        state.stopped_early = True  # before the first step: there is nothing to save
+        return state
     if state.evaluation_due and _evaluate_late(run):
         return state
     for batch in _batches(run):
@@ -83,17 +96,16 @@ def train(run: Run) -> RunState:
         stop = _asked_to_stop(run)
         state.window.add(numbers)
         if state.step % config.logging_steps == 0 or last:  # after a stop, the resumed run writes the line
-            run.log.log(state.step, state.window.take())
+            _log(run, state.window.take())
         run.progress.show(state.step, numbers)
         _check_health(run, batch, numbers)
         improved = ended = False
         if run.evaluator is not None and (last or _is_due(state.step, config.eval_steps)):
-            state.evaluation_due = stop  # then the resumed run begins with it
-            if not stop:
-                improved = evaluate(run, run.evaluator)
-                ended = run.ran_out_of_patience
+            outcome = None if stop else evaluate(run, run.evaluator)
+            stop = state.evaluation_due = outcome is None  # then the resumed run begins with it
+            improved, ended = bool(outcome), outcome is not None and run.ran_out_of_patience
         if ended and not last and state.window.sums:  # no later step will write the line
-            run.log.log(state.step, state.window.take())
+            _log(run, state.window.take())
         best = improved and config.load_best_model_at_end
         if last or stop or ended or best or _is_due(state.step, config.save_steps):
             run.saver.save(run.engine, state)
@@ -130,11 +142,14 @@ def train_step(run: Run, batch: StepBatch) -> Numbers:
     return numbers | _numbers_of(run, batch, sums, outcome, rate, time.perf_counter() - started)
 
 
-def evaluate(run: Run, evaluator: Evaluator) -> bool:
-    """Returns whether this evaluation is the best so far; without an option that compares evaluations, none is."""
+def evaluate(run: Run, evaluator: Evaluator) -> bool | None:
+    """Whether this evaluation is the best so far; without an option that compares evaluations, none is. None if somebody asked to
+    stop meanwhile: there are no numbers then."""
     state = run.state
-    numbers = evaluator.evaluate(run.engine, state.step)
-    run.log.log(state.step, numbers)
+    numbers = evaluator.evaluate(run.engine, state.step, stop=lambda: _any_rank(run, run.asked))
+    if numbers is None:
+        return None
+    _log(run, numbers)
     run.progress.note(numbers)
     if not state.best.metric:
         return False
@@ -144,13 +159,24 @@ def evaluate(run: Run, evaluator: Evaluator) -> bool:
     return improved
 
 
+def _log(run: Run, numbers: Mapping[str, Any]) -> None:
+    """A line that can not be written ends the run on all ranks: at the next save, or with the next step's numbers."""
+    try:
+        run.log.log(run.state.step, numbers)
+    except OSError as error:
+        run.failure = run.saver.failure = f"metrics of step {run.state.step} could not be written: {error}"
+
+
 def _evaluate_late(run: Run) -> bool:
     """The evaluation that a stop came before; its step's checkpoint was written then. Returns whether the run ends here."""
     state = run.state
+    outcome = False if run.evaluator is None else evaluate(run, run.evaluator)
+    if outcome is None:  # stopped again
+        state.stopped_early = True
+        return True
     state.evaluation_due = False
-    improved = run.evaluator is not None and evaluate(run, run.evaluator)
     ends = state.step >= run.num_steps or run.ran_out_of_patience
-    if ends or (improved and run.config.load_best_model_at_end and not run.saver.has(state.step)):
+    if ends or (outcome and run.config.load_best_model_at_end and not run.saver.has(state.step)):
         run.saver.save(run.engine, state)
     return ends
 
@@ -176,18 +202,21 @@ def _agree_on_micro_batches(run: Run, batch: StepBatch) -> tuple[list[tuple[list
 def _numbers_of(
     run: Run, batch: StepBatch, sums: dict[str, torch.Tensor], outcome: StepOutcome, rate: float, seconds: float
 ) -> Numbers:
+    try:
+        for bad in batch.bad:
+            run.saver.note_bad(bad, batch.epoch, run.state.step + 1)
+    except OSError as error:
+        run.failure = f"{run.saver.bad_file} could not be written: {error}"
     local = {
         "bad_pairs": len(batch.bad), "wanted_pairs": batch.wanted, "wait_s": batch.wait_s, "step_s": seconds,
-        "asked_to_stop": run.asked_to_stop,
+        "asked_to_stop": run.asked, "failing": run.failure is not None,
     }  # fmt: skip
     store = run.engine.module.policy.feature_store
     if isinstance(store, FeatureCache):
         local |= {"feature_cache/hits": store.hits, "feature_cache/misses": store.misses}
-    for bad in batch.bad:
-        run.saver.note_bad(bad, batch.epoch, run.state.step + 1)
     sums = sums | {name: torch.full((), float(value), device=run.device) for name, value in local.items()}
     total = summed_over_ranks(sums, run.device)
-    run.stopping = total["asked_to_stop"] > 0
+    run.stopping, run.failing = total["asked_to_stop"] > 0, total["failing"] > 0
     state, ranks = run.state, run.engine.world_size
     state.bad_pairs += int(total["bad_pairs"])
     state.seen_pairs += int(total["wanted_pairs"])
@@ -224,6 +253,13 @@ def _numbers_of(
 def _check_health(run: Run, batch: StepBatch, numbers: Numbers) -> None:
     """Every rank sees the same numbers, so all stop together."""
     config, state = run.config, run.state
+    if run.failing or (run.engine.world_size == 1 and run.failure is not None):
+        failures: list[str | None] = [None] * run.engine.world_size
+        dist.all_gather_object(failures, run.failure)
+        raise TrainingStopped(
+            f"{next(each for each in failures if each)}. Make room and start again with --resume auto: the last checkpoint is as "
+            "it was"
+        )
     if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
         raise TrainingStopped(
             f"loss or gradient was not finite in {state.nonfinite_in_a_row} steps in a row (to step {state.step}): weights "
@@ -272,7 +308,15 @@ def _seed_of(seed: int, step: int, rank: int) -> int:
 
 def _asked_to_stop(run: Run) -> bool:
     """The same answer on every rank: of several, what they told each other with the step's numbers."""
-    return run.asked_to_stop if run.engine.world_size == 1 else run.stopping
+    return run.asked if run.engine.world_size == 1 else run.stopping
+
+
+def _any_rank(run: Run, value: bool) -> bool:
+    if run.engine.world_size == 1:
+        return value
+    flag = torch.full((), float(value), device=run.device)
+    dist.all_reduce(flag)
+    return bool(flag > 0)
 
 
 def _is_due(step: int, every: int) -> bool:

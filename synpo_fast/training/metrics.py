@@ -8,10 +8,12 @@ step appears twice.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,6 +27,7 @@ from synpo_fast.losses.metric_sums import metric_means
 from synpo_fast.training.config import TrainConfig
 
 Numbers = dict[str, float]
+logger = logging.getLogger(__name__)
 
 
 def add_sums(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
@@ -108,8 +111,13 @@ class MetricsLog:
             return
         # JSON has no nan and no inf: null, and the text beside it.
         row = {name: None if _not_finite(value) else value for name, value in numbers.items()}
-        self._stream.write(json.dumps({"step": step, **row}) + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(json.dumps({"step": step, **row}) + "\n")
+            self._stream.flush()
+        except OSError:
+            with suppress(OSError):  # it would try once more
+                self._stream.close()
+            raise
         scalars = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
         if self._tensorboard is not None:
             for name, value in scalars.items():
@@ -122,7 +130,10 @@ class MetricsLog:
             return
         self._stream.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            try:
+                self._tensorboard.close()
+            except OSError as error:
+                logger.warning("the last numbers for TensorBoard could not be written: %s", error)
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from synpo_fast.printable import printable, printable_line
@@ -29,8 +30,9 @@ class Progress:
             return
         shown = {name.rsplit("/", 1)[-1]: f"{numbers[name]:.4g}" for name in SHOWN if name in numbers}
         if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-            self._bar.set_postfix(shown)
+            with self._until_nobody_reads():
+                self._bar.update(step - self._bar.n)
+                self._bar.set_postfix(shown)
         elif step % self.every == 0 or step == self.num_steps:
             facts = "  ".join(f"{name} {value}" for name, value in shown.items())
             self.say(f"step {step}/{self.num_steps}  {facts}  left {_clock(self._left(step))}")
@@ -49,14 +51,24 @@ class Progress:
         if not self.shows:
             return
         text = printable(text)
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with self._until_nobody_reads():
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stderr)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with self._until_nobody_reads():
+                self._bar.close()
+
+    @contextmanager
+    def _until_nobody_reads(self) -> Iterator[None]:
+        """A terminal that was closed, or a pipe whose reader ended, is no reason to lose a checkpoint."""
+        try:
+            yield
+        except OSError:
+            self.shows = False
 
     def _left(self, step: int) -> float:
         done = max(1, step - self.first_step)

@@ -59,6 +59,7 @@ class Saver:
     config: TrainConfig
     facts: dict[str, Any]  # what must be the same for a resumed run to be the same run
     last: Path | None = None
+    failure: str | None = None  # what rank 0 could not write beside: no checkpoint may follow on it
     setting: dict[str, Any] = field(default_factory=dict)  # what may differ when it goes on, and is told then
     run: str = field(default_factory=lambda: secrets.token_hex(8))  # marks its checkpoints, which it may delete again
 
@@ -74,8 +75,8 @@ class Saver:
         """All ranks call it; rank 0 writes. Raises CheckpointError on every rank if it could not."""
         weights = whole_weights(engine, trained_only=self.config.use_peft)
         optimizer_state = engine.optimizer_state()
-        problem: list[str | None] = [None]
-        if engine.rank == 0:
+        problem = [self.failure]
+        if engine.rank == 0 and self.failure is None:
             try:
                 self.last = write_checkpoint(
                     self.folder,

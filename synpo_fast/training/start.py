@@ -49,6 +49,7 @@ from synpo_fast.training.run_lock import RunLock
 from synpo_fast.training.run_model import build_engine, build_model, training_dtype
 from synpo_fast.training.run_state import RunState, Saver, check_same_run
 from synpo_fast.training.said_once import SaidByAnotherProcess, first_to_say
+from synpo_fast.training.stopping import Interrupted, Stopper
 from synpo_fast.training.text_checks import check_texts
 
 logger = logging.getLogger(__name__)
@@ -58,14 +59,14 @@ logger = logging.getLogger(__name__)
 FORESEEN = (UserError, MissingPackage, TrainingStopped, CheckpointError)
 
 
-def run_training(config: TrainConfig) -> RunState:
+def run_training(config: TrainConfig, stopper: Stopper | None = None) -> RunState:
     """Trains, and returns where the run stands at its end. Every process of a launch calls it.
 
     Raises SaidByAnotherProcess in place of an error that another process of the launch raises, too.
     """
     device = start_distributed(config)
     try:
-        return train_in_group(config, device)
+        return train_in_group(config, device, stopper)
     except FORESEEN as error:
         if not first_to_say(str(error)):
             raise SaidByAnotherProcess(error) from error
@@ -74,8 +75,9 @@ def run_training(config: TrainConfig) -> RunState:
         stop_distributed()
 
 
-def train_in_group(config: TrainConfig, device: torch.device) -> RunState:
+def train_in_group(config: TrainConfig, device: torch.device, stopper: Stopper | None = None) -> RunState:
     """The same in a process group that is there already."""
+    stopper = stopper or Stopper()
     if config.video_device == "cuda" and device.type != "cuda":
         raise UserError("video_device=cuda, but this run is on the CPU: there is no GPU, or use_cpu is set")
     loaders: list[PairLoader] = []
@@ -88,17 +90,20 @@ def train_in_group(config: TrainConfig, device: torch.device) -> RunState:
             profile_in_group(config, device)
             return RunState()
         with _output_of_one_run(config) as start:
-            return _train(config, device, start, loaders)
+            return _train(config, device, start, loaders, stopper)
     finally:
         for loader in loaders:
             loader.close()
 
 
-def _train(config: TrainConfig, device: torch.device, start: Start, loaders: list[PairLoader]) -> RunState:
+def _train(
+    config: TrainConfig, device: torch.device, start: Start, loaders: list[PairLoader], stopper: Stopper
+) -> RunState:
     data = check_texts(config, read_data(config))
     warn_of_schedule(config, data, dist.get_world_size())
     check_held_out(config, data.evaluation)
     run = _build(config, data, device, start, loaders)
+    run.stopper = stopper
     try:
         if (nothing := _nothing_to_do(run)) is not None:
             run.progress.say(f"nothing to do: {nothing} at {start.checkpoint}")
@@ -110,15 +115,15 @@ def _train(config: TrainConfig, device: torch.device, start: Start, loaders: lis
         run.log.close()
     if not state.stopped_early:
         _put_best(run)
-    if config.report and dist.get_rank() == 0:
+    if config.report and dist.get_rank() == 0 and state.step:
         _write_report(run)
     store = run.engine.module.policy.feature_store
     if isinstance(store, FeatureCache):
         run.progress.say(f"feature_cache: {store.hits} of {store.hits + store.misses} videos were found there")
-    done = "stopped by SIGTERM at" if state.stopped_early else "finished at"
+    done = f"stopped by {stopper.reason or 'another process'} at" if state.stopped_early else "finished at"
     if run.ran_out_of_patience and state.step < run.num_steps:
         done = f"no improvement in {state.best.without_improvement} evaluations: stopped early at"
-    run.progress.say(f"{done} step {state.step} of {run.num_steps}; checkpoint: {run.saver.last}")
+    run.progress.say(f"{done} step {state.step} of {run.num_steps}; checkpoint: {run.saver.last or 'none'}")
     return state
 
 
@@ -154,6 +159,9 @@ def _write_report(run: Run) -> None:
         run.progress.say(f"report: {write_report([Path(run.config.output_dir)])}")
     except (OSError, ValueError) as error:
         logger.warning("report.html could not be written: %s", error)
+    except Interrupted as error:
+        run.stopper.goes_on()
+        run.progress.say(f"report.html was not written: {error}; `synpo-fast report {run.config.output_dir}` does it")
 
 
 def _build(config: TrainConfig, data: RunData, device: torch.device, start: Start, loaders: list[PairLoader]) -> Run:
@@ -162,8 +170,7 @@ def _build(config: TrainConfig, data: RunData, device: torch.device, start: Star
     optimizer_state, trainer_state = read_state(checkpoint) if checkpoint is not None else ({}, None)
     if trainer_state is not None and checkpoint is not None:
         check_same_run(trainer_state["facts"], facts, checkpoint)
-    if rank == 0:
-        fetch_processor_files(config.model_name_or_path)
+    on_rank_zero(lambda: fetch_processor_files(config.model_name_or_path))
     model = build_model(config, data, device, checkpoint)
     restore_weights(model.module, optimizer_state)
     engine = build_engine(config, model)
