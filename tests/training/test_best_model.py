@@ -34,8 +34,8 @@ def scripted(monkeypatch):
     def follow(script, name="eval_loss"):
         real = Evaluator.evaluate
 
-        def evaluate(self, engine, step):
-            return {**real(self, engine, step), name: float(script[step])}
+        def evaluate(self, engine, step, **more):
+            return {**real(self, engine, step, **more), name: float(script[step])}
 
         monkeypatch.setattr(Evaluator, "evaluate", evaluate)
 

@@ -5,6 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from synpo_fast.errors import UserError
 from synpo_fast.training import checkpoint
@@ -170,7 +172,12 @@ def test_a_warm_up_beyond_the_run_is_said(world, tmp_path, capsys, change, told)
 def make_checkpoints(folder, *steps):
     for step in steps:
         checkpoint.write_checkpoint(
-            folder, step, save_model=lambda _: None, optimizer_state={}, trainer_state={"step": step}, keep=None
+            folder,
+            step,
+            save_model=lambda inside: save_file({"weight": torch.zeros(1)}, inside / "adapter_model.safetensors"),
+            optimizer_state={},
+            trainer_state={"state": {"step": step}},
+            keep=None,
         )
     return folder
 
