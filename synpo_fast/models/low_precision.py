@@ -31,7 +31,10 @@ def cast_as_loaded(model: Any, dtype: torch.dtype) -> Any:
 
 def dtypes_as_loaded(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The type of every parameter and buffer, by name, after from_pretrained(dtype=dtype) of this model's class and config."""
-    with torch.device("meta"):  # shapes and types alone: from_pretrained begins like that, too
+    from transformers.initialization import meta_device_safe_creation_ops
+
+    # Shapes and types alone: from_pretrained begins like that, too, and lets a model's code read numbers from torch.linspace.
+    with torch.device("meta"), meta_device_safe_creation_ops():
         empty = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
     types = {name: tensor.dtype for name, tensor in _named_tensors(empty)}
     declared = [re.compile(pattern.replace("*", ".*")) for pattern in empty._get_dtype_plan(dtype)]

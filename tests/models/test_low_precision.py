@@ -100,6 +100,27 @@ def test_a_model_that_is_cast_keeps_fp32_frequencies_of_every_rope_type():
         assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+def test_a_model_whose_code_reads_numbers_while_it_is_built_is_cast_too():
+    """As code that comes with a model does, to space drop rates over its layers: without weights there are no numbers to read."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    class Spaced(Qwen2ForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.rates = [rate.item() for rate in torch.linspace(0, 0.1, config.num_hidden_layers)]
+
+    config = Qwen2Config(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    model = cast_as_loaded(Spaced(config), torch.float16)
+    assert {p.dtype for p in model.parameters()} == {torch.float16} and model.rates[1] == pytest.approx(0.1)
+
+
 def test_keys_tell_a_model_from_one_with_rounded_frequencies():
     """References and features on disk that were computed with rounded frequencies are not taken for this model's."""
     policy = load_policy("tiny:qwen2_5_vl", dtype=torch.bfloat16, device="cpu")
