@@ -103,7 +103,7 @@ class Qwen3VL(Qwen25VL):
     def language_model(self, model: nn.Module) -> nn.Module:
         """transformers adds the features by a mask, and to find where a mask is True the host waits for the device, twice a
         layer. This adds them by position, to the same result."""
-        language_model = super().language_model(model)
+        language_model: Any = super().language_model(model)
         language_model._deepstack_process = add_by_position
         return language_model
 

@@ -61,15 +61,13 @@ def row_inputs(
         host |= {(number, name): tensor for name, tensor in parts.items()}
         longest.append((segments.max_query, segments.max_key))
     sent = to_device(host, device)
-    return [
-        RowInputs(
-            *(sent[number, name] for name in ("tokens", "positions", "placeholders", "rows", "labels")),
-            packed=PackedRow(
-                row, *(sent[number, name] for name in ("query_ends", "key_ends", "key_index")), *longest[number]
-            ),
-        )
-        for number, row in enumerate(plan)
-    ]
+    made = []
+    for number, (row, (max_query, max_key)) in enumerate(zip(plan, longest, strict=True)):
+        ends_and_index = {name: sent[number, name] for name in ("query_ends", "key_ends", "key_index")}
+        packed = PackedRow(layout=row, max_query=max_query, max_key=max_key, **ends_and_index)
+        integers = {name: sent[number, name] for name in ("tokens", "positions", "placeholders", "rows", "labels")}
+        made.append(RowInputs(packed=packed, **integers))
+    return made
 
 
 def _prompt_positions(plan: Sequence[RowLayout], samples: Sequence[Sample], family: Family, model: Any) -> list[Tensor]:

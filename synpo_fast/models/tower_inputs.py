@@ -19,6 +19,7 @@ from synpo_fast.ops.host_copy import to_device
 
 # How a tower may cut its row of patches, and what transformers calls the ends of such segments and the longest of them.
 CUTS = {"frames": ("cu_seqlens", "max_seqlen"), "windows": ("cu_window_seqlens", "max_window_seqlen")}
+PARTS = ("ends", "by_length", "back")  # the tensors of Segments
 
 
 def host_grids(videos: Sequence[VideoInputs]) -> Tensor:
@@ -45,25 +46,26 @@ def tower_inputs(
     host = {"position_ids": vision_utils.get_vision_position_ids(grids, merge_size)}
     cuts = {"frames": segments_of(vision_utils.get_vision_cu_seqlens(grids))}
     if windows is not None:
-        host["window_index"], ends = vision_utils.get_vision_window_index(
+        assert isinstance(merge_size, int)
+        host["window_index"], window_ends = vision_utils.get_vision_window_index(
             grids, spatial_merge_size=merge_size, window_size=windows[0], patch_size=windows[1]
         )
-        cuts["windows"] = segments_of(ends)
+        cuts["windows"] = segments_of(window_ends)
     if interpolation is not None:
         host["interp_indices"], host["interp_weights"] = vision_utils.get_vision_interpolation_indices_and_weights(
             grids, **interpolation
         )
     if is_flash(tower.config):  # reads the ends on the device; sdpa and eager cut the row on the host
         for cut, segments in cuts.items():
-            host |= {f"{cut}.{part}": getattr(segments, part) for part in ("ends", "by_length", "back")}
+            host |= {f"{cut}.{part}": getattr(segments, part) for part in PARTS}
     sent = to_device(host, device)
     if is_flash(tower.config):
         cuts = {
-            cut: Segments(*(sent.pop(f"{cut}.{part}") for part in ("ends", "by_length", "back")), segments.counts)
+            cut: Segments(counts=segments.counts, **{part: sent.pop(f"{cut}.{part}") for part in PARTS})
             for cut, segments in cuts.items()
         }
     made: dict[str, Any] = dict(sent)
     for cut, segments in cuts.items():
-        ends, longest = CUTS[cut]
-        made |= {ends: segments.ends, longest: segments.longest}
+        name_of_ends, name_of_longest = CUTS[cut]
+        made |= {name_of_ends: segments.ends, name_of_longest: segments.longest}
     return {**made, "cuts": tuple(cuts.values())} if takes_segments(tower.config) else made
