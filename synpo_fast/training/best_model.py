@@ -70,7 +70,7 @@ class BestSoFar:
         started_better = self.before is not None and not BestSoFar(
             value=self.before, greater_is_better=self.greater_is_better
         ).is_improved_by(self.value)
-        return text + (f" (before training it was {self.before:.4g}, no worse)" if started_better else "")
+        return text + (f" (before training it was {self.before:.4g}, which is no worse)" if started_better else "")
 
 
 def compared(config: TrainConfig) -> BestSoFar:

@@ -204,8 +204,8 @@ def _drawn(line: Line, chart: Chart, frame: Frame, bins: int) -> str:
         parts.append(f'<path class="line{dash}" {style} data-name="{name}" d="{path}"/>')
     alone = [(step, value) for step, value in line.points if value is not None]
     if len(alone) == 1:  # no line to see
-        ((step, value),) = alone
-        parts.append(f'<circle class="dot" {style} cx="{frame.x(step):.1f}" cy="{frame.y(value):.1f}" r="3.2"/>')
+        ((only, height),) = alone
+        parts.append(f'<circle class="dot" {style} cx="{frame.x(only):.1f}" cy="{frame.y(height):.1f}" r="3.2"/>')
     lost = sorted({round(frame.x(step)) for step, value in line.points if value is None})
     if lost:
         marks = "".join(f"M{x} {TOP}v5" for x in lost)
