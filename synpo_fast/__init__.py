@@ -1,27 +1,46 @@
 """Fast, reference-free preference training of video-language models.
 
-Importing this package needs torch alone: what needs more is imported when it is first asked for.
+Importing this package loads nothing: each name is resolved when it is first asked for, so that a command says its first line
+before torch is there. The losses and the fused op need torch alone, score_pairs needs transformers.
 """
 
-from synpo_fast.fused import (
-    FusedLinearDPOLoss,
-    FusedLinearPreferenceLoss,
-    FusedLinearSimPOLoss,
-    FusedLinearSynPOLoss,
-)
-from synpo_fast.losses import LOSSES
-from synpo_fast.ops.linear_logprobs import fused_linear_logprobs
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from synpo_fast.fused import (
+        FusedLinearDPOLoss,
+        FusedLinearPreferenceLoss,
+        FusedLinearSimPOLoss,
+        FusedLinearSynPOLoss,
+    )
+    from synpo_fast.losses import LOSSES
+    from synpo_fast.models import score_pairs
+    from synpo_fast.ops.linear_logprobs import fused_linear_logprobs
 
 __version__ = "0.1.0"
 
+_PLACES = {
+    "FusedLinearDPOLoss": "synpo_fast.fused",
+    "FusedLinearPreferenceLoss": "synpo_fast.fused",
+    "FusedLinearSimPOLoss": "synpo_fast.fused",
+    "FusedLinearSynPOLoss": "synpo_fast.fused",
+    "LOSSES": "synpo_fast.losses",
+    "fused_linear_logprobs": "synpo_fast.ops.linear_logprobs",
+    "score_pairs": "synpo_fast.models",
+}
+
 
 def __getattr__(name: str) -> object:
-    """score_pairs is resolved when asked for: it lives above transformers."""
-    if name == "score_pairs":
-        from synpo_fast.models import score_pairs
+    if name not in _PLACES:
+        raise AttributeError(f"module 'synpo_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PLACES[name]), name)
+    globals()[name] = value
+    return value
 
-        return score_pairs
-    raise AttributeError(f"module 'synpo_fast' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})
 
 
 __all__ = [

@@ -21,7 +21,7 @@ if not __package__:
 
 from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.printable import PrintableFormatter, printable
-from synpo_fast.training.console import say, say_mistake
+from synpo_fast.training.console import hide_notes_to_developers, say, say_mistake
 from synpo_fast.training.stopping import Interrupted, Stopper
 
 FAILED, MISTAKE = 1, 2
@@ -67,7 +67,9 @@ def _main(arguments: list[str], stopper: Stopper, asks_for_help: bool, only_prin
         return MISTAKE
     terminal = logging.StreamHandler()
     terminal.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[terminal])
+    logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, handlers=[terminal])
+    if not config.verbose:
+        hide_notes_to_developers()
     from synpo_fast.training.said_once import SaidByAnotherProcess
     from synpo_fast.training.start import FORESEEN, run_training
 

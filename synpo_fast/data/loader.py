@@ -25,9 +25,11 @@ from synpo_fast.data.read_ahead import PendingStep, ReadAhead, Slot
 from synpo_fast.data.sampling import FrameSampling
 from synpo_fast.data.video_key import reading_facts
 from synpo_fast.data.worker_pool import WorkerLost, WorkerPool
+from synpo_fast.data.worker_process import WorkerProcess
 from synpo_fast.models.scoring import EncodedPair, PairEncoder
 
 PREFETCH_BYTES = 2 << 30
+WORKER_SLACK_S = 5.0  # a worker is stopped that much later than the decoder stops by itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,7 @@ class PairLoader:
     read; without it their content is hashed when it is asked for. feature_folder: of a FeatureCache that is the policy's
     feature_store. A video whose features lie there comes with them and is not decoded.
     deadline_s: for one pair. A worker that takes longer is stopped, and the pair tried once more in a fresh one.
+    started: workers that are there already, of EarlyWorkers.
 
     Use it as a context manager, or close it.
     """
@@ -81,6 +84,7 @@ class PairLoader:
         deadline_s: float = 30.0,
         keyed: bool = False,
         feature_folder: str | Path | None = None,
+        started: Sequence[WorkerProcess] = (),
     ) -> None:
         if not pairs:
             raise ValueError("there are no pairs to load")
@@ -109,7 +113,9 @@ class PairLoader:
         self._source: WorkerPool | ReadInThread | ReadOnDemand
         if num_workers:
             # A little later than the decoder's own deadline, whose message says more.
-            self._source = WorkerPool(reader, num_workers=num_workers, deadline_s=deadline_s + 5)
+            self._source = WorkerPool(
+                reader, num_workers=num_workers, deadline_s=deadline_s + WORKER_SLACK_S, started=started
+            )
         elif device.type != "cpu":
             self._source = ReadInThread(reader)
         else:

@@ -5,13 +5,16 @@ whatever the parent died of. A call that holds the interpreter's lock would keep
 also watched by a timer in C, far behind the deadline that the parent itself holds it to.
 """
 
+import contextlib
 import faulthandler
+import importlib
 import os
 import pickle
 import select
 import socket
 import threading
 import traceback
+from collections.abc import Sequence
 
 import torch
 
@@ -20,9 +23,12 @@ from synpo_fast.data.messages import receive_message, send_message
 READY, DONE, RAISED = "ready", "done", "raised"
 
 
-def main(descriptor: int, deadline_s: float) -> None:
+def main(descriptor: int, deadline_s: float, preload: Sequence[str] = ()) -> None:
     connection = socket.socket(fileno=descriptor)
     threading.Thread(target=_end_with_parent, args=(descriptor,), daemon=True).start()
+    for module in preload:
+        with contextlib.suppress(ImportError):  # the callable will want it, and say so
+            importlib.import_module(module)
     try:
         _serve(connection, deadline_s)
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,16 +44,24 @@ class WorkerPool:
     work: a callable that can be pickled and imported elsewhere (nothing from __main__). An exception in it comes back as
         a RuntimeError that holds the worker's traceback.
     deadline_s: for one item.
+    started: workers that are there already, which are the pool's from now on.
 
     Close it, or use it as a context manager; a pool that is merely forgotten closes itself.
     """
 
-    def __init__(self, work: Callable[[Any], Any], *, num_workers: int, deadline_s: float) -> None:
+    def __init__(
+        self,
+        work: Callable[[Any], Any],
+        *,
+        num_workers: int,
+        deadline_s: float,
+        started: Sequence[WorkerProcess] = (),
+    ) -> None:
         if num_workers < 1 or not deadline_s > 0:
             raise UserError(f"need num_workers >= 1 and deadline_s > 0, got {num_workers} and {deadline_s}")
         if not sys.platform.startswith("linux"):
             raise UserError(f"worker processes need Linux (memfd), not {sys.platform}; use num_workers=0")
-        self._dispatcher = _Dispatcher(pickle.dumps(work), num_workers, deadline_s)
+        self._dispatcher = _Dispatcher(pickle.dumps(work), num_workers, deadline_s, list(started))
         self.close = weakref.finalize(self, self._dispatcher.stop)
 
     def submit(self, item: Any) -> "Future[Any]":
@@ -81,8 +89,8 @@ class _Task:
 class _Dispatcher:
     """What the pool's thread runs. It knows nothing of the pool, so that a forgotten pool can be collected."""
 
-    def __init__(self, work: bytes, num_workers: int, deadline_s: float) -> None:
-        self.work, self.num_workers, self.deadline_s = work, num_workers, deadline_s
+    def __init__(self, work: bytes, num_workers: int, deadline_s: float, started: list[WorkerProcess]) -> None:
+        self.work, self.num_workers, self.deadline_s, self.started = work, num_workers, deadline_s, started
         self.workers: list[WorkerProcess] = []
         self.tasks: deque[_Task] = deque()
         self.failed_starts = 0
@@ -116,6 +124,8 @@ class _Dispatcher:
         self.ring()
         if self.thread is not None and self.thread is not threading.current_thread():
             self.thread.join()
+        while self.started:
+            self.started.pop().end()
 
     def ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it rings already
@@ -162,7 +172,7 @@ class _Dispatcher:
 
     def start(self, task: _Task | None) -> None:
         try:
-            worker = WorkerProcess.start(self.deadline_s)
+            worker = self.started.pop() if self.started else WorkerProcess.start(self.deadline_s)
         except OSError:
             self.tasks.extendleft([] if task is None else [task])  # where shut_down() finds it
             raise

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,9 @@ START = """
 import signal, sys
 for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(each, signal.SIG_IGN)
-_, descriptor, deadline_s, *sys.path = sys.argv
+_, descriptor, deadline_s, preload, *sys.path = sys.argv
 from synpo_fast.data.worker import main
-main(int(descriptor), float(deadline_s))
+main(int(descriptor), float(deadline_s), preload.split())
 """
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -35,11 +36,12 @@ class WorkerProcess:
     deadline: float = 0.0
 
     @classmethod
-    def start(cls, deadline_s: float) -> "WorkerProcess":
+    def start(cls, deadline_s: float, preload: Sequence[str] = ()) -> "WorkerProcess":
+        """preload: modules that it imports at once, while it waits for its callable."""
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-c", START, str(theirs.fileno()), str(deadline_s), *sys.path],
+                [sys.executable, "-c", START, str(theirs.fileno()), str(deadline_s), " ".join(preload), *sys.path],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **ENVIRONMENT},
                 pass_fds=[theirs.fileno()],

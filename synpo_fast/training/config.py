@@ -227,6 +227,9 @@ class TrainConfig:
     report_to: tuple[str, ...] = option((), "tensorboard and wandb, or none; metrics.jsonl is always written")
     run_name: str | None = option(None, "name of the run for W&B")
     disable_tqdm: bool = option(False, "no progress bar")
+    verbose: bool = option(
+        False, "show what the libraries say while they start: banners, warnings of future changes, bars"
+    )
 
     def __post_init__(self) -> None:
         if self.zero_stage is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 
 # Where launchers put a process's number: torch's and DeepSpeed's, Slurm's, Open MPI's. On its machine, then over all.
@@ -32,3 +33,19 @@ def say_mistake(text: str) -> None:
     """A mistake that every process finds for itself: said once a machine, since a file may be missing on one of them."""
     if rank_of(os.environ, LOCAL_RANKS) == 0:
         print(text, file=sys.stderr, flush=True)
+
+
+LIBRARIES = r"(torch|transformers|deepspeed|peft|accelerate|huggingface_hub|tokenizers)(\.|$)"
+
+
+def hide_notes_to_developers() -> None:
+    """What libraries are going to change is no news to who trains with them. Other warnings are shown."""
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=LIBRARIES)
+
+
+def hide_bars_of_libraries() -> None:
+    """Transformers draws bars of its own while it reads and writes weights, through ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

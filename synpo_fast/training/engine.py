@@ -51,7 +51,8 @@ class StepOutcome:
 def start_distributed(config: TrainConfig) -> torch.device:
     """Joins the process group the launcher describes, or makes one of a single process. Returns this process's device."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if _use_gpu(config) else "cpu")  # deepspeed reads it when imported
-    deepspeed = _deepspeed()
+    with _quiet(config):
+        deepspeed = _deepspeed()
     if "RANK" not in os.environ:  # without these DeepSpeed goes looking for MPI
         os.environ.update(launch_environment(os.environ))
     device = torch.device("cpu")
@@ -110,7 +111,7 @@ class Engine:
         trained = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
         # DeepSpeed takes memory for a whole bucket, 2 GB by default, of which an adapter fills a hundredth.
         entries["zero_optimization"].setdefault("reduce_bucket_size", min(LARGEST_BUCKET, trained))
-        with _quiet():
+        with _quiet(config):
             self.deepspeed, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=entries)
         # Stage 0: no wrapper that clips, skips or tells the norm.
         self.plain = self.deepspeed.optimizer is optimizer
@@ -332,15 +333,22 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed tells its whole configuration while it starts."""
+def _quiet(config: TrainConfig) -> Iterator[None]:
+    """DeepSpeed tells its whole configuration while it starts, and what it thinks of our optimiser and device.
+
+    A filter, since importing DeepSpeed sets its logger's level anew.
+    """
     logger = logging.getLogger("DeepSpeed")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    if not config.verbose:
+        logger.addFilter(is_error)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(is_error)
 
 
 def _deepspeed() -> Any:

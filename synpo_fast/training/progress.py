@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,31 +12,41 @@ from typing import Any
 from synpo_fast.printable import printable, printable_line
 
 SHOWN = ("loss", "rewards/margins", "grad_norm", "learning_rate", "pairs_per_s", "skipped_pairs")
+BAR = "{n_fmt}/{total_fmt} |{bar:24}|{postfix}"  # a fixed width: numbers change their length with every step
+STEPS_BEHIND_ETA = 50
 
 
 class Progress:
-    """Shows on one rank. A terminal gets a bar (unless told not to), anything else a line every `every` steps."""
+    """Shows on one rank. A terminal gets a bar (unless told not to), anything else a line every `every` steps.
+
+    The time left is that of the last steps alone, times the steps that are left: evaluations and checkpoints are not in it,
+    nor is this process's first step, which waits for its first videos and compiles what is compiled.
+    """
 
     def __init__(self, *, shows: bool, bar: bool, first_step: int, num_steps: int, every: int) -> None:
         self.shows, self.num_steps, self.every = shows, num_steps, every
-        self.first_step, self.started = first_step, time.monotonic()
+        self.first_step = first_step
+        self._seconds: deque[float] = deque(maxlen=STEPS_BEHIND_ETA)
         self._bar: Any = None
         if shows and bar and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=num_steps, initial=first_step, dynamic_ncols=True, bar_format=BAR)
 
     def show(self, step: int, numbers: Mapping[str, float]) -> None:
         if not self.shows:
             return
+        if step > self.first_step + 1 and "step_s" in numbers:
+            self._seconds.append(numbers["step_s"])
         shown = {name.rsplit("/", 1)[-1]: f"{numbers[name]:.4g}" for name in SHOWN if name in numbers}
         if self._bar is not None:
             with self._until_nobody_reads():
+                self._bar.set_postfix_str(self._fitting(step, shown), refresh=False)
                 self._bar.update(step - self._bar.n)
-                self._bar.set_postfix(shown)
+                self._bar.refresh()
         elif step % self.every == 0 or step == self.num_steps:
             facts = "  ".join(f"{name} {value}" for name, value in shown.items())
-            self.say(f"step {step}/{self.num_steps}  {facts}  left {_clock(self._left(step))}")
+            self.say(f"step {step}/{self.num_steps}  {facts}  left {self._left(step)}")
 
     def note(self, numbers: Mapping[str, Any]) -> None:
         """An evaluation's numbers and captions."""
@@ -70,9 +81,24 @@ class Progress:
         except OSError:
             self.shows = False
 
-    def _left(self, step: int) -> float:
-        done = max(1, step - self.first_step)
-        return (time.monotonic() - self.started) / done * (self.num_steps - step)
+    def _fitting(self, step: int, shown: Mapping[str, str]) -> str:
+        """The time left, and as many of the numbers as the terminal's width has room for, the first ones first."""
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+        counts = f"{step}/{self.num_steps} |{'':24}|, "
+        text = f"{self._left(step)} left"
+        for name, value in shown.items():
+            longer = f"{text}  {name} {value}"
+            if len(counts) + len(longer) >= columns:
+                break
+            text = longer
+        return text
+
+    def _left(self, step: int) -> str:
+        if step == self.num_steps:
+            return "0:00"
+        if not self._seconds:
+            return "?"
+        return _clock(sum(self._seconds) / len(self._seconds) * (self.num_steps - step))
 
 
 def _clock(seconds: float) -> str:

@@ -9,18 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from synpo_fast.data.early_workers import EarlyWorkers
 from synpo_fast.data.encoding import BadPair, PairReader
 from synpo_fast.data.hold_out import files_of, hold_out
-from synpo_fast.data.loader import PairLoader
+from synpo_fast.data.loader import WORKER_SLACK_S, PairLoader
 from synpo_fast.data.manifest import filter_by_score_gap, read_manifest
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.row_folders import named_split
 from synpo_fast.data.sampling import FrameSampling
 from synpo_fast.data.video_key import reading_facts
+from synpo_fast.data.worker_process import WorkerProcess
 from synpo_fast.errors import UserError
 from synpo_fast.models.policy import Policy
 from synpo_fast.models.scoring import EncodedPair, PairEncoder
 from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.console import say
 from synpo_fast.training.start_checks import check_videos
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ class RunData:
 
 def read_data(config: TrainConfig) -> RunData:
     """Raises ValueError for a manifest with bad rows (unless allow_bad_rows) and when nothing is left to train on."""
+    say(f"reading {config.train_file}")
     train = _read(config.train_file, config)
     if config.min_score_gap is not None:
         result = filter_by_score_gap(train, config.min_score_gap)
@@ -90,7 +94,20 @@ def encoder_of(config: TrainConfig, policy: Policy) -> PairEncoder:
     )
 
 
-def train_loader(config: TrainConfig, data: RunData, policy: Policy, rank: int, world_size: int) -> PairLoader:
+def early_readers(config: TrainConfig, data: RunData) -> EarlyWorkers:
+    """Reading processes for training and, where there are held-out pairs, as many for evaluation."""
+    loaders = 2 if data.evaluation else 1
+    return EarlyWorkers(loaders * config.num_reading_processes, READ_SECONDS + WORKER_SLACK_S)
+
+
+def train_loader(
+    config: TrainConfig,
+    data: RunData,
+    policy: Policy,
+    rank: int,
+    world_size: int,
+    started: Sequence[WorkerProcess] = (),
+) -> PairLoader:
     return PairLoader(
         data.train,
         encoder_of(config, policy),
@@ -108,11 +125,18 @@ def train_loader(config: TrainConfig, data: RunData, policy: Policy, rank: int, 
         deadline_s=READ_SECONDS,
         keyed=True,
         feature_folder=config.feature_cache,
+        started=started,
     )
 
 
 def ordered_loader(
-    config: TrainConfig, pairs: Sequence[Pair], root: Path, policy: Policy, rank: int, world_size: int
+    config: TrainConfig,
+    pairs: Sequence[Pair],
+    root: Path,
+    policy: Policy,
+    rank: int,
+    world_size: int,
+    started: Sequence[WorkerProcess] = (),
 ) -> PairLoader:
     """Each pair once, in the manifest's order: for evaluation and for a precomputed reference."""
     return PairLoader(
@@ -132,6 +156,7 @@ def ordered_loader(
         deadline_s=READ_SECONDS,
         keyed=True,
         feature_folder=config.feature_cache,
+        started=started,
     )
 
 

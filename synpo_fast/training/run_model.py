@@ -18,6 +18,7 @@ from synpo_fast.models.loading import load_policy
 from synpo_fast.models.policy import Policy
 from synpo_fast.references import AdapterOff, FrozenCopy, Precomputed, Reference, detached_logps
 from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.console import say
 from synpo_fast.training.engine import Engine
 from synpo_fast.training.lora import add_lora, load_adapter
 from synpo_fast.training.optimizer import make_optimizer
@@ -48,6 +49,7 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 def build_model(config: TrainConfig, data: RunData, device: torch.device, checkpoint: Path | None) -> RunModel:
     """The same on every rank. A reference is made of the model as training began, also when it goes on from a checkpoint."""
     dtype = training_dtype(config, device)
+    say(f"loading model {config.model_name_or_path}")
     policy = _load(config, config.model_name_or_path, device, dtype)
     if config.zero_stage == 3 and not policy.can_share:
         raise UserError(
@@ -79,6 +81,7 @@ def build_model(config: TrainConfig, data: RunData, device: torch.device, checkp
 
 
 def build_engine(config: TrainConfig, model: RunModel) -> Engine:
+    say("building the engine")
     optimizer = make_optimizer(
         model.module,
         learning_rate=config.learning_rate,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from synpo_fast.data.early_workers import EarlyWorkers
 from synpo_fast.data.feature_cache import FeatureCache
 from synpo_fast.data.hold_out import num_files
 from synpo_fast.data.loader import PairLoader
@@ -26,7 +27,7 @@ from synpo_fast.training.best_model import check_held_out, goes_on
 from synpo_fast.training.checkpoint import CheckpointError, check_writable, folder_of, read_state
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.config_sources import dump_config
-from synpo_fast.training.console import say
+from synpo_fast.training.console import hide_bars_of_libraries, say
 from synpo_fast.training.engine import Engine, deepspeed_config, restore_weights, start_distributed, stop_distributed
 from synpo_fast.training.evaluation_loop import Evaluator
 from synpo_fast.training.loop import Run, TrainingStopped, train
@@ -37,6 +38,7 @@ from synpo_fast.training.rank_zero import on_rank_zero
 from synpo_fast.training.resume_choice import at_checkpoint
 from synpo_fast.training.run_data import (
     RunData,
+    early_readers,
     ordered_loader,
     read_data,
     read_some,
@@ -64,7 +66,10 @@ def run_training(config: TrainConfig, stopper: Stopper | None = None) -> RunStat
 
     Raises SaidByAnotherProcess in place of an error that another process of the launch raises, too.
     """
+    say("starting DeepSpeed")
     device = start_distributed(config)
+    if not config.verbose:
+        hide_bars_of_libraries()
     try:
         return train_in_group(config, device, stopper)
     except FORESEEN as error:
@@ -102,13 +107,18 @@ def _train(
     data = check_texts(config, read_data(config))
     warn_of_schedule(config, data, dist.get_world_size())
     check_held_out(config, data.evaluation)
-    run = _build(config, data, device, start, loaders)
+    early = early_readers(config, data)
+    try:
+        run = _build(config, data, device, start, loaders, early)
+    finally:
+        early.close()
     run.stopper = stopper
     try:
         if (nothing := _nothing_to_do(run)) is not None:
             run.progress.say(f"nothing to do: {nothing} at {start.checkpoint}")
             _put_best(run)
             return run.state
+        run.progress.say("evaluating, before the first step" if _evaluates_first(run) else "reading the first batch")
         state = train(run)
     finally:
         run.progress.close()
@@ -151,6 +161,10 @@ def _put_best(run: Run) -> None:
         )
 
 
+def _evaluates_first(run: Run) -> bool:
+    return run.evaluator is not None and run.config.eval_on_start and run.state.step == 0
+
+
 def _write_report(run: Run) -> None:
     """The run is done and saved: a page that can not be written is said, and is no reason to fail."""
     from synpo_fast.training.report import write_report
@@ -164,7 +178,14 @@ def _write_report(run: Run) -> None:
         run.progress.say(f"report.html was not written: {error}; `synpo-fast report {run.config.output_dir}` does it")
 
 
-def _build(config: TrainConfig, data: RunData, device: torch.device, start: Start, loaders: list[PairLoader]) -> Run:
+def _build(
+    config: TrainConfig,
+    data: RunData,
+    device: torch.device,
+    start: Start,
+    loaders: list[PairLoader],
+    early: EarlyWorkers,
+) -> Run:
     rank, world_size, checkpoint = dist.get_rank(), dist.get_world_size(), start.checkpoint
     facts = _facts(config, data, world_size)
     optimizer_state, trainer_state = read_state(checkpoint) if checkpoint is not None else ({}, None)
@@ -179,11 +200,14 @@ def _build(config: TrainConfig, data: RunData, device: torch.device, start: Star
         engine.load_optimizer_state(optimizer_state)
         state = RunState.of(trainer_state["state"])
     state.best, compared_anew = goes_on(state.best, config)
-    loader = train_loader(config, data, model.policy, rank, world_size)
+    readers = config.num_reading_processes
+    loader = train_loader(config, data, model.policy, rank, world_size, early.take(readers))
     loaders.append(loader)
     evaluator = None
     if data.evaluation:
-        eval_loader = ordered_loader(config, data.evaluation, data.eval_root, model.policy, rank, world_size)
+        eval_loader = ordered_loader(
+            config, data.evaluation, data.eval_root, model.policy, rank, world_size, early.take(readers)
+        )
         loaders.append(eval_loader)
         # Rank 0's, for all: under ZeRO-3 every rank writes the same captions.
         found: list[Any] = [None]
