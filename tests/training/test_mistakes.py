@@ -35,7 +35,7 @@ FOR_USERS = [
 
 @pytest.fixture
 def never_started(monkeypatch):
-    monkeypatch.setattr(start, "run_training", lambda config: pytest.fail("the run was started"))
+    monkeypatch.setattr(start, "run_training", lambda *_: pytest.fail("the run was started"))
 
 
 def told(capsys, values):
@@ -120,7 +120,7 @@ def test_held_out_videos_are_looked_for_too(world, tmp_path):
 
 
 def raises(error):
-    def run_training(config):
+    def run_training(config, stopper):
         raise error
 
     return run_training
