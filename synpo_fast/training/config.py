@@ -59,7 +59,11 @@ class TrainConfig:
         "varlen (segments in fp32) where the tower runs all frames as one row, else sdpa",
     )
     freeze_vision: bool = option(True, "vision tower and projector do not train")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward: less memory, more time")
+    gradient_checkpointing: bool | None = option(
+        None,
+        "recompute activations in the backward: a layer's are kept in place of all layers', for one more forward, about a third "
+        "more time a step; default: on a GPU",
+    )
     liger_kernels: bool = option(False, "Liger's norms, rotary and gated MLPs (GPU); the start of a run says how many")
     bf16: bool | None = option(
         None, "train in bfloat16 with fp32 master weights; default: on a GPU, unless fp16 is set"
@@ -165,6 +169,11 @@ class TrainConfig:
     lr_scheduler_type: str = option("linear", "shape of the learning rate after the warm-up", SCHEDULES)
     warmup_ratio: float = option(0.1, "share of all optimiser steps that warm up", at_least=0, at_most=1)
     warmup_steps: int = option(0, "steps that warm up, in place of warmup_ratio", at_least=0)
+    oom_policy: str = option(
+        "stop",
+        "for a micro-batch that does not fit the memory. stop: end, naming its pair; skip: take the step without it, counted",
+        ("stop", "skip"),
+    )
     seed: int = option(42, "order of the pairs, dropout, new weights", at_least=0)
     max_nonfinite_steps: int = option(
         5, "stop after so many steps in a row whose loss or gradient is not finite", above=0
@@ -384,6 +393,11 @@ def _check_output(config: TrainConfig) -> None:
         raise UserError("zero_stage=3 needs the same number of rows on every device: leave row_tokens unset")
     if config.zero_stage == 3 and config.feature_cache:
         raise UserError("zero_stage=3 needs the vision tower run on every device alike: leave feature_cache unset")
+    if config.oom_policy == "skip" and (config.zero_stage > 1 or config.offload_optimizer):
+        raise UserError(
+            f"oom_policy=skip needs zero_stage 0 or 1 without offload_optimizer, got {config.zero_stage}: above it processes "
+            "exchange gradients or weights within a micro-batch, which one that ran out of memory cannot take part in"
+        )
     if config.offload_optimizer and config.zero_stage == 0:
         raise UserError("offload_optimizer needs zero_stage 1, 2 or 3")
     if config.use_peft and not config.freeze_vision:

@@ -163,6 +163,27 @@ class Engine:
         self.deepspeed.zero_grad()
         return StepOutcome(_is_finite(seen[0]), seen[0])
 
+    def discard_gradients(self) -> None:
+        """Forgets what backwards since the last step left, one that broke off among them. For stages 0 and 1."""
+        assert self.stage < 2
+        self.deepspeed.zero_grad()
+        if not self.plain:
+            zero: Any = self.deepspeed.optimizer
+            while zero._backward_active_depth:
+                zero.exit_backward()
+            zero._backward_hook_state.reset_for_new_step()
+            zero._backward_hook_state.remaining_grad_acc_hooks = 0
+            zero.zero_grad(set_to_none=True)
+            if hasattr(zero, "ipg_buckets"):  # the one for bf16 at stage 1 has none
+                for bucket in zero.ipg_buckets.values():
+                    bucket.clear()
+                zero._release_ipg_buffers()
+                zero.params_already_reduced[:] = [False] * len(zero.params_already_reduced)
+                zero.averaged_gradients.update(dict.fromkeys(zero.averaged_gradients))
+                zero.all_grad_tensors.update(dict.fromkeys(zero.all_grad_tensors))
+        for _, parameter in self.trained_parameters():
+            parameter.grad = None
+
     def loss_scale(self) -> float | None:
         """Of fp16; None for other types."""
         return float(self.deepspeed.optimizer.cur_scale) if self.dtype == torch.float16 else None

@@ -15,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from synpo_fast.data.encoding import BadPair, quoted
 from synpo_fast.data.feature_cache import FeatureCache
 from synpo_fast.data.loader import PairLoader, StepBatch
-from synpo_fast.models.batching import micro_batches
+from synpo_fast.models.batching import micro_batches, packed_tokens
 from synpo_fast.models.scoring import EncodedPair
 from synpo_fast.training.best_model import judge
 from synpo_fast.training.config import TrainConfig
@@ -34,10 +34,15 @@ from synpo_fast.training.engine import Engine, StepOutcome
 from synpo_fast.training.evaluation_loop import Evaluator
 from synpo_fast.training.metrics import MetricsLog, Numbers, add_sums, means_of, summed_over_ranks
 from synpo_fast.training.optimizer import learning_rate_at, warmup_steps
+from synpo_fast.training.out_of_memory import out_of_memory_message, tokens_of
 from synpo_fast.training.progress import Progress
+from synpo_fast.training.run_model import checkpoints_activations
 from synpo_fast.training.run_state import RunState, Saver
 from synpo_fast.training.stand_in import agree_on_forwards
 from synpo_fast.training.stopping import Stopper
+
+MicroBatches = list[tuple[list[EncodedPair], float]]  # with weight 1, or 0 for one that stands in
+OUT_OF_MEMORY = "out of memory"
 
 
 class TrainingStopped(RuntimeError):
@@ -128,25 +133,64 @@ def train_step(run: Run, batch: StepBatch) -> Numbers:
     numbers: Numbers = {}
     if config.diagnostics and step % config.diagnostics == 0:
         numbers |= reward_gradient_norms(engine.module, [micro for micro, weight in micros if weight])
-    torch.manual_seed(_seed_of(config.seed, step, engine.rank))
-    sums: dict[str, torch.Tensor] = {}
-    for place, (micro, weight) in enumerate(micros):
-        loss, more = engine.forward(micro, weight * engine.world_size / max(1, pairs_in_step))
-        if place + 1 < len(micros):  # beside the backward
-            engine.module.policy.begin_copies([pair.sample for pair in micros[place + 1][0]])
-        engine.backward(loss)
-        if weight:
-            add_sums(sums, more)
+    sums, too_large = _gradients(run, micros, pairs_in_step)
+    while config.oom_policy == "skip" and _any_rank(run, too_large is not None):
+        # From its beginning, on all ranks: what is left weighs more in the mean, and a backward that broke off left parts behind.
+        engine.discard_gradients()
+        if too_large is not None:
+            batch = _without(run, batch, micros[too_large][0])
+        micros, pairs_in_step = _agree_on_micro_batches(run, batch)
+        sums, too_large = _gradients(run, micros, pairs_in_step)
     rate = _learning_rate(run, step)
     outcome = engine.step(rate) if micros else StepOutcome(False, 0.0)
     return numbers | _numbers_of(run, batch, sums, outcome, rate, time.perf_counter() - started)
+
+
+def _gradients(run: Run, micros: MicroBatches, pairs_in_step: int) -> tuple[dict[str, torch.Tensor], int | None]:
+    """Adds up the micro-batches' gradients in the engine. Returns their metric sums, and the place of one that did not fit the
+    memory, after which there was none. Raises TrainingStopped in place of that under oom_policy=stop."""
+    config, engine, step = run.config, run.engine, run.state.step
+    torch.manual_seed(_seed_of(config.seed, step, engine.rank))
+    sums: dict[str, torch.Tensor] = {}
+    for place, (micro, weight) in enumerate(micros):
+        try:
+            loss, more = engine.forward(micro, weight * engine.world_size / max(1, pairs_in_step))
+            if place + 1 < len(micros):  # beside the backward
+                engine.module.policy.begin_copies([pair.sample for pair in micros[place + 1][0]])
+            engine.backward(loss)
+        except torch.OutOfMemoryError as error:
+            if config.oom_policy == "skip" and weight:
+                return {}, place
+            checkpoints = checkpoints_activations(config, run.device)
+            raise TrainingStopped(
+                out_of_memory_message(config, micro, step=step + 1, checkpoints=checkpoints)
+            ) from error
+        if weight:
+            add_sums(sums, more)
+    return sums, None
+
+
+def _without(run: Run, batch: StepBatch, dropped: Sequence[EncodedPair]) -> StepBatch:
+    """The step's pairs but for some that did not fit the memory; they count as pairs that could not be used."""
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    gone = {id(pair) for pair in dropped}
+    bad = [BadPair(pair.id, f"{OUT_OF_MEMORY} ({tokens_of(pair)})") for pair in dropped]
+    return replace(batch, pairs=[pair for pair in batch.pairs if id(pair) not in gone], bad=[*batch.bad, *bad])
 
 
 def evaluate(run: Run, evaluator: Evaluator) -> bool | None:
     """Whether this evaluation is the best so far; without an option that compares evaluations, none is. None if somebody asked to
     stop meanwhile: there are no numbers then."""
     state = run.state
-    numbers = evaluator.evaluate(run.engine, state.step, stop=lambda: _any_rank(run, run.asked))
+    try:
+        numbers = evaluator.evaluate(run.engine, state.step, stop=lambda: _any_rank(run, run.asked))
+    except torch.OutOfMemoryError as error:
+        raise TrainingStopped(
+            f"out of memory in the evaluation after step {state.step}. What helps: per_device_eval_batch_size=1 "
+            f"(it is {run.config.per_device_eval_batch_size}); a max_batch_tokens that a step of training fits in; "
+            "num_eval_captions=0"
+        ) from error
     if numbers is None:
         return None
     _log(run, numbers)
@@ -181,7 +225,7 @@ def _evaluate_late(run: Run) -> bool:
     return ends
 
 
-def _agree_on_micro_batches(run: Run, batch: StepBatch) -> tuple[list[tuple[list[EncodedPair], float]], int]:
+def _agree_on_micro_batches(run: Run, batch: StepBatch) -> tuple[MicroBatches, int]:
     """This rank's micro-batches with weight 1, filled up with weight 0 to the number of the rank that has most; and how
     many pairs the step has on all ranks. Empty if no rank has any."""
     config = run.config
@@ -192,7 +236,7 @@ def _agree_on_micro_batches(run: Run, batch: StepBatch) -> tuple[list[tuple[list
     )
     micros = [([batch.pairs[index] for index in group], 1.0) for group in groups]
     if batch.pairs:
-        run.spare = batch.pairs[0]
+        run.spare = min(batch.pairs, key=lambda pair: packed_tokens(pair.sample))
     most, pairs_in_step, run.spare = agree_on_forwards(len(micros), len(batch.pairs), run.spare, run.device)
     assert run.spare is not None or not most
     micros += [([run.spare], 0.0) for _ in range(most - len(micros)) if run.spare is not None]
@@ -210,6 +254,7 @@ def _numbers_of(
     local = {
         "bad_pairs": len(batch.bad), "wanted_pairs": batch.wanted, "wait_s": batch.wait_s, "step_s": seconds,
         "asked_to_stop": run.asked, "failing": run.failure is not None,
+        "oom_skipped": sum(bad.reason.startswith(OUT_OF_MEMORY) for bad in batch.bad),
     }  # fmt: skip
     store = run.engine.module.policy.feature_store
     if isinstance(store, FeatureCache):
@@ -219,6 +264,7 @@ def _numbers_of(
     run.stopping, run.failing = total["asked_to_stop"] > 0, total["failing"] > 0
     state, ranks = run.state, run.engine.world_size
     state.bad_pairs += int(total["bad_pairs"])
+    state.oom_skipped += int(total["oom_skipped"])
     state.seen_pairs += int(total["wanted_pairs"])
     state.num_tokens += int(total.get("tokens", 0))
     finite = math.isfinite(outcome.grad_norm) and math.isfinite(total.get("loss", 0.0))
@@ -243,6 +289,8 @@ def _numbers_of(
     }
     if "feature_cache/hits" in local:
         numbers |= {name: total[name] for name in ("feature_cache/hits", "feature_cache/misses")}
+    if run.config.oom_policy == "skip":
+        numbers["oom_skipped"] = state.oom_skipped
     if scale is not None:
         numbers["loss_scale"] = scale
     if run.device.type == "cuda":

@@ -58,7 +58,7 @@ def means_of(sums: Numbers) -> Numbers:
 
 # Where a run stands rather than what a step was like: of several steps the last says it.
 STANDS = (
-    "epoch", "learning_rate", "num_tokens", "skipped_pairs", "nonfinite_steps", "loss_scale", "peak_memory_gib",
+    "epoch", "learning_rate", "num_tokens", "skipped_pairs", "oom_skipped", "nonfinite_steps", "loss_scale", "peak_memory_gib",
     "feature_cache/hits", "feature_cache/misses",
 )  # fmt: skip
 RATES = ("pairs_per_s", "tokens_per_s", "data_wait_share")  # of several steps: over all their time
@@ -117,6 +117,7 @@ class MetricsLog:
         except OSError:
             with suppress(OSError):  # it would try once more
                 self._stream.close()
+            self._stream = None  # nothing may follow on the line that is missing
             raise
         scalars = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
         if self._tensorboard is not None:

@@ -49,7 +49,7 @@ def limit(
     config: TrainConfig, prompt_tokens: float, response_tokens: float, responses_of_a_pair: float = 2.0
 ) -> dict[str, Any]:
     """prompt_tokens: each pair's once. response_tokens: of all responses; a ground truth is a third one."""
-    own = (2 if config.use_peft else 3) + int(config.gradient_checkpointing)
+    own = (2 if config.use_peft else 3) + int(bool(config.gradient_checkpointing))
     apart, shared = responses_of_a_pair * prompt_tokens + response_tokens, prompt_tokens + response_tokens
     return {
         "formula": f"{own + 1} * 2(P + C) / ({own} * (P + 2C)); unshared {own + 1} / {own}",

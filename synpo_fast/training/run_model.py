@@ -46,6 +46,11 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted else torch.float32
 
 
+def checkpoints_activations(config: TrainConfig, device: torch.device) -> bool:
+    """On a GPU, where memory bounds a run, unless the options say otherwise."""
+    return device.type == "cuda" if config.gradient_checkpointing is None else config.gradient_checkpointing
+
+
 def build_model(config: TrainConfig, data: RunData, device: torch.device, checkpoint: Path | None) -> RunModel:
     """The same on every rank. A reference is made of the model as training began, also when it goes on from a checkpoint."""
     dtype = training_dtype(config, device)
@@ -102,7 +107,7 @@ def _load(
         attn_implementation=config.attn_implementation,
         vision_attn_implementation=config.vision_attn_implementation,
         freeze_vision=config.freeze_vision,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=checkpoints_activations(config, device),
         liger_kernels=config.liger_kernels,
         row_tokens=config.row_tokens,
         **({} if like else resolution_of(config)),

@@ -37,6 +37,7 @@ class RunState:
     step_in_epoch: int = 0
     seen_pairs: int = 0
     bad_pairs: int = 0
+    oom_skipped: int = 0  # of those, what did not fit the memory
     num_tokens: int = 0
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0

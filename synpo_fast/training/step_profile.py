@@ -29,7 +29,7 @@ from synpo_fast.training.profile_record import baseline_of, limit, table, way_re
 from synpo_fast.training.profile_ways import WaySwitch, make_references, ways_of
 from synpo_fast.training.progress import Progress
 from synpo_fast.training.run_data import RunData, read_data, train_loader
-from synpo_fast.training.run_model import build_engine, build_model
+from synpo_fast.training.run_model import build_engine, build_model, checkpoints_activations
 from synpo_fast.training.run_state import versions
 from synpo_fast.training.stage_clock import StageTimes
 from synpo_fast.training.superseded import set_aside
@@ -44,6 +44,8 @@ def profile_in_group(config: TrainConfig, device: torch.device) -> dict[str, Any
     """
     folder, rank = Path(config.output_dir), dist.get_rank()
     _check_folder(folder)
+    # As what it is on this device: the predicted ratios depend on it.
+    config = replace(config, gradient_checkpointing=checkpoints_activations(config, device))
     progress = Progress(shows=rank == 0, bar=False, first_step=0, num_steps=config.profile, every=1)
     bench = _build(config, read_data(config), device)
     progress.say(
