@@ -33,7 +33,7 @@ def at_checkpoint(config: TrainConfig) -> TrainConfig:
         raise UserError(f"resume={config.resume!r} holds no checkpoint-N folder: give one, a run's folder, or auto")
     if folder.resolve() == Path(config.output_dir).resolve():
         return replace(config, resume="auto")
-    problems = []
+    problems: list[str] = []
     for checkpoint in reversed(checkpoints):
         problem = what_is_broken(checkpoint)
         if problem is None:

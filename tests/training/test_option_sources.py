@@ -176,7 +176,12 @@ def save_weights(folder):
 def make_checkpoints(folder, *steps):
     for step in steps:
         checkpoint.write_checkpoint(
-            folder, step, save_model=save_weights, optimizer_state={}, trainer_state={"state": {"step": step}}, keep=None
+            folder,
+            step,
+            save_model=save_weights,
+            optimizer_state={},
+            trainer_state={"state": {"step": step}},
+            keep=None,
         )
     return folder
 
