@@ -96,13 +96,13 @@ def test_while_a_model_is_loaded_it_just_ends(world, tmp_path, blocked):
     code = (
         "import sys, time, ctypes; from synpo_fast.training import start, stopping; from synpo_fast.train import main\n"
         "stopping.PATIENCE_S = 2\n"
-        f"def load(*_):\n    print('loading', flush=True)\n    while True: {wait}\n"
+        f"def load(*_):\n    print('at the model', flush=True)\n    while True: {wait}\n"
         "start.build_model = load\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     values = options(world, tmp_path / "out", **LONG)
     with started([sys.executable, "-c", code, *train_command(values)[3:]]) as process:
-        wait_for(lambda: "loading" in process.stdout.readline())
+        wait_for(lambda: "at the model" in process.stdout.readline())
         process.send_signal(signal.SIGINT if not blocked else signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == (143 if blocked else 130) and "Traceback" not in output
