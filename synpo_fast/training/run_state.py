@@ -129,6 +129,9 @@ class Saver:
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Raises ValueError, naming what differs, where resuming would not continue the run that was saved."""
+    model = saved.get("model_name_or_path")
+    if isinstance(model, str) and Path(model).is_dir():  # runs of earlier versions kept a relative path as it was given
+        saved = {**saved, "model_name_or_path": str(Path(model).absolute())}
     differing = [name for name in now if saved.get(name) != now[name]]
     if differing:
         what = "; ".join(f"{name} was {saved.get(name)!r}, now {now[name]!r}" for name in differing)

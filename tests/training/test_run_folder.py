@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from synpo_fast.training.checkpoint import list_checkpoints, newest_checkpoint, what_is_broken, write_checkpoint
 from synpo_fast.training.metrics import read_metrics
 from synpo_fast.training.run_lock import RunLock
+from synpo_fast.training.run_state import check_same_run
 from synpo_fast.training.superseded import set_aside, set_aside_lines
 from tests.training.world import environment, options, train_command
 
@@ -342,3 +343,12 @@ def test_two_runs_started_at_once(world, tmp_path):
     assert sorted(each.returncode for each in runs) == [0, 2], outputs
     assert sum("in use by another run" in text for text in outputs) == 1
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 41))
+
+
+def test_a_relative_model_path_of_an_earlier_version_is_the_same_model(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    now = {"model_name_or_path": str(tmp_path / "base"), "seed": 1}
+    check_same_run({"model_name_or_path": "base", "seed": 1}, now, tmp_path)
+    with pytest.raises(ValueError, match="model_name_or_path was 'other'"):
+        check_same_run({"model_name_or_path": "other", "seed": 1}, now, tmp_path)
