@@ -132,23 +132,21 @@ def test_where_leaving_out_is_not_possible_it_is_refused(world, tmp_path, more):
 
 
 SCRIPT = """
-import json, sys
+import sys
 import pytest
 from tests.training.test_out_of_memory import run_out
 from synpo_fast.train import main
-patch = pytest.MonkeyPatch()
-run_out(patch, set(json.loads(sys.argv[1])), sys.argv[2])
-sys.argv = [sys.argv[0], *(word for word in sys.argv[3:])]
-sys.exit(main(sys.argv[1:]))
+run_out(pytest.MonkeyPatch(), {names}, {where!r})
+sys.exit(main())
 """
 
 
 def launched(tmp_path, values, names, where, port):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT.format(names=names, where=where))
     command = train_command(values, num_ranks=2, port=port)
     at = next(index for index, word in enumerate(command) if word.endswith("train.py"))
-    return run([*command[:at], str(script), json.dumps(sorted(names)), where, *command[at + 1 :]], timeout=280)
+    return run([*command[:at], str(script), *command[at + 1 :]], timeout=280)
 
 
 @pytest.mark.heavy
