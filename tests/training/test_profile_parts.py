@@ -183,7 +183,7 @@ def test_everyone_follows_others_from_round_to_round():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"profile": -1}, "profile may not be negative, got -1"),
+        ({"profile": -1}, "profile is -1, expected at least 0"),
         ({"profile": 2, "resume": "auto"}, "leave resume"),
         ({"profile": 2, "overwrite_output_dir": True}, "overwrite_output_dir unset"),
     ],
