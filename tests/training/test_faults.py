@@ -124,9 +124,9 @@ def test_a_disk_that_fills_up_in_mid_run(world, tmp_path):
 
 def test_an_output_folder_that_can_not_be_written_stops_before_the_model_is_loaded(world, tmp_path):
     (tmp_path / "file").write_text("x")
-    without_weights = tmp_path / "base"
-    shutil.copytree(world / "base", without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
-    values = {**options(world, tmp_path / "file" / "out"), "model_name_or_path": str(without_weights)}
+    shutil.copytree(world / "base", tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_text("no weights: whoever reads them has come too far")
+    values = {**options(world, tmp_path / "file" / "out"), "model_name_or_path": str(tmp_path / "base")}
     done = run(train_command(values))
     assert done.returncode == 2 and "can not be written" in done.stderr
 
