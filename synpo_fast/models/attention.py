@@ -23,24 +23,66 @@ from synpo_fast.models.layout import RowLayout
 
 SEGMENTS, VARLEN = "synpo_fast_segments", "synpo_fast_varlen"
 IMPLEMENTATIONS = ("sdpa", "eager", SEGMENTS, VARLEN)
+# Model types whose layers keep keyword arguments from their attention, so that `packed` would not arrive.
+IGNORE_KEYWORDS = frozenset({"stablelm"})
+# What layers hand to any attention function, besides what is computed with here: a layout decides more than positions do.
+HARMLESS = frozenset({"scaling", "dropout", "position_ids", "cache_position"})
 FIRST_CAPABILITY = (8, 0)  # of flash attention, torch's and flash-attn's
 
 
-def choose(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The language model's attention for a device and the type of its weights, and why that one.
+def choose(wanted: str, device: torch.device, dtype: torch.dtype, config: Any = None) -> tuple[str, str]:
+    """The language model's attention for a device, the type of its weights and a model's config (None: any), and why that one.
 
-    Raises ValueError for an unknown name, and for flash attention (varlen) where it cannot run.
+    Raises ValueError for an unknown name, for flash attention (varlen) where it cannot run, and for what the model cannot use.
     """
     if wanted not in ("auto", *IMPLEMENTATIONS):
         raise UserError(f"attn_implementation must be auto or one of {', '.join(IMPLEMENTATIONS)}, got {wanted!r}")
     obstacle = flash_obstacle(device, dtype)
     if wanted == VARLEN and obstacle:
         raise UserError(f"attn_implementation={VARLEN!r} {obstacle}; take auto, or {SEGMENTS}")
+    usable, reason = (IMPLEMENTATIONS, "") if config is None else _usable(config)
+    if wanted not in ("auto", *usable):
+        raise UserError(f"attn_implementation={wanted!r} cannot be used: {reason}; take auto, or {' or '.join(usable)}")
+    if wanted == "auto" and reason:
+        return usable[0], f"{usable[0]} with a dense mask, because {reason}"
     if wanted in ("sdpa", "eager"):
         return wanted, f"{wanted} with a dense mask, as asked for"
     if wanted == SEGMENTS or obstacle:
         return SEGMENTS, f"{SEGMENTS}, " + (f"because {VARLEN} {obstacle}" if wanted == "auto" else "as asked for")
     return VARLEN, f"{VARLEN}, by {varlen_package()}, " + ("as asked for" if wanted == VARLEN else "the fastest here")
+
+
+def _usable(config: Any) -> tuple[tuple[str, ...], str]:
+    """Which implementations give a model's own result, the first one for auto, and why not the others ("": all do)."""
+    text = config.get_text_config()
+    if caps_scores(config):
+        return ("eager",), (
+            f"{text.model_type} caps the scores of its attention at {text.attn_logit_softcapping:g} "
+            "(attn_logit_softcapping), which eager alone does"
+        )
+    if text.model_type in IGNORE_KEYWORDS:
+        return ("sdpa", "eager"), f"the layers of {text.model_type} do not hand the row's layout on to their attention"
+    return IMPLEMENTATIONS, ""
+
+
+def caps_scores(config: Any) -> bool:
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
+def scale_and_dropout(options: dict[str, Any], *, harmless: frozenset[str]) -> tuple[float | None, float]:
+    """Out of the keyword arguments with which a layer calls its attention.
+
+    Raises ValueError for any other one that asks for something, such as a window or a cap: left out, it would change the result.
+    """
+    unknown = [
+        name for name, value in options.items() if name not in harmless and value is not None and value is not False
+    ]
+    if unknown:
+        asked = ", ".join(f"{name}={options[name]!r}" for name in unknown)
+        raise ValueError(
+            f"this attention does not know {asked[:200]}, which the model asks for: take attn_implementation=eager"
+        )
+    return options.get("scaling"), options.get("dropout") or 0.0
 
 
 def flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -131,7 +173,7 @@ def segments_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, packed: PackedRow, **options: Any
 ) -> tuple[Tensor, None]:
     """query [1, H, L, E], key and value [1, H_kv, L, E] -> [1, L, H, E]: one sdpa call a segment."""
-    scale, dropout = options.get("scaling"), options.get("dropout", 0.0)
+    scale, dropout = scale_and_dropout(options, harmless=HARMLESS)
     grouped = query.shape[1] != key.shape[1]
     outputs = []
     for segment in packed.layout.segments:
@@ -154,11 +196,11 @@ def varlen_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, packed: PackedRow, **options: Any
 ) -> tuple[Tensor, None]:
     """As segments_attention, through flash attention: no mask, memory linear in the row. GPU only."""
+    scale, dropout = scale_and_dropout(options, harmless=HARMLESS)
     run = _varlen_kernel()
     q = query[0].transpose(0, 1)  # [L, H, E]
     k, v = (tensor[0].transpose(0, 1).index_select(0, packed.key_index) for tensor in (key, value))
-    scale = options.get("scaling") or query.shape[-1] ** -0.5
-    out = run(q, k, v, packed, scale, options.get("dropout", 0.0))
+    out = run(q, k, v, packed, query.shape[-1] ** -0.5 if scale is None else scale, dropout)
     return out[None], None
 
 

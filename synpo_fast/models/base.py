@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from synpo_fast.models.rope_length import ropes_by_length
 from synpo_fast.models.video_frames import PixelRecipe, VideoProcessing, processing_with
 from synpo_fast.ops.video_patches import check_frames
 
@@ -188,6 +189,15 @@ class Family(abc.ABC):
         """Whether some layer carries a state past any mask, so that branches of one row would see each other."""
         return not attention_kinds(config) <= MASKED_ATTENTION
 
+    def why_apart(self, config: Any) -> str | None:
+        """Why each response has to be a row of its own, as the rest of a sentence that begins with the family's name; None:
+        responses and samples may share a row."""
+        if self.has_linear_attention(config):
+            return "has linear-attention layers, whose state would run from one branch into the next"
+        if ropes := ropes_by_length(config):
+            return f"has a rope of type {ropes[0]!r}, whose angles depend on how long the whole row is"
+        return None
+
     def _render(self, tokenizer: Any, content: Any) -> str:
         return tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -223,13 +233,23 @@ def token_ids_of(tokenizer: Any, pieces: Sequence[str | Sequence[int]]) -> tuple
     return tuple(ids)
 
 
+def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device and floating-point type of the first weight. A weight is a parameter, or a buffer in its place, as frozen ones
+    are that stay in fp32 while others train in 16 bits (training/fp32_parameters.py)."""
+    for owner in module.modules():
+        for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+            if tensor.is_floating_point() and name not in owner._non_persistent_buffers_set:
+                return tensor.device, tensor.dtype
+    raise AssertionError(f"{type(module).__name__} has no weights")
+
+
 def concatenated(tower: nn.Module, videos: Sequence[VideoInputs], names: Sequence[str]) -> dict[str, Tensor]:
     """The named arguments of all videos, concatenated along the first dimension, on the tower's device. Frames travel as
     uint8 and become pixels there, in the dtype that the tower casts them to first of all."""
-    parameter = next(tower.parameters())
+    device, dtype = place_of(tower)
     joined = {}
     for name in names:
-        parts = [video.argument(name, device=parameter.device, dtype=parameter.dtype) for video in videos]
+        parts = [video.argument(name, device=device, dtype=dtype) for video in videos]
         joined[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return joined
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synpo_fast.models.attention import caps_scores
 from synpo_fast.models.policy import Policy, Sample
+from synpo_fast.models.rope_length import fresh_frequencies
 
 
 @torch.no_grad()
@@ -27,7 +29,7 @@ def greedy_tokens(policy: Policy, sample: Sample, *, max_new_tokens: int, run_to
     was_training = policy.training
     policy.eval()
     try:
-        with _plain_attention(language_model):
+        with _plain_attention(language_model), fresh_frequencies(language_model):
             embeddings, positions, extra = _prompt_inputs(policy, sample)
             cache: Any = DynamicCache()
             tokens: list[int] = []
@@ -80,7 +82,7 @@ def _plain_attention(language_model: Any) -> Iterator[None]:
     """Packed rows have an attention of their own, which knows no cache."""
     config = language_model.config
     before = config._attn_implementation
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "eager" if caps_scores(config) else "sdpa"
     try:
         yield
     finally:

@@ -63,7 +63,7 @@ def load_policy(
     attention.register()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = _dtype(dtype, device)
-    implementation, reason = attention.choose(attn_implementation, device, dtype)
+    implementation, _ = attention.choose(attn_implementation, device, dtype)
     resolution = {"min_pixels": min_pixels, "max_pixels": max_pixels, "video_max_tokens": video_max_tokens}
     if name_or_path.startswith("tiny:"):
         model, tokenizer, family = _tiny(name_or_path.removeprefix("tiny:"), seed, tiny_options or {})
@@ -83,10 +83,7 @@ def load_policy(
     if policy.vision_attn_implementation is not None:
         policy.notes.append(f"attention of the vision tower: {policy.vision_attn_implementation}")
     policy.processing = processing if like is None else like.processing
-    if policy.can_share:
-        _check_layers(model.config, family.name)
-        family.language_model(model).config._attn_implementation = implementation
-        policy.notes.append(f"attention: {reason}")
+    _set_attention(policy, attn_implementation, device, dtype)
     if freeze_vision:
         policy.freeze_vision()
     if gradient_checkpointing:
@@ -175,6 +172,28 @@ def _known_family(name: str) -> Family:
     if family is None:
         raise UserError(f"unknown family in {name!r}, expected one of {', '.join(FAMILIES)}")
     return family
+
+
+def _set_attention(policy: Policy, wanted: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Makes the language model use it. Responses in rows of their own need no layout: there auto leaves transformers' choice."""
+    config: Any = policy.family.language_model(policy.base).config
+    why_apart = policy.why_apart
+    if why_apart is None:
+        _check_layers(policy.base.config, policy.family.name)
+        policy.attn_implementation, reason = attention.choose(wanted, device, dtype, policy.base.config)
+    elif wanted in (attention.SEGMENTS, attention.VARLEN):
+        raise UserError(
+            f"attn_implementation={wanted!r} is for rows that several responses share, and {policy.family.name} {why_apart}: "
+            "take auto, sdpa or eager"
+        )
+    else:
+        before = config._attn_implementation
+        policy.attn_implementation = before if wanted == "auto" else attention.choose(wanted, device, dtype, config)[0]
+        reason = (
+            f"{policy.attn_implementation}, each response in a row of its own, because {policy.family.name} {why_apart}"
+        )
+    config._attn_implementation = policy.attn_implementation
+    policy.notes.append(f"attention: {reason}")
 
 
 def _check_layers(config: Any, family: str) -> None:

@@ -11,6 +11,7 @@ Adapters, gradient checkpointing, frozen and trainable towers all go through thi
 import functools
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from synpo_fast.models import attention
 from synpo_fast.models.family import Family, VideoFeatures, VideoInputs
 from synpo_fast.models.head import Head, head_of
 from synpo_fast.models.layout import RowLayout, SampleLengths, plan_rows
+from synpo_fast.models.rope_length import ropes_by_length, whole_sequence
 from synpo_fast.models.row_inputs import RowInputs, row_inputs
 from synpo_fast.models.video_frames import VideoProcessing
 from synpo_fast.ops.copy_stream import CopyStream
@@ -88,9 +90,15 @@ class Policy(nn.Module):
         return self.base.get_input_embeddings().weight.device
 
     @property
+    def why_apart(self) -> str | None:
+        """Why each response runs as a row of its own, as the rest of a sentence that begins with the family's name; None: rows
+        are shared."""
+        return self.family.why_apart(self.base.config)
+
+    @property
     def can_share(self) -> bool:
-        """A state that runs along the row, as linear attention has, can not be kept from crossing into another branch."""
-        return not self.family.has_linear_attention(self.base.config)
+        """Whether responses and samples may share a row, without one changing the other."""
+        return self.why_apart is None
 
     def head(self) -> Head:
         return head_of(self.model)
@@ -105,8 +113,9 @@ class Policy(nn.Module):
 
     def forward(self, samples: Sequence[Sample], *, share_prefix: bool = True, pack: bool = True) -> Logps:
         """Token log-probs of every response of every sample, with autograd."""
-        if not self.can_share and (share_prefix or pack):
-            _say_once_that_nothing_is_shared(self.family.name)
+        why_apart = self.why_apart
+        if why_apart is not None and (share_prefix or pack):
+            _say_once_that_nothing_is_shared(self.family.name, why_apart)
             share_prefix = pack = False
         features = self.encode_videos(samples)
         plan = plan_rows(
@@ -183,9 +192,12 @@ class Policy(nn.Module):
             extra["attention_mask"] = attention.attention_mask(packed, self.attn_implementation, embeddings.dtype)
             if self.attn_implementation in (attention.SEGMENTS, attention.VARLEN):
                 extra["packed"] = packed
-        output = self.family.language_model(self.base)(
-            inputs_embeds=embeddings[None], position_ids=inputs.positions.unsqueeze(-2), use_cache=False, **extra
-        )
+        language_model = self.family.language_model(self.base)
+        by_length = bool(ropes_by_length(self.base.config))
+        with whole_sequence(language_model) if by_length else nullcontext():
+            output = language_model(
+                inputs_embeds=embeddings[None], position_ids=inputs.positions.unsqueeze(-2), use_cache=False, **extra
+            )
         return output.last_hidden_state[0]
 
     def _row_inputs(self, plan: Sequence[RowLayout], samples: Sequence[Sample]) -> list[RowInputs]:
@@ -240,9 +252,8 @@ def _video(sample: Sample) -> VideoInputs:
 
 
 @functools.cache
-def _say_once_that_nothing_is_shared(family: str) -> None:
+def _say_once_that_nothing_is_shared(family: str, why: str) -> None:
     warnings.warn(
-        f"{family} has linear-attention layers, whose state would run from one branch into the next: "
-        "prefix sharing and packing are off, each response runs as a row of its own",
+        f"{family} {why}: prefix sharing and packing are off, each response runs as a row of its own",
         stacklevel=3,
     )

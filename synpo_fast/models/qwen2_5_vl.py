@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner
+from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner, place_of
 from synpo_fast.models.chat_template import chatml_template
 from synpo_fast.models.tower_inputs import host_grids, tower_inputs
 from synpo_fast.models.video_frames import (
@@ -76,7 +76,7 @@ class Qwen25VL(Family):
             tower,
             grids,
             merge_size=tower.spatial_merge_size,
-            device=next(tower.parameters()).device,
+            device=place_of(tower)[0],
             windows=(tower.window_size, tower.patch_size),
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from synpo_fast.models.base import VideoFeatures, VideoInputs, concatenated, inner, token_ids_of
+from synpo_fast.models.base import VideoFeatures, VideoInputs, concatenated, inner, place_of, token_ids_of
 from synpo_fast.models.chat_template import chatml_template
 from synpo_fast.models.qwen2_5_vl import Qwen25VL, packing_of
 from synpo_fast.models.tower_inputs import host_grids, tower_inputs
@@ -96,7 +96,7 @@ class Qwen3VL(Qwen25VL):
             tower,
             grids,
             merge_size=tower.spatial_merge_size,
-            device=next(tower.parameters()).device,
+            device=place_of(tower)[0],
             interpolation=table,
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner, token_ids_of
+from synpo_fast.models.base import Family, VideoFeatures, VideoInputs, concatenated, inner, place_of, token_ids_of
 from synpo_fast.models.chat_template import chatml_template
 from synpo_fast.models.tower_inputs import host_grids, tower_inputs
 from synpo_fast.models.video_frames import (
@@ -80,7 +80,7 @@ class VideoLlama3(Family):
         if not videos:
             return []
         pixels = concatenated(inner(model).vision_model, videos, ("pixel_values_videos",))
-        device = next(model.parameters()).device
+        device = place_of(model)[0]
         grids = host_grids(videos)
         merge_sizes = torch.cat([video.tensors["video_merge_sizes"].cpu() for video in videos])
         made = tower_inputs(inner(model).vision_model, grids, merge_size=merge_sizes, device=device)

@@ -23,13 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from synpo_fast.errors import UserError
-from synpo_fast.models.attention import SEGMENTS, VARLEN, flash_obstacle
+from synpo_fast.models.attention import SEGMENTS, VARLEN, flash_obstacle, scale_and_dropout
 from synpo_fast.models.family import Family
 
 FLASH_ATTENTION_2 = "flash_attention_2"
 CHOICES = ("auto", "sdpa", "eager", SEGMENTS, VARLEN, FLASH_ATTENTION_2)
 # What transformers knows them by: "flash" in the name is what makes it hand over whole rows.
 REGISTERED = {SEGMENTS: "synpo_fast_vision_segments_as_flash", VARLEN: "synpo_fast_vision_varlen_as_flash"}
+# Of what layers hand over besides: the keys are the queries, and what both functions take is not in both signatures.
+HARMLESS = frozenset({"scaling", "dropout", "cu_seq_lens_k", "max_length_q", "max_length_k", "cuts", "position_ids"})
 LARGEST_HEAD = 256  # of flash attention, which also wants a multiple of 8
 
 
@@ -127,9 +129,10 @@ def _register() -> None:
 
 def segments_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
-    cu_seq_lens_q: Tensor, cuts: Sequence[Segments], scaling: float | None = None, dropout: float = 0.0, **options: Any,
+    cu_seq_lens_q: Tensor, cuts: Sequence[Segments], **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query, key, value [1, H, L, E] -> [1, L, H, E]. `cuts` comes with the tower's call: all ways in which it cuts its row."""
+    scaling, dropout = scale_and_dropout(options, harmless=HARMLESS)
     cut = next(cut for cut in cuts if cut.ends is cu_seq_lens_q)
     sizes = [length * count for length, count in cut.counts]
     rows = [tensor[0] for tensor in (query, key, value)]  # [H, L, E]
@@ -147,9 +150,10 @@ def segments_attention(
 
 def varlen_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
-    cu_seq_lens_q: Tensor, max_length_q: int, scaling: float | None = None, dropout: float = 0.0, **options: Any,
+    cu_seq_lens_q: Tensor, max_length_q: int, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The same in one call of flash attention, which finds the segments by their ends."""
+    scaling, dropout = scale_and_dropout(options, harmless=HARMLESS)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [L, H, E]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _kernel()(q, k, v, cu_seq_lens_q, max_length_q, scale, dropout)[None], None

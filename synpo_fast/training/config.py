@@ -51,7 +51,7 @@ class TrainConfig:
     attn_implementation: str = option(
         "auto",
         "auto, sdpa, eager, synpo_fast_segments or synpo_fast_varlen; auto: varlen for bf16 and fp16 on a GPU from capability "
-        "8.0 on, else segments",
+        "8.0 on, else segments; a dense mask for a model that needs one",
     )
     vision_attn_implementation: str = option(
         "auto",

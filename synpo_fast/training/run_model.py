@@ -56,10 +56,10 @@ def build_model(config: TrainConfig, data: RunData, device: torch.device, checkp
     dtype = training_dtype(config, device)
     say(f"loading model {config.model_name_or_path}")
     policy = _load(config, config.model_name_or_path, device, dtype)
-    if config.zero_stage == 3 and not policy.can_share:
+    if config.zero_stage == 3 and policy.why_apart is not None:
         raise UserError(
-            f"{policy.family.name} has linear-attention layers, so responses run as rows of their own, and zero_stage=3 "
-            "needs the same number of rows on every device: use zero_stage=2"
+            f"{policy.family.name} {policy.why_apart}: responses run as rows of their own, and zero_stage=3 "
+            "needs the same number of rows on every device; use zero_stage=2"
         )
     if config.use_peft:
         torch.manual_seed(config.seed)  # the adapter's first weights

@@ -196,7 +196,7 @@ def test_bad_pairs_are_named(fields, message):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("tiny:gpt5", {}, "unknown family 'gpt5'"),
+        ("tiny:gpt5", {}, "unknown family in 'tiny:gpt5', expected one of qwen2_5_vl"),
         ("tiny:text", {"attn_implementation": "flash_attention_2"}, "must be auto or one of sdpa, eager"),
         ("tiny:text", {"attn_implementation": "synpo_fast_varlen", "device": "cpu"}, "needs a CUDA device"),
         ("tiny:text", {"liger_kernels": True, "device": "cpu"}, "liger_kernels=True needs a CUDA device"),
