@@ -2,7 +2,8 @@
 
 Some models declare such parameters (`_keep_in_fp32_modules`), and from_pretrained loads them so. DeepSpeed's engine casts every
 parameter to the type that trains and leaves buffers alone. So frozen ones become buffers: same name, same place in the model
-and in its state_dict, same values.
+and in its state_dict, same values. transformers reads a model's `dtype` from its first parameter and casts pixels to it: parts of
+the model that begin with such a buffer go on telling its type.
 """
 
 from __future__ import annotations
@@ -26,12 +27,35 @@ def keep_from_casting(module: nn.Module, dtype: torch.dtype) -> list[str]:
             "all that it trains in one type: train an adapter (use_peft=true), or in fp32 (bf16=false)"
         )
     kept = {id(parameter) for _, parameter in others}
+    told = _parts_that_begin_with(kept, module)
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) in kept:
                 delattr(owner, name)
                 owner.register_buffer(name, parameter.detach())
+    for part, weight in told:
+        _tell(part, weight.dtype, weight.device)
     return [name for name, _ in others]
+
+
+def _parts_that_begin_with(kept: set[int], module: nn.Module) -> list[tuple[nn.Module, torch.Tensor]]:
+    """transformers' models inside `module`, the tower for one, with their first parameter, where that is one to keep."""
+    from transformers import PreTrainedModel
+
+    parts = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    firsts = [(part, next((p for p in part.parameters() if p.is_floating_point()), None)) for part in parts]
+    return [(part, first) for part, first in firsts if first is not None and id(first) in kept]
+
+
+def _tell(part: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Properties of the class cannot be set on a model: it gets a class of its own, of the same name."""
+    kind = type(part)
+    told = {
+        "dtype": property(lambda self: dtype),
+        "device": property(lambda self: device),
+        "__module__": kind.__module__,
+    }
+    part.__class__ = type(kind.__name__, (kind,), told)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ from synpo_fast.training.lora import add_lora
 from synpo_fast.training.model_files import save_model_files, whole_weights
 from synpo_fast.training.pair_module import PairModule
 from synpo_fast.training.run_model import RunModel, build_engine
+from tests.models.families import VIDEO_FAMILIES
 from tests.models.test_low_precision import SIZES, SLACK, composite_logps, long_sample, theirs
 from tests.training.world import options
 
@@ -118,6 +119,20 @@ def test_frozen_parameters_that_are_declared_stay_in_fp32(newline_in_fp32, group
     save_model_files(policy, tmp_path, whole_weights(engine, trained_only=False), adapter=False, source="tiny:x")
     again = load_policy(str(tmp_path), dtype=torch.bfloat16, device="cpu")
     assert torch.equal(again.base.model.image_newline, before)
+
+
+@pytest.mark.parametrize("name", VIDEO_FAMILIES)
+def test_a_frozen_tower_in_fp32_gives_the_same_features_inside_the_engine(group, name):
+    """A tower that a model declares to stay in fp32 as a whole has no parameters left there, and pixels that are not rounded."""
+    policy = load_policy(f"tiny:{name}", dtype=torch.bfloat16, device="cpu")
+    for module in policy.family.vision_modules(policy.base):
+        module.float()
+    sample = long_sample(policy, 200, with_video=True)
+    (before,) = policy.encode_videos([sample])
+    engine_of(policy, 2)
+    assert not list(policy.family.vision_modules(policy.base)[0].parameters())
+    (after,) = policy.encode_videos([sample])
+    assert torch.equal(after.features, before.features) and after.features.dtype == torch.float32
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
