@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,28 @@ PROCESSOR_FILES = (
 )  # fmt: skip
 
 
-def whole_weights(engine: Engine, *, trained_only: bool) -> dict[str, Tensor]:
+def fp32_weights(optimizer_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All that trains, from what Engine.optimizer_state returned: the optimiser's own weights, not rounded to 16 bits."""
+    suffix = ".master"
+    return {name.removesuffix(suffix): value for name, value in optimizer_state.items() if name.endswith(suffix)}
+
+
+def whole_weights(engine: Engine) -> dict[str, Tensor]:
     """Weights by name, on rank 0's CPU; {} on the others. All ranks call it: ZeRO-3 gathers one parameter at a time."""
     weights: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
-        if trained_only and not parameter.requires_grad:
-            continue
         with engine.gathered([parameter]):
             if engine.rank == 0:
                 weights[name] = parameter.detach().to("cpu", copy=True)
-    if engine.rank == 0 and not trained_only:
+    if engine.rank == 0:
         buffers = {name: buffer.detach().cpu() for name, buffer in _persistent_buffers(engine.module)}
         weights.update(buffers)
     return weights
 
 
 def save_model_files(policy: Policy, folder: Path, weights: dict[str, Tensor], *, adapter: bool, source: str) -> None:
-    """`weights` as whole_weights returns them. `source`: where the model came from, for its processor's files."""
+    """`weights` as whole_weights or, for an adapter, fp32_weights returns them. `source`: where the model came from, for its
+    processor's files."""
     if adapter:
         save_adapter(policy, folder, weights)
     else:

@@ -21,7 +21,7 @@ from synpo_fast.training.checkpoint import CheckpointError, folder_of, write_che
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.engine import Engine
 from synpo_fast.training.metrics import Window
-from synpo_fast.training.model_files import save_model_files, whole_weights
+from synpo_fast.training.model_files import fp32_weights, save_model_files, whole_weights
 from synpo_fast.training.rank_zero import on_rank_zero
 from synpo_fast.training.run_folder import step_of_line
 
@@ -74,8 +74,9 @@ class Saver:
 
     def save(self, engine: Engine, state: RunState) -> None:
         """All ranks call it; rank 0 writes. Raises CheckpointError on every rank if it could not."""
-        weights = whole_weights(engine, trained_only=self.config.use_peft)
         optimizer_state = engine.optimizer_state()
+        # An adapter is saved in fp32, as peft's users have it; a whole model in the type it trains in, as large as it was.
+        weights = fp32_weights(optimizer_state) if self.config.use_peft else whole_weights(engine)
         problem = [self.failure]
         if engine.rank == 0 and self.failure is None:
             try:

@@ -116,7 +116,7 @@ def test_frozen_parameters_that_are_declared_stay_in_fp32(newline_in_fp32, group
     assert engine.step(1e-2).applied
     assert torch.equal(policy.base.model.image_newline, before)
     # A checkpoint of full fine-tuning holds it, in its type.
-    save_model_files(policy, tmp_path, whole_weights(engine, trained_only=False), adapter=False, source="tiny:x")
+    save_model_files(policy, tmp_path, whole_weights(engine), adapter=False, source="tiny:x")
     again = load_policy(str(tmp_path), dtype=torch.bfloat16, device="cpu")
     assert torch.equal(again.base.model.image_newline, before)
 
@@ -183,3 +183,20 @@ def test_resumed_full_fine_tuning_in_bf16_has_the_same_model(world, tmp_path, in
     ends = [load_file(tmp_path / name / "checkpoint-000004" / "model.safetensors") for name in ("whole", "part")]
     assert {tensor.dtype for tensor in ends[0].values()} == {torch.bfloat16}
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_an_adapter_trained_in_bf16_is_saved_in_fp32_and_resumes_bit_for_bit(world, tmp_path, in_one_process):
+    """The optimiser's own weights are what is saved; rounded, they are the ones that trained."""
+    common = {"bf16": True, "loss_type": "dpo", "learning_rate": 3e-4, "max_steps": 4}
+    in_one_process(options(world, tmp_path / "whole", save_steps=2, **common))
+    half = tmp_path / "whole" / "checkpoint-000002"
+    in_one_process(options(world, tmp_path / "part", resume=str(half), **common))
+    ends = [
+        load_file(tmp_path / name / "checkpoint-000004" / "adapter_model.safetensors") for name in ("whole", "part")
+    ]
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert {tensor.dtype for tensor in ends[0].values()} == {torch.float32}
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in ends[0].values())
+    state = load_file(tmp_path / "whole" / "checkpoint-000004" / "state" / "optimizer.safetensors")
+    masters = sorted(float(value.double().sum()) for name, value in state.items() if name.endswith(".master"))
+    assert masters == sorted(float(value.double().sum()) for value in ends[0].values())
