@@ -95,6 +95,64 @@ def test_the_engine_runs_the_model_that_transformers_loads(saved, group, name, l
     assert error <= (1e-5 if dtype == torch.float32 else SLACK * allowed)
 
 
+@pytest.fixture(scope="module")
+def adapted(saved, tmp_path_factory):
+    """A policy with an adapter that does something; a sample, its fp32 log-probs and peft's error in bf16, the adapter loaded by
+    peft into transformers' own model."""
+    from peft import PeftModel
+
+    folder, *_ = saved("qwen2_5_vl", 2000)
+    adapter = tmp_path_factory.mktemp("adapter")
+
+    def make(dtype):
+        policy = load_policy(folder, dtype=dtype, device="cpu")
+        add_lora(policy, r=8, alpha=16, dropout=0.0)
+        g = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                if "lora_" in name:  # both: peft's first values follow another generator
+                    parameter.copy_(torch.randn(parameter.shape, generator=g).mul_(0.1).bfloat16())
+        return policy
+
+    def peft_logps(dtype):
+        # In the type of the model, as it trains here (peft alone would compute adapters in fp32).
+        model = PeftModel.from_pretrained(
+            theirs("qwen2_5_vl", folder, dtype), str(adapter), autocast_adapter_dtype=False
+        )
+        return composite_logps("qwen2_5_vl", model.get_base_model(), sample)
+
+    policy = make(torch.float32)
+    policy.model.save_pretrained(adapter)
+    sample = long_sample(policy, 2000, with_video=True, responses=(300, 200))
+    truth = peft_logps(torch.float32)
+    assert (
+        truth - composite_logps("qwen2_5_vl", theirs("qwen2_5_vl", folder, torch.float32), sample)
+    ).abs().mean() > 0.1
+    return make, sample, truth, float((peft_logps(torch.bfloat16) - truth).abs().mean())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_engine_runs_an_adapter_as_peft_does(adapted, group, stage):
+    make, sample, truth, allowed = adapted
+    policy = make(dtype_at(stage))
+    module = Scores(policy, config_of(stage))
+    engine = build_engine(config_of(stage), RunModel(policy, module, dtype_at(stage)))
+    with torch.no_grad():
+        error = float((engine.forward([sample]).double() - truth).abs().mean())
+    assert error <= (1e-5 if stage == 0 else SLACK * allowed)
+
+
+def test_an_adapter_rounded_to_fp8_would_be_noticed(adapted):
+    make, sample, truth, allowed = adapted
+    policy = make(torch.bfloat16)
+    for name, parameter in policy.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(torch.float8_e4m3fn).to(parameter.dtype)
+    with torch.no_grad():
+        error = float((torch.cat(policy([sample])[0]).double() - truth).abs().mean())
+    assert error > 1.5 * SLACK * allowed
+
+
 @pytest.fixture
 def newline_in_fp32(monkeypatch):
     """A LLaVA-OneVision that declares its newline, a parameter of the model itself, to stay in fp32."""
