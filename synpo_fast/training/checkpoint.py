@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from synpo_fast.errors import UserError
-from synpo_fast.training.superseded import set_aside
+from synpo_fast.training.superseded import delete, set_aside
 
 NAME = re.compile(r"checkpoint-(\d+)")
 COMPLETE, STATE, CONFIG = "complete.json", "state", "config.json"
@@ -106,20 +106,41 @@ def newest_and_broken(output_dir: Path) -> tuple[Path | None, list[tuple[Path, s
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """By step, the oldest first. Half-written ones have another name and are not among them."""
+    """By step, the oldest first. Half-written ones have another name and are not among them.
+
+    Links that lead nowhere are: what they stand for may be on a disk that is not mounted.
+    """
     if not output_dir.is_dir():
         return []
-    found = [path for path in output_dir.iterdir() if path.is_dir() and NAME.fullmatch(path.name)]
-    return sorted(found, key=_step_of)
+    return sorted((path for path in output_dir.iterdir() if NAME.fullmatch(path.name)), key=_step_of)
+
+
+def why_no_folder(path: Path) -> str | None:
+    """What stands in the place of a folder: nothing, a file, a link that leads nowhere. None for a folder."""
+    if path.is_dir():
+        return None
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {os.readlink(path)}, which is not there"
+    return "is a file, not a folder" if path.exists() else "is not there"
 
 
 def what_is_broken(folder: Path) -> str | None:
     """None for a checkpoint that a run can go on from. Reads weights and state once."""
+    if (instead := why_no_folder(folder)) is not None:
+        return instead
+    if not is_ours(folder):
+        return f"was not written by this trainer (it has no {COMPLETE} and no {STATE}/)"
     try:
         files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
         sealed = {name: (size, digest) for name, (size, digest) in files.items() if is_needed(name)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{COMPLETE} can not be read ({error})"
+    except FileNotFoundError:
+        return f"{COMPLETE} is missing"
+    except OSError as error:
+        return f"{COMPLETE} cannot be read ({error.strerror})"
+    except (json.JSONDecodeError, KeyError):
+        return f"{COMPLETE} is empty or cut off"
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return f"{COMPLETE} cannot be read: it does not list files with their sizes and digests"
     missing = {f"{STATE}/{name}" for name in STATE_FILES} - set(sealed)
     if missing or not any(name.endswith(".safetensors") and not name.startswith(STATE) for name in sealed):
         return f"{COMPLETE} names no {', '.join(sorted(missing)) or 'weights'}"
@@ -134,8 +155,12 @@ def what_is_broken(folder: Path) -> str | None:
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
-            return f"{name} can not be read ({error.strerror})"
+            return f"{name} cannot be read ({error.strerror})"
+        except ValueError:  # no name of a file: it holds NUL
+            return f"{COMPLETE} cannot be read: it names a file {name!r}"
     named, step = NAME.fullmatch(folder.name), step_in(folder)
+    if step is None:
+        return f"its state cannot be read: {STATE}/trainer.json names no step"
     if named is not None and step != int(named.group(1)):
         return f"it is a renamed copy: its state is that of step {step}"
     return None
@@ -154,7 +179,8 @@ def is_ours(folder: Path) -> bool:
 
 def step_in(folder: Path) -> int | None:
     """The optimiser steps that a checkpoint's state has behind it, whatever the folder is called."""
-    step = _trainer_state(folder).get("state", {}).get("step")
+    state = _trainer_state(folder).get("state")
+    step = state.get("step") if isinstance(state, dict) else None
     return step if isinstance(step, int) else None
 
 
@@ -162,7 +188,7 @@ def _trainer_state(folder: Path) -> dict[str, Any]:
     """{} if it can not be read."""
     try:
         found = json.loads((folder / STATE / "trainer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -171,7 +197,7 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Optimiser and trainer state. Raises CheckpointError if the checkpoint is not whole."""
     from safetensors.torch import load_file
 
-    problem = what_is_broken(folder) if folder.is_dir() else "there is no such folder"
+    problem = what_is_broken(folder)
     if problem is not None:
         raise CheckpointError(f"can not resume from {folder}: {problem}")
     state = load_file(folder / STATE / "optimizer.safetensors")
@@ -180,23 +206,34 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def remove_checkpoints(output_dir: Path) -> None:
     """All that this trainer wrote, half-written and half-deleted ones too."""
-    for folder in list_checkpoints(output_dir):
-        if is_ours(folder):
-            _remove(folder)
-    for folder in output_dir.glob("checkpoint-*"):
-        if LEFT_OVER.fullmatch(folder.name):
-            shutil.rmtree(folder)
+    checkpoints, left_over = removed_checkpoints(output_dir)
+    for folder in checkpoints:
+        _remove(folder)
+    for folder in left_over:
+        delete(folder)
+
+
+def removed_checkpoints(output_dir: Path) -> tuple[list[Path], list[Path]]:
+    """The checkpoints and the leftovers that remove_checkpoints deletes: of links just the link, also where it leads nowhere."""
+    checkpoints = [path for path in list_checkpoints(output_dir) if is_ours(path) or _leads_nowhere(path)]
+    return checkpoints, [path for path in output_dir.glob("checkpoint-*") if LEFT_OVER.fullmatch(path.name)]
+
+
+def _leads_nowhere(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
 
 
 def check_writable(output_dir: Path) -> None:
     """Raises ValueError now rather than after the first hundred steps."""
+    if os.path.lexists(output_dir) and (instead := why_no_folder(output_dir)) is not None:
+        raise UserError(f"output_dir={str(output_dir)!r} {instead}: give another one, or move that away")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=output_dir, prefix=".writable") as probe:
             probe.write(b"x" * 4096)
             probe.flush()
     except OSError as error:
-        raise UserError(f"output_dir={str(output_dir)!r} can not be written: {error}") from error
+        raise UserError(f"output_dir={str(output_dir)!r} cannot be written: {error}") from error
 
 
 def _save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -241,7 +278,8 @@ def _prune(output_dir: Path, keep: int | None, *, kept: set[Path], run: str | No
     are never deleted, and count."""
     for folder in output_dir.glob(f"checkpoint-*{REMOVED}"):  # of a run that was killed meanwhile
         if LEFT_OVER.fullmatch(folder.name):
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                delete(folder)
     if keep is None:
         return
     found = [each for each in list_checkpoints(output_dir) if _is_of(each, run)]
@@ -259,13 +297,13 @@ def _is_of(folder: Path, run: str | None) -> bool:
 
 def _remove(folder: Path) -> None:
     """In one move: a kill leaves a checkpoint that is whole, or none."""
-    if folder.is_symlink():  # what it points to is not this folder's
-        folder.unlink()
-    elif folder.exists():
-        removed = folder.with_name(folder.name + REMOVED)
-        shutil.rmtree(removed, ignore_errors=True)
-        folder.rename(removed)
-        shutil.rmtree(removed)
+    if folder.is_symlink() or not folder.is_dir():  # what a link points to is not this folder's
+        delete(folder)
+        return
+    removed = folder.with_name(folder.name + REMOVED)
+    delete(removed)
+    folder.rename(removed)
+    delete(removed)
 
 
 def _step_of(folder: Path) -> int:

@@ -25,6 +25,7 @@ from synpo_fast.training.checkpoint import (
     remove_checkpoints,
     step_in,
     what_is_broken,
+    why_no_folder,
 )
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.config_sources import read_yaml
@@ -46,7 +47,7 @@ class Start:
 
     def in_folder_of(self, config: TrainConfig) -> bool:
         """Whether the run of that very folder goes on."""
-        return self.checkpoint is not None and self.checkpoint.resolve().parent == Path(config.output_dir).resolve()
+        return self.checkpoint is not None and _lies_in(self.checkpoint, Path(config.output_dir))
 
 
 def choose_start(config: TrainConfig) -> Start:
@@ -57,7 +58,8 @@ def choose_start(config: TrainConfig) -> Start:
         start = _newest(folder)
     elif config.resume is not None:
         start = _given(config, folder, Path(config.resume))
-    elif list_checkpoints(folder) and not config.overwrite_output_dir:
+    elif (found := list_checkpoints(folder)) and not config.overwrite_output_dir:
+        _refuse_others(folder, found)
         raise UserError(f"output_dir={config.output_dir!r} holds checkpoints: go on with --resume auto, or {ANEW}")
     if config.load_best_model_at_end:
         check_place(folder, may_replace=config.overwrite_output_dir or start.in_folder_of(config))
@@ -67,6 +69,7 @@ def choose_start(config: TrainConfig) -> Start:
 def _newest(folder: Path) -> Start:
     newest, broken = newest_and_broken(folder)
     if newest is None and broken:
+        _refuse_others(folder, [each for each, _ in broken])
         reasons = "; ".join(f"{each.name}: {problem}" for each, problem in broken)
         count = "its only checkpoint" if len(broken) == 1 else f"none of its {len(broken)} checkpoints"
         raise UserError(
@@ -76,13 +79,28 @@ def _newest(folder: Path) -> Start:
     return Start(newest, broken)
 
 
+def _refuse_others(folder: Path, found: list[Path]) -> None:
+    """Raises UserError where no checkpoint is one of this trainer's: Hugging Face's has checkpoint-N folders, too."""
+    if all(each.is_dir() and not is_ours(each) for each in found):
+        what = "which was" if len(found) == 1 else "which were"
+        raise UserError(
+            f"output_dir={str(folder)!r} holds {', '.join(each.name for each in found)}, {what} not written by this trainer: "
+            "give another output_dir, or move that away; --overwrite_output_dir starts beside it and leaves it as it is"
+        )
+
+
+def _lies_in(checkpoint: Path, folder: Path) -> bool:
+    """Under any name, and where the folder holds just a link to it."""
+    return folder.resolve() in (checkpoint.resolve().parent, checkpoint.parent.resolve())
+
+
 def _given(config: TrainConfig, folder: Path, found: Path) -> Start:
-    if not found.is_dir():
-        raise UserError(f"resume={config.resume!r} is not a folder: give a checkpoint-N folder, or auto")
+    if (instead := why_no_folder(found)) is not None:
+        raise UserError(f"resume={config.resume!r} {instead}: give a checkpoint-N folder, or auto")
     problem = what_is_broken(found)
     if problem is not None:
         raise CheckpointError(f"can not resume from {found}: {problem}")
-    if found.resolve().parent != folder.resolve():
+    if not _lies_in(found, folder):
         if list_checkpoints(folder):
             raise UserError(
                 f"resume={config.resume!r} is of another folder, and output_dir={config.output_dir!r} holds checkpoints of "
@@ -153,7 +171,7 @@ def step_of_line(line: str) -> float:
     """A line that a kill has cut off is of no step that is to be kept."""
     try:
         return int(json.loads(line).get("step", 0))
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return math.inf
 
 

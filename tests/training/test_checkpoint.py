@@ -144,8 +144,11 @@ def test_a_disk_that_fills_up(tmp_path):
 
 def test_a_folder_that_can_not_be_written_is_found_at_the_start(tmp_path):
     (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "file", tmp_path / "file" / "under"):
-        with pytest.raises(ValueError, match="can not be written"):
+    for path, said in (
+        (tmp_path / "file", "is a file, not a folder"),
+        (tmp_path / "file" / "under", "cannot be written"),
+    ):
+        with pytest.raises(ValueError, match=said):
             check_writable(path)
     check_writable(tmp_path / "new" / "folder")
     assert not list((tmp_path / "new" / "folder").iterdir())

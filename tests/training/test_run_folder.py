@@ -253,8 +253,8 @@ def test_a_checkpoint_is_never_written_over_another(tmp_path):
     ("change", "reason"),
     [
         (lambda folder: (folder / "complete.json").write_text('{"files": {}}'), "names no state/optimizer"),
-        (lambda folder: (folder / "complete.json").write_text('{"files": {"a": 1, "state/x": 2}}'), "can not be read"),
-        (lambda folder: (folder / "complete.json").write_text('{"files": []}'), "can not be read"),
+        (lambda folder: (folder / "complete.json").write_text('{"files": {"a": 1, "state/x": 2}}'), "cannot be read"),
+        (lambda folder: (folder / "complete.json").write_text('{"files": []}'), "cannot be read"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""), "0 bytes, 100 were written"),
         (lambda folder: folder.rename(folder.with_name("checkpoint-000009")), "renamed copy: its state is that of step 3"),
     ],

@@ -1,0 +1,222 @@
+"""Folders in which something is broken: dangling links, wrong files, a full disk. Nothing is lost or begun anew unseen."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from synpo_fast.errors import UserError
+from synpo_fast.training import superseded
+from synpo_fast.training.checkpoint import (
+    COMPLETE,
+    check_writable,
+    list_checkpoints,
+    newest_checkpoint,
+    remove_checkpoints,
+    what_is_broken,
+    write_checkpoint,
+)
+from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.resume_choice import at_checkpoint
+from synpo_fast.training.run_folder import choose_start, step_of_line
+from synpo_fast.training.superseded import set_aside, set_aside_lines
+
+
+def write(folder, step, **more):
+    def save_model(into):
+        (into / "adapter_model.safetensors").write_bytes(b"x" * 100)
+
+    state = {"state": {"step": step}, **more}
+    return write_checkpoint(folder, step, save_model=save_model, optimizer_state={}, trainer_state=state, keep=None)
+
+
+def config_of(folder, **more):
+    values = {"model_name_or_path": "base", "train_file": "pairs.jsonl", "output_dir": str(folder), **more}
+    return TrainConfig(**values)
+
+
+def start_of(folder, **more):
+    return choose_start(at_checkpoint(config_of(folder, **more)))
+
+
+def reseal(folder, name, text):
+    """Another content of a file, with the digest that belongs to it."""
+    from synpo_fast.training.checkpoint import _digest
+
+    (folder / name).write_text(text)
+    facts = json.loads((folder / COMPLETE).read_text())
+    facts["files"][name] = [(folder / name).stat().st_size, _digest(folder / name)]
+    (folder / COMPLETE).write_text(json.dumps(facts))
+
+
+def test_checkpoints_that_are_links_to_what_is_gone_are_no_reason_to_begin_anew(tmp_path, caplog):
+    run, store = tmp_path / "run", tmp_path / "store"
+    for step in (2, 4):
+        write(store, step)
+    run.mkdir()
+    for step in (2, 4):
+        (run / f"checkpoint-{step:06d}").symlink_to(f"../store/checkpoint-{step:06d}")
+    store.rename(tmp_path / "unmounted")
+    with pytest.raises(
+        UserError, match=r"checkpoint-000004: is a link to \.\./store/checkpoint-000004, which is not there"
+    ):
+        start_of(run, resume="auto")
+    with pytest.raises(UserError, match="holds checkpoints"):
+        start_of(run)
+    (tmp_path / "unmounted").rename(store)
+    assert start_of(run, resume="auto").checkpoint == run / "checkpoint-000004"
+    (store / "checkpoint-000004").rename(tmp_path / "away")
+    assert newest_checkpoint(run) == run / "checkpoint-000002"
+    assert "passing over" in caplog.text and "which is not there" in caplog.text
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_said(tmp_path):
+    (tmp_path / "checkpoint-000002").write_text("x")
+    (only,) = list_checkpoints(tmp_path)
+    assert what_is_broken(only) == "is a file, not a folder"
+    with pytest.raises(UserError, match="is a file"):
+        start_of(tmp_path, resume="auto")
+
+
+def test_a_link_that_makes_room_still_leads_to_its_target(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint-000003").symlink_to("../store/old")
+    write(run, 3)
+    write(tmp_path / "store", 1).rename(tmp_path / "store" / "old")
+    assert (run / "superseded" / "checkpoint-000003" / COMPLETE).is_file()
+    assert not (run / "checkpoint-000003").is_symlink()
+
+
+def test_checkpoints_of_another_trainer_are_not_called_a_run_of_ours(tmp_path):
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "checkpoint-500" / "trainer_state.json").write_text("{}")
+    for more in ({"resume": "auto"}, {}):
+        with pytest.raises(UserError, match=r"checkpoint-500.*not written by this trainer") as raised:
+            start_of(tmp_path, **more)
+        assert "holds a run" not in str(raised.value) and "output_dir" in str(raised.value)
+    assert start_of(tmp_path, overwrite_output_dir=True).checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        (COMPLETE, "", "complete.json is empty or cut off"),
+        (COMPLETE, "{}", "complete.json is empty or cut off"),
+        (COMPLETE, '{"files": {"state/tr', "complete.json is empty or cut off"),
+        (COMPLETE, '{"files": 3}', "complete.json cannot be read"),
+        ("state/trainer.json", '{"state": []}', "its state cannot be read"),
+        ("state/trainer.json", "[]", "its state cannot be read"),
+        ("state/trainer.json", '{"state": {"step": 1e999}}', "its state cannot be read"),
+    ],
+)
+def test_a_broken_file_of_a_checkpoint_is_told_in_words(tmp_path, name, text, reason):
+    folder = write(tmp_path, 3)
+    if name == COMPLETE:
+        (folder / name).write_text(text)
+    else:
+        reseal(folder, name, text)
+    assert reason in what_is_broken(folder)
+    with pytest.raises(UserError, match="its only checkpoint is not whole"):
+        start_of(tmp_path, resume="auto")
+
+
+def test_a_name_that_no_file_can_have_is_a_broken_checkpoint(tmp_path):
+    folder = write(tmp_path, 3)
+    facts = json.loads((folder / COMPLETE).read_text())
+    facts["files"]["state/a\0b"] = [1, "x"]
+    (folder / COMPLETE).write_text(json.dumps(facts))
+    assert "complete.json cannot be read" in what_is_broken(folder)
+
+
+def test_a_line_of_no_step_that_a_run_can_have_is_not_kept():
+    for line in ('{"step": 1e999}', '{"step": NaN}', '{"step": [1]}', "[1]", '{"st', "[" * 100000):
+        assert step_of_line(line) == float("inf"), line[:20]
+    assert step_of_line('{"step": 3}') == 3
+
+
+def test_links_named_like_leftovers_are_unlinked(tmp_path):
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    write(run, 2)
+    mine.mkdir()
+    (mine / "notes").write_text("x")
+    for name in ("checkpoint-14.partial", "checkpoint-000002.removed", "checkpoint-9.partial.removed"):
+        (run / name).symlink_to(mine)
+    (run / "checkpoint-3.partial").write_text("a file")
+    (run / "checkpoint-000007").symlink_to("nowhere")
+    remove_checkpoints(run)
+    assert list(run.iterdir()) == [] and (mine / "notes").exists()
+
+
+def test_leftovers_that_are_links_or_files_do_not_stop_a_save(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "checkpoint-000001.partial").write_text("a file")
+    (tmp_path / "checkpoint-000002.partial").symlink_to(tmp_path / "mine")
+    (tmp_path / "checkpoint-000003.partial").symlink_to("nowhere")
+    for step in (1, 2, 3):
+        assert what_is_broken(write(tmp_path, step)) is None
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+class FullDisk:
+    """A stream that takes some characters and then no more, as a disk that fills up."""
+
+    def __init__(self, stream, room):
+        self.stream, self.room = stream, room
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.stream.close()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def writelines(self, lines):
+        self.stream.write("".join(lines)[: self.room])
+        self.stream.flush()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_leaves_no_half_line_and_a_retry_no_line_twice(tmp_path, monkeypatch):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("keep 1\nmove 2\nmove 3\n")
+    kept = tmp_path / "superseded" / "metrics.jsonl"
+    kept.parent.mkdir()
+    kept.write_text("earlier")  # an earlier version's half line
+    whole = Path.open
+
+    def open_on_a_full_disk(path, mode="r", **more):
+        stream = whole(path, mode, **more)
+        return FullDisk(stream, 9) if mode[0] in "aw" else stream
+
+    monkeypatch.setattr(Path, "open", open_on_a_full_disk)
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"No space left on device: '.*superseded/metrics\.jsonl'"):
+            set_aside_lines(file, lambda line: line.startswith("keep"))
+        assert kept.read_text() == "earlier" and file.read_text() == "keep 1\nmove 2\nmove 3\n"
+    monkeypatch.undo()
+    assert set_aside_lines(file, lambda line: line.startswith("keep")) == 2
+    assert kept.read_text() == "earlier\nmove 2\nmove 3\n" and file.read_text() == "keep 1\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", superseded.FOLDER]
+
+
+def test_a_file_called_superseded_is_said(tmp_path):
+    (tmp_path / "superseded").write_text("mine")
+    (tmp_path / "a").write_text("x")
+    with pytest.raises(UserError, match=r"superseded.* is a file.*move it away"):
+        set_aside(tmp_path / "a")
+    with pytest.raises(UserError, match=r"superseded.* is a file.*move it away"):
+        set_aside_lines(tmp_path / "a", lambda line: False)
+
+
+def test_an_output_folder_that_is_none_is_said(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        check_writable(tmp_path / "file")
+    with pytest.raises(UserError, match=r"is a link to .*gone, which is not there"):
+        check_writable(tmp_path / "link")
