@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,18 +33,31 @@ from synpo_fast.training.config_sources import read_yaml
 from synpo_fast.training.superseded import FOLDER, free_name, set_aside, set_aside_lines
 
 CONFIG, METRICS, SKIPPED, REFERENCE = "config.yaml", "metrics.jsonl", "skipped_pairs.rank*.jsonl", "reference.pt"
+CAME_FROM = "resumed_from.json"  # names the checkpoint in another folder that this folder's run went on from
 OF_ONE_RUN = ("report.html", "tensorboard", "wandb_run_id")  # a new run begins its own
-ALL_FILES = (CONFIG, "config.until-step-*.yaml", METRICS, SKIPPED, *OF_ONE_RUN, "profile.json", "wandb", FOLDER)
+ALL_FILES = (
+    CONFIG,
+    "config.until-step-*.yaml",
+    METRICS,
+    SKIPPED,
+    CAME_FROM,
+    *OF_ONE_RUN,
+    "profile.json",
+    "wandb",
+    FOLDER,
+)
 PLACES = ("output_dir", "run_name")  # where a run lies and what it is called is no change of it
 ANEW = "start anew with --overwrite_output_dir (which deletes that run) or in another output_dir"
 
 
 @dataclass(frozen=True)
 class Start:
-    """checkpoint: to go on from, None to begin at step 0. broken: later checkpoints, each with what is wrong with it."""
+    """checkpoint: to go on from, None to begin at step 0. broken: later checkpoints, each with what is wrong with it.
+    notes: how it was chosen, in lines for the user."""
 
     checkpoint: Path | None = None
     broken: list[tuple[Path, str]] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     def in_folder_of(self, config: TrainConfig) -> bool:
         """Whether the run of that very folder goes on."""
@@ -76,7 +90,49 @@ def _newest(folder: Path) -> Start:
             f"resume=auto: output_dir={str(folder)!r} holds a run, but {count} "
             f"{'is not whole' if len(broken) == 1 else 'is whole'} ({reasons}). Put back what is missing, or {ANEW}"
         )
+    if newest is None:
+        return _came_from(folder) or Start(notes=(_begins_anew(folder),))
     return Start(newest, broken)
+
+
+def _begins_anew(folder: Path) -> str:
+    last = max((step for step in _steps_of(folder / METRICS) if step < math.inf), default=None)
+    lines = "" if last is None else f"; {METRICS} has lines up to step {last:g} of a run that saved none: they are kept"
+    return f"no checkpoint in {folder}: starting at step 0{lines}"
+
+
+def _steps_of(file: Path) -> Iterator[float]:
+    if file.is_file():
+        with file.open(encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
+            yield from map(step_of_line, stream)
+
+
+def _came_from(folder: Path) -> Start | None:
+    """The checkpoint in another folder that a run went on from which has none of its own yet. Raises UserError if it is lost."""
+    try:
+        name = json.loads((folder / CAME_FROM).read_text(encoding="utf-8"))["checkpoint"]
+        problem = what_is_broken(Path(name))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(
+            f"resume=auto: {folder / CAME_FROM} cannot be read, so the checkpoint that this folder's run went on from is not "
+            f"known: name it with --resume, or {ANEW}"
+        ) from None
+    if problem is not None:
+        raise UserError(
+            f"resume=auto: output_dir={str(folder)!r} holds no checkpoint of its own, and its run went on from {name} "
+            f"({problem}): put that back, name another with --resume, or {ANEW}"
+        )
+    return Start(Path(name), notes=(f"no checkpoint in {folder} yet: going on from {name} once more",))
+
+
+def note_origin(folder: Path, start: Start) -> None:
+    """Keeps which checkpoint of another folder a run goes on from, so that `auto` finds it until there is a checkpoint here."""
+    assert start.checkpoint is not None
+    partial = folder / f"{CAME_FROM}.partial"
+    partial.write_text(json.dumps({"checkpoint": str(start.checkpoint.absolute())}) + "\n", encoding="utf-8")
+    partial.replace(folder / CAME_FROM)
 
 
 def _refuse_others(folder: Path, found: list[Path]) -> None:
@@ -129,11 +185,13 @@ def take_over(config: TrainConfig, start: Start, *, steps_done: int, config_text
     broken = [each for each, _ in start.broken if is_ours(each)]
     said = [f"{each.name} was not whole and is now {_in(folder, set_aside(each))}" for each in broken]
     goes_on = start.in_folder_of(config)
+    if start.checkpoint is not None and not goes_on:
+        note_origin(folder, start)
     said += _set_aside_steps(folder, steps_done + 1 if goes_on else 0)
     if not goes_on:
         said += [
             f"{name} of an earlier run is now {_in(folder, set_aside(folder / name))}"
-            for name in OF_ONE_RUN
+            for name in (*OF_ONE_RUN, *((CAME_FROM,) if start.checkpoint is None else ()))
             if (folder / name).exists()
         ]
     said += _keep_config(folder, start, steps_done, config_text)

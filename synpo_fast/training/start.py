@@ -46,7 +46,7 @@ from synpo_fast.training.run_data import (
     sampling_of,
     train_loader,
 )
-from synpo_fast.training.run_folder import Start, choose_start, take_over
+from synpo_fast.training.run_folder import Start, choose_start, note_origin, take_over
 from synpo_fast.training.run_lock import RunLock
 from synpo_fast.training.run_model import build_engine, build_model, training_dtype
 from synpo_fast.training.run_state import RunState, Saver, check_same_run
@@ -116,8 +116,11 @@ def _train(
     try:
         if (nothing := _nothing_to_do(run)) is not None:
             run.progress.say(f"nothing to do: {nothing} at {start.checkpoint}")
+            if not start.in_folder_of(config):  # a later start goes on from there, and is no new run
+                on_rank_zero(lambda: note_origin(Path(config.output_dir), start))
             _put_best(run)
             return run.state
+        _take_folder(run, start)
         run.progress.say("evaluating, before the first step" if _evaluates_first(run) else "reading the first batch")
         state = train(run)
     finally:
@@ -224,13 +227,9 @@ def _build(
         every=config.logging_steps,
     )
     _announce(progress, config, data, model.policy, engine, num_steps, checkpoint)
-    kept = dump_config(replace(config, resume=None, overwrite_output_dir=False))  # to be started from again, safely
-    said_of_folder = on_rank_zero(lambda: take_over(config, start, steps_done=state.step, config_text=kept))
-    for line in [*said_of_folder, *compared_anew]:
+    for line in compared_anew:
         progress.say(line)
-    first_step = state.step + 1 if checkpoint else 0
-    log = MetricsLog(Path(config.output_dir), config, first_step=first_step)
-    on_rank_zero(log.open)
+    log = MetricsLog(Path(config.output_dir), config, first_step=state.step + 1 if checkpoint else 0)
     saver = Saver(config, facts, checkpoint, setting=_setting(engine))
     for name, value in saver.setting.items():
         was = (trainer_state or {}).get("setting", {}).get(name, value)
@@ -239,6 +238,15 @@ def _build(
     if trainer_state is not None and start.in_folder_of(config):
         saver.run = trainer_state.get("run", saver.run)
     return Run(config, engine, loader, state, saver, evaluator, log, progress, device, num_steps)
+
+
+def _take_folder(run: Run, start: Start) -> None:
+    """The first change of the folder: a start that ends before it has cost an earlier run nothing."""
+    config = run.config
+    kept = dump_config(replace(config, resume=None, overwrite_output_dir=False))  # to be started from again, safely
+    for line in on_rank_zero(lambda: take_over(config, start, steps_done=run.state.step, config_text=kept)):
+        run.progress.say(line)
+    on_rank_zero(run.log.open)
 
 
 def steps_of(config: TrainConfig, steps_per_epoch: int) -> int:
@@ -273,6 +281,8 @@ def _output_of_one_run(config: TrainConfig) -> Iterator[Start]:
         start = on_rank_zero(prepare)
         for folder, problem in start.broken if dist.get_rank() == 0 else ():
             logger.warning("passing over %s: %s", folder, problem)
+        for note in start.notes:
+            say(note)
         yield start
     finally:
         for lock in locks:

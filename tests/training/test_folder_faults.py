@@ -20,7 +20,7 @@ from synpo_fast.training.checkpoint import (
 )
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.resume_choice import at_checkpoint
-from synpo_fast.training.run_folder import choose_start, step_of_line
+from synpo_fast.training.run_folder import Start, choose_start, step_of_line, take_over
 from synpo_fast.training.superseded import set_aside, set_aside_lines
 
 
@@ -220,3 +220,42 @@ def test_an_output_folder_that_is_none_is_said(tmp_path):
         check_writable(tmp_path / "file")
     with pytest.raises(UserError, match=r"is a link to .*gone, which is not there"):
         check_writable(tmp_path / "link")
+
+
+def test_a_run_that_went_on_from_another_folder_does_so_again(tmp_path):
+    run, other = tmp_path / "run", write(tmp_path / "other", 4)
+    run.mkdir()
+    start = start_of(run, resume=str(other))
+    take_over(config_of(run, resume=str(other)), start, steps_done=4, config_text="a: 1\n")
+    (run / "metrics.jsonl").write_text('{"step": 5}\n')  # and killed before its first checkpoint
+    again = start_of(run, resume="auto")
+    assert again.checkpoint == other and "going on from" in again.notes[0] and str(other) in again.notes[0]
+    take_over(config_of(run, resume="auto"), again, steps_done=4, config_text="a: 1\n")
+    assert start_of(run, resume="auto").checkpoint == other
+    assert (run / "superseded" / "metrics.jsonl").read_text() == '{"step": 5}\n'
+    other.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"went on from .*other/checkpoint-000004 \(is not there\)") as raised:
+        start_of(run, resume="auto")
+    assert "--overwrite_output_dir" in str(raised.value)
+    assert start_of(run, resume="auto", output_dir=str(tmp_path / "new")).checkpoint is None
+    take_over(config_of(run), Start(), steps_done=0, config_text="a: 1\n")  # anew: it is nobody's start any more
+    assert start_of(run, resume="auto").checkpoint is None
+    write(run, 1)
+    assert start_of(run, resume="auto").checkpoint == run / "checkpoint-000001"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"checkpoint": 3}', '{"checkpoint": "a\\u0000"}', "[" * 100000])
+def test_a_broken_note_of_where_a_run_came_from_stops_it(tmp_path, text):
+    (tmp_path / "resumed_from.json").write_text(text)
+    with pytest.raises(UserError, match=r"resumed_from\.json|went on from a"):
+        start_of(tmp_path, resume="auto")
+
+
+def test_auto_says_that_it_begins_at_step_0(tmp_path):
+    (note,) = start_of(tmp_path / "new", resume="auto").notes
+    assert note == f"no checkpoint in {tmp_path / 'new'}: starting at step 0"
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 12}\n{"st')
+    (note,) = start_of(tmp_path, resume="auto").notes
+    assert note.startswith(f"no checkpoint in {tmp_path}: starting at step 0; ")
+    assert "metrics.jsonl has lines up to step 12" in note
+    assert start_of(tmp_path).notes == ()

@@ -214,6 +214,25 @@ def test_a_folder_to_resume_from_may_not_cover_a_run_of_its_own(values, in_one_p
     assert lines_anywhere(tmp_path / "new" / "superseded", "metrics") == ['{"step": 1, "loss": 9.0}']
 
 
+def test_a_start_that_has_nothing_to_do_changes_nothing(values, in_one_process):
+    folder = Path(values["output_dir"])
+    spoil(folder / "checkpoint-000004")
+    before = contents(folder)
+    assert in_one_process({**values, "resume": "auto", "max_steps": 1, "learning_rate": 0.1}).step == 2
+    assert contents(folder) == before
+
+
+def test_a_finished_run_resumed_into_a_new_folder_stays_finished_there(values, in_one_process, tmp_path, capsys):
+    new = {**values, "output_dir": str(tmp_path / "new")}
+    assert in_one_process({**new, "resume": values["output_dir"]}).step == 4
+    for _ in range(2):
+        assert in_one_process({**new, "resume": "auto"}).step == 4
+        assert "nothing to do" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["resumed_from.json"]
+    in_one_process({**new, "resume": "auto", "max_steps": 5})
+    assert [row["step"] for row in read_metrics(tmp_path / "new" / "metrics.jsonl")] == [5]
+
+
 def test_only_checkpoints_of_this_run_make_room(values, in_one_process):
     """A copy somebody put there, one of another run, and one of another trainer stay."""
     folder = Path(values["output_dir"])
