@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import pickle
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from synpo_fast.training.engine import Engine
 from synpo_fast.training.lora import add_lora, load_adapter
 from synpo_fast.training.optimizer import make_optimizer
 from synpo_fast.training.pair_module import PairModule
+from synpo_fast.training.rank_zero import on_rank_zero
 from synpo_fast.training.run_data import RunData, data_key, ordered_loader, resolution_of, sampling_of
 from synpo_fast.training.superseded import set_aside
 
@@ -135,22 +136,24 @@ def precomputed_reference(config: TrainConfig, data: RunData, policy: Policy, de
     """Reads output_dir/reference.pt, and makes it first if it is not there or was made with other weights or pairs."""
     file = Path(config.output_dir) / "reference.pt"
     key = f"{weights_key(policy)} {data.key} {data_key(data.evaluation)} {sampling_of(config)} {policy.processing}"
-    fresh = [_is_fresh(file, key) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(fresh, src=0)
-    if not fresh[0]:
+    if not on_rank_zero(lambda: _is_fresh(file, key)):
         _precompute(config, data, policy, file, key)
     return Precomputed(file, weights_key=key)
 
 
 def _is_fresh(file: Path, key: str) -> bool:
     try:
-        found = torch.load(file, weights_only=True)["weights"]
+        found = torch.load(file, weights_only=True)
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds a {type(found).__name__}")
+        fresh, whole = found["weights"] == key, isinstance(found["entries"], dict)
     except FileNotFoundError:
         return False
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        logger.warning("%s can not be read (%s): it is made again", file, error)
+    except Exception as error:  # unpickling bytes of any kind raises errors of any kind
+        reason = (str(error).strip().splitlines() or [""])[0]
+        logger.warning("%s cannot be read (%s: %s): it is made again", file, type(error).__name__, reason)
         return False
-    return bool(found == key)
+    return bool(fresh) and whole
 
 
 def _precompute(config: TrainConfig, data: RunData, policy: Policy, file: Path, key: str) -> None:
@@ -170,16 +173,18 @@ def _precompute(config: TrainConfig, data: RunData, policy: Policy, file: Path, 
     part = file.with_name(f"{file.name}.rank{rank}")
     _save(part, {"weights": key, "entries": entries})
     dist.barrier()
-    if rank == 0:
-        parts = [file.with_name(f"{file.name}.rank{other}") for other in range(world_size)]
-        joined: dict[str, list[torch.Tensor]] = {}
-        for each in parts:
-            joined |= torch.load(each, weights_only=True)["entries"]
-        if file.exists():  # of other weights or pairs: hours of work, perhaps
-            set_aside(file)
-        _save(file, {"weights": key, "entries": joined})
-        _remove(parts)
-    dist.barrier()
+    on_rank_zero(lambda: _join(file, key, world_size))
+
+
+def _join(file: Path, key: str, num_parts: int) -> None:
+    parts = [file.with_name(f"{file.name}.rank{rank}") for rank in range(num_parts)]
+    joined: dict[str, list[torch.Tensor]] = {}
+    for each in parts:
+        joined |= torch.load(each, weights_only=True)["entries"]
+    if os.path.lexists(file):  # of other weights or pairs: hours of work, perhaps
+        set_aside(file)
+    _save(file, {"weights": key, "entries": joined})
+    _remove(parts)
 
 
 def _save(file: Path, content: object) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import shutil
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from synpo_fast.training.checkpoint import CheckpointError, list_checkpoints, wr
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.evaluation_loop import Evaluator
 from synpo_fast.training.metrics import read_metrics
+from synpo_fast.training.run_model import _is_fresh
 from tests.training.test_report import report
 from tests.training.world import options, run, train_command
 
@@ -388,3 +390,20 @@ def test_every_rank_judges_the_number_of_the_first(monkeypatch):
         best = BestSoFar(metric="eval_loss", value=0.5, step=1)
         assert judge(best, own, 2, torch.device("cpu")) == (True, "best so far: eval_loss 0.25 at step 2")
         assert (best.value, best.step) == (0.25, 2)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"u\n", b"hello, this is a text\n", b"\0" * 500, bytes(range(256)), pickle.dumps([1]), torch.zeros(2),
+     [1, 2], 5, {"a": 1}, {"weights": "key"}, {"weights": "key", "entries": 3}],
+)  # fmt: skip
+def test_reference_logps_that_cannot_be_read_are_made_again(tmp_path, content, caplog):
+    file = tmp_path / "reference.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    assert not _is_fresh(file, "key")
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+    torch.save({"weights": "key", "entries": {}}, file)
+    assert _is_fresh(file, "key") and not _is_fresh(file, "another")
