@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 from synpo_fast.data.pair import Pair
 from synpo_fast.errors import UserError
-from synpo_fast.training.checkpoint import folder_of
+from synpo_fast.training.best_files import lies_elsewhere, vouches
+from synpo_fast.training.checkpoint import folder_of, what_is_broken
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.rank_zero import on_rank_zero
 
@@ -31,6 +32,8 @@ class BestSoFar:
     """metric: with eval_ before it, "" while nothing is compared. value, step: of the best evaluation, None and 0 before one.
 
     before: the number before the first step, if it was evaluated. without_improvement: evaluations since the best one.
+    copied: the best model lies at the top of the folder only, since its checkpoint is gone or broken. earlier: steps of
+    checkpoints that were the best under another rule, and whose models lie nowhere else.
     """
 
     metric: str = ""
@@ -39,6 +42,18 @@ class BestSoFar:
     step: int = 0
     before: float | None = None
     without_improvement: int = 0
+    copied: bool = False
+    earlier: list[int] = field(default_factory=list)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Identifies the best evaluation in best_model.json."""
+        return {
+            "step": self.step,
+            "metric": self.metric,
+            "greater_is_better": self.greater_is_better,
+            "value": self.value,
+        }
 
     def is_improved_by(self, value: float | None) -> bool:
         if value is None or not math.isfinite(value):
@@ -55,7 +70,7 @@ class BestSoFar:
         if not self.is_improved_by(value):
             self.without_improvement += 1
             return False
-        self.value, self.step, self.without_improvement = value, step, 0
+        self.value, self.step, self.without_improvement, self.copied = value, step, 0, False
         return True
 
     def is_out_of_patience(self, config: TrainConfig) -> bool:
@@ -64,6 +79,8 @@ class BestSoFar:
 
     def said(self) -> str:
         """For people: the best number, where it was reached, and that it was better before training if it was."""
+        if self.value is None and not self.without_improvement:
+            return f"{self.metric} was compared in no evaluation"
         if self.value is None:
             return f"{self.metric} was finite in no evaluation"
         text = f"{self.metric} {self.value:.4g} at step {self.step}"
@@ -85,13 +102,40 @@ def goes_on(saved: BestSoFar, config: TrainConfig) -> tuple[BestSoFar, list[str]
     now = compared(config)
     if not now.metric or not saved.metric:
         return now, []
-    if (saved.metric, saved.greater_is_better) != (now.metric, now.greater_is_better):
-        return now, [f"evaluations are compared anew: by {_rule(now)}, until now by {_rule(saved)}"]
-    folder = folder_of(Path(config.output_dir), saved.step)
-    there = on_rank_zero(folder.is_dir)  # one look at the disk, for all
-    if config.load_best_model_at_end and saved.value is not None and not there:
-        return now, [f"evaluations are compared anew: {folder}, the best of them so far, is not there"]
-    return saved, []
+    same_rule = _rule(saved) == _rule(now)
+    anew = [] if same_rule else [f"evaluations are compared anew: by {_rule(now)}, until now by {_rule(saved)}"]
+    if not config.load_best_model_at_end or saved.value is None:
+        return (saved if same_rule else now), anew
+    root = Path(config.output_dir)
+    folder = folder_of(root, saved.step)
+
+    def look() -> tuple[list[int], str | None, bool]:
+        """At the disk, once for all ranks: earlier bests to keep, what is wrong with the best, whether its copy is whole."""
+        bests = sorted({*saved.earlier, *([] if same_rule else [saved.step])})
+        only_there = [step for step in bests if _is_only_copy(root, folder_of(root, step))]
+        if not same_rule:
+            return only_there, None, False
+        problem = what_is_broken(folder) if folder.is_dir() else "is not there"
+        return only_there, problem, problem is not None and vouches(root, saved.facts)
+
+    earlier, problem, copied = on_rank_zero(look)
+    if problem is not None:
+        state = problem if problem == "is not there" else f"is broken ({problem})"
+        if copied:
+            anew = [f"{folder}, the best evaluation so far, {state}: its copy in {root} is whole and stays the best"]
+        else:
+            anew = [
+                f"evaluations are compared anew: {folder}, the best of them so far, {state}; to keep it as the best, put it "
+                "back before the next start"
+            ]
+    if not same_rule or (problem is not None and not copied):
+        return replace(now, earlier=earlier), anew
+    return replace(saved, copied=copied, earlier=earlier), anew
+
+
+def _is_only_copy(root: Path, checkpoint: Path) -> bool:
+    whole = checkpoint.is_dir() and what_is_broken(checkpoint) is None
+    return whole and not lies_elsewhere(root, checkpoint)
 
 
 def check_held_out(config: TrainConfig, pairs: Sequence[Pair]) -> None:

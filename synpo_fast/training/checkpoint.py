@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,10 @@ def write_checkpoint(
     trainer_state: dict[str, Any],
     keep: int | None,
     best: int | None = None,
+    earlier_bests: Sequence[int] = (),
 ) -> Path:
     """One process writes. save_model puts the files others load into the folder it is given. best: the step of a checkpoint
-    that is never deleted.
+    that is not deleted while its files are there. earlier_bests: of checkpoints that are never deleted.
 
     Raises CheckpointError, with the partial folder removed, if anything can not be written.
     """
@@ -77,7 +78,9 @@ def write_checkpoint(
     except Exception as error:  # safetensors and peft wrap errors of the disk in types of their own
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"could not write {final}: {error}") from error
-    kept = {final, final if best is None else folder_of(output_dir, best)}
+    kept = {final, *(folder_of(output_dir, each) for each in earlier_bests)}
+    if best is not None and _has_all_bytes(folder_of(output_dir, best)):
+        kept.add(folder_of(output_dir, best))
     _prune(output_dir, keep, kept=kept, run=trainer_state.get("run"))
     return final
 
@@ -182,6 +185,39 @@ def step_in(folder: Path) -> int | None:
     state = _trainer_state(folder).get("state")
     step = state.get("step") if isinstance(state, dict) else None
     return step if isinstance(step, int) else None
+
+
+def sealed_model(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and digest of each model file (weights, a whole model's config) as the checkpoint was written; {} if not known."""
+    return {name: facts for name, facts in _sealed(folder).items() if "/" not in name}
+
+
+def has_bytes(folder: Path, sealed: Mapping[str, tuple[int, str]]) -> bool:
+    """Whether the folder holds these files with these bytes. Reads each once."""
+    try:
+        return all(
+            (folder / name).stat().st_size == size and _digest(folder / name) == digest
+            for name, (size, digest) in sealed.items()
+        )
+    except OSError:
+        return False
+
+
+def _has_all_bytes(folder: Path) -> bool:
+    """Whether every sealed file has its size: a quick look, at each save, which reads no weights."""
+    sealed = _sealed(folder)
+    try:
+        return bool(sealed) and all((folder / name).stat().st_size == size for name, (size, _) in sealed.items())
+    except OSError:
+        return False
+
+
+def _sealed(folder: Path) -> dict[str, tuple[int, str]]:
+    try:
+        files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+        return {name: (size, digest) for name, (size, digest) in files.items() if is_needed(name)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _trainer_state(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,19 @@ def save_model_files(policy: Policy, folder: Path, weights: dict[str, Tensor], *
         )
     policy.tokenizer.save_pretrained(str(folder))
     copy_processor_files(source, folder)
+
+
+def names_beside_weights(policy: Policy, *, adapter: bool, source: str) -> set[str]:
+    """The names of the files that save_model_files writes beside weights."""
+    model: Any = policy.model
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        policy.tokenizer.save_pretrained(place)
+        copy_processor_files(source, folder)
+        names = {file.name for file in folder.iterdir() if file.is_file()}
+    if adapter:
+        return names | {"adapter_config.json"}
+    return names | {"config.json"} | ({"generation_config.json"} if model.can_generate() else set())
 
 
 def fetch_processor_files(source: str) -> None:

@@ -17,10 +17,12 @@ from synpo_fast.models.digest import sample_key, tower_key, weights_key
 from synpo_fast.models.loading import load_policy
 from synpo_fast.models.policy import Policy
 from synpo_fast.references import AdapterOff, FrozenCopy, Precomputed, Reference, detached_logps
+from synpo_fast.training.best_files import check_names
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.console import say
 from synpo_fast.training.engine import Engine
 from synpo_fast.training.lora import add_lora, load_adapter
+from synpo_fast.training.model_files import names_beside_weights
 from synpo_fast.training.optimizer import make_optimizer
 from synpo_fast.training.pair_module import PairModule
 from synpo_fast.training.rank_zero import on_rank_zero
@@ -57,6 +59,8 @@ def build_model(config: TrainConfig, data: RunData, device: torch.device, checkp
     dtype = training_dtype(config, device)
     say(f"loading model {config.model_name_or_path}")
     policy = _load(config, config.model_name_or_path, device, dtype)
+    if config.load_best_model_at_end:  # said now, since it would be known only at the run's end
+        on_rank_zero(lambda: _check_names(config, policy))
     if config.zero_stage == 3 and policy.why_apart is not None:
         raise UserError(
             f"{policy.family.name} {policy.why_apart}: responses run as rows of their own, and zero_stage=3 "
@@ -84,6 +88,11 @@ def build_model(config: TrainConfig, data: RunData, device: torch.device, checkp
     module = PairModule(policy, config)
     module.reference = reference
     return RunModel(policy, module, dtype)
+
+
+def _check_names(config: TrainConfig, policy: Policy) -> None:
+    names = names_beside_weights(policy, adapter=config.use_peft, source=config.model_name_or_path)
+    check_names(Path(config.output_dir), names)
 
 
 def build_engine(config: TrainConfig, model: RunModel) -> Engine:

@@ -77,6 +77,7 @@ class Saver:
         optimizer_state = engine.optimizer_state()
         # An adapter is saved in fp32, as peft's users have it; a whole model in the type it trains in, as large as it was.
         weights = fp32_weights(optimizer_state) if self.config.use_peft else whole_weights(engine)
+        keeps_best = self.config.load_best_model_at_end
         problem = [self.failure]
         if engine.rank == 0 and self.failure is None:
             try:
@@ -99,7 +100,8 @@ class Saver:
                         "run": self.run,
                     },
                     keep=self.config.save_total_limit,
-                    best=(state.best.step or None) if self.config.load_best_model_at_end else None,
+                    best=(state.best.step or None) if keeps_best and not state.best.copied else None,
+                    earlier_bests=state.best.earlier if keeps_best else (),
                 )
             except CheckpointError as error:
                 problem = [str(error)]
@@ -111,10 +113,10 @@ class Saver:
         """Whether this run's folder holds a checkpoint of the step. All ranks call it."""
         return on_rank_zero(folder_of(self.folder, step).is_dir)
 
-    def put_best(self, best: BestSoFar) -> None:
-        """The best checkpoint's model to the top of the folder. All ranks call it; CheckpointError on every rank if it fails."""
-        facts = {"step": best.step, "metric": best.metric, "value": best.value}
-        on_rank_zero(lambda: put_best(self.folder, folder_of(self.folder, best.step), facts))
+    def put_best(self, best: BestSoFar) -> Path | None:
+        """Puts the best checkpoint's model at the top of the folder; returns where an earlier one lies now, if it was moved. All
+        ranks call it; CheckpointError on every rank if it fails."""
+        return on_rank_zero(lambda: put_best(self.folder, folder_of(self.folder, best.step), best.facts))
 
     def note_bad(self, bad: BadPair, epoch: int, step: int) -> None:
         with self.bad_file.open("a", encoding="utf-8") as stream:

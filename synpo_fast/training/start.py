@@ -118,7 +118,8 @@ def _train(
             run.progress.say(f"nothing to do: {nothing} at {start.checkpoint}")
             if not start.in_folder_of(config):  # a later start goes on from there, and is no new run
                 on_rank_zero(lambda: note_origin(Path(config.output_dir), start))
-            _put_best(run)
+            if (problem := _put_best(run)) is not None:
+                raise problem
             return run.state
         _take_folder(run, start)
         run.progress.say("evaluating, before the first step" if _evaluates_first(run) else "reading the first batch")
@@ -126,8 +127,7 @@ def _train(
     finally:
         run.progress.close()
         run.log.close()
-    if not state.stopped_early:
-        _put_best(run)
+    problem = None if state.stopped_early else _put_best(run)
     if config.report and dist.get_rank() == 0 and state.step:
         _write_report(run)
     store = run.engine.module.policy.feature_store
@@ -137,6 +137,8 @@ def _train(
     if run.ran_out_of_patience and state.step < run.num_steps:
         done = f"no improvement in {state.best.without_improvement} evaluations: stopped early at"
     run.progress.say(f"{done} step {state.step} of {run.num_steps}; checkpoint: {run.saver.last or 'none'}")
+    if problem is not None:
+        raise problem
     return state
 
 
@@ -152,16 +154,23 @@ def _nothing_to_do(run: Run) -> str | None:
     return None
 
 
-def _put_best(run: Run) -> None:
+def _put_best(run: Run) -> CheckpointError | None:
+    """Returns an error rather than raise it: the run is done and saved, and its report is to be written first."""
     best = run.state.best
     if not best.metric:
-        return
+        return None
     run.progress.say(f"best evaluation: {best.said()}")
-    if run.config.load_best_model_at_end and best.value is not None:
-        run.saver.put_best(best)
-        run.progress.say(
-            f"best model: in {run.config.output_dir}, a copy of {folder_of(run.saver.folder, best.step).name}"
-        )
+    if not run.config.load_best_model_at_end or best.value is None:
+        return None
+    try:
+        earlier = run.saver.put_best(best)
+    except CheckpointError as error:
+        return error
+    name = folder_of(run.saver.folder, best.step).name
+    if earlier is not None:
+        run.progress.say(f"best model: the earlier one is now {earlier}")
+    run.progress.say(f"best model: in {run.config.output_dir}, a copy of {name}")
+    return None
 
 
 def _evaluates_first(run: Run) -> bool:

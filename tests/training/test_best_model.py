@@ -5,6 +5,7 @@ import math
 import pickle
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +14,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from synpo_fast.data import read_manifest, write_manifest
-from synpo_fast.training import loop
-from synpo_fast.training.best_files import check_place, put_best, remove_best
-from synpo_fast.training.best_model import BestSoFar, judge
+from synpo_fast.models import load_policy
+from synpo_fast.training import loop, start
+from synpo_fast.training.best_files import check_place, lies_elsewhere, put_best, remove_best, vouches
+from synpo_fast.training.best_model import BestSoFar, goes_on, judge
 from synpo_fast.training.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.evaluation_loop import Evaluator
+from synpo_fast.training.lora import add_lora
 from synpo_fast.training.metrics import read_metrics
+from synpo_fast.training.model_files import names_beside_weights, save_model_files
 from synpo_fast.training.run_model import _is_fresh
 from tests.training.test_report import report
 from tests.training.world import options, run, train_command
@@ -352,7 +356,7 @@ def test_only_what_was_put_there_is_replaced_or_removed(tmp_path):
 def test_a_broken_best_checkpoint_is_said(tmp_path):
     checkpoint = checkpoint_with(tmp_path, 1, "one")
     (checkpoint / "adapter_model.safetensors").write_text("cut")
-    with pytest.raises(CheckpointError, match=r"the best model can not be taken from .*adapter_model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"the best model cannot be taken from .*adapter_model.safetensors"):
         put_best(tmp_path, checkpoint, {"step": 1})
     with pytest.raises(CheckpointError, match="there is no such folder"):
         put_best(tmp_path, tmp_path / "checkpoint-000009", {"step": 9})
@@ -365,6 +369,172 @@ def test_a_folder_that_holds_a_model_is_refused_before_training(world, tmp_path,
     with pytest.raises(ValueError, match=r"holds a model \(model.safetensors\)"):
         in_one_process(values)
     assert (tmp_path / "model.safetensors").read_text() == "the base model" and not list_checkpoints(tmp_path)
+
+
+def best_at(step, value=0.5, **more):
+    return BestSoFar(metric="eval_loss", value=value, step=step, without_improvement=1, **more)
+
+
+def comparing(folder, **more):
+    values = {"eval_split": 0.1, "eval_steps": 1, "load_best_model_at_end": True, **more}
+    return TrainConfig(**{**NEEDED, "output_dir": str(folder)}, **values)
+
+
+def top_of(folder):
+    return (folder / "adapter_model.safetensors").read_text()
+
+
+def test_a_best_model_whose_checkpoint_is_gone_stays_the_best(tmp_path, group):
+    first, config = best_at(1), comparing(tmp_path)
+    put_best(tmp_path, checkpoint_with(tmp_path, 1, "one"), first.facts)
+    shutil.rmtree(tmp_path / "checkpoint-000001")
+    best, said = goes_on(first, config)
+    assert (best.step, best.value) == (1, 0.5) and "its copy in" in said[0] and "stays the best" in said[0]
+    assert not best.take(0.6, 2)  # a worse one does not take its place
+    assert put_best(tmp_path, tmp_path / "checkpoint-000001", best.facts) is None and top_of(tmp_path) == "one"
+    assert best.take(0.4, 3) and not best.copied
+    aside = put_best(tmp_path, checkpoint_with(tmp_path, 3, "three"), best.facts)
+    assert top_of(tmp_path) == "three" and aside == tmp_path / "superseded" / "best_model-000001"
+    # As a folder that loads, and that says what it is.
+    assert top_of(aside) == "one" and vouches(aside, first.facts)
+
+
+@pytest.mark.parametrize("harm", ["changed", "another value", "of an earlier version"])
+def test_a_copy_that_is_not_known_to_be_the_best_is_moved_and_not_replaced(tmp_path, group, harm):
+    first = best_at(1)
+    put_best(tmp_path, checkpoint_with(tmp_path, 1, "one"), first.facts)
+    shutil.rmtree(tmp_path / "checkpoint-000001")
+    if harm == "changed":
+        (tmp_path / "adapter_model.safetensors").write_text("own")
+    elif harm == "another value":
+        first = best_at(1, 0.7)
+    else:
+        found = json.loads((tmp_path / "best_model.json").read_text())
+        del found["sealed"], found["greater_is_better"]
+        (tmp_path / "best_model.json").write_text(json.dumps(found))
+    text = top_of(tmp_path)
+    best, said = goes_on(first, comparing(tmp_path))
+    assert best.value is None and "compared anew" in said[0] and "is not there" in said[0]
+    best.take(0.9, 2)
+    aside = put_best(tmp_path, checkpoint_with(tmp_path, 2, "two"), best.facts)
+    assert top_of(aside) == text and top_of(tmp_path) == "two"
+
+
+def test_the_best_under_another_rule_is_kept(tmp_path, group):
+    """Its checkpoint until the model lies elsewhere, its copy in superseded/."""
+    first, rule = best_at(1), comparing(tmp_path, metric_for_best_model="nll_loss")
+    folder = checkpoint_with(tmp_path, 1, "one")
+    best, _ = goes_on(first, rule)
+    assert best.value is None and best.earlier == [1]
+    best.take(0.2, 2)
+    for step in (2, 3, 4):
+        write_step(tmp_path, step, keep=1, best=best.step, earlier_bests=best.earlier)
+    assert names(tmp_path) == ["checkpoint-000001", "checkpoint-000002", "checkpoint-000004"]
+    again, _ = goes_on(best, rule)
+    assert again.step == 2 and again.earlier == [1]
+    # The same with its copy at the top, which another rule's best replaces although the checkpoint is there.
+    put_best(tmp_path, folder, first.facts)
+    assert lies_elsewhere(tmp_path, folder) and goes_on(first, rule)[0].earlier == []
+    aside = put_best(tmp_path, tmp_path / "checkpoint-000002", best.facts)
+    assert aside is not None and top_of(aside) == "one"
+    assert lies_elsewhere(tmp_path, folder) and goes_on(best, rule)[0].earlier == []
+    (aside / "adapter_model.safetensors").write_text("eno")
+    assert not lies_elsewhere(tmp_path, folder)
+
+
+def write_step(folder, step, **more):
+    return write_checkpoint(
+        folder, step, save_model=lambda place: (place / "adapter_model.safetensors").write_text(f"w{step}"),
+        optimizer_state={"x": torch.zeros(1)}, trainer_state={"state": {"step": step}}, **more,
+    )  # fmt: skip
+
+
+def test_a_kill_while_an_earlier_best_model_is_moved_leaves_all_of_it(tmp_path, monkeypatch):
+    first, second = best_at(1), best_at(2, 0.4)
+    put_best(tmp_path, checkpoint_with(tmp_path, 1, "one", "config.json", "tokenizer.json"), first.facts)
+    shutil.rmtree(tmp_path / "checkpoint-000001")
+    checkpoint = checkpoint_with(tmp_path, 2, "two", "config.json", "tokenizer.json")
+    real, aside = Path.replace, None
+    for most in range(12):
+        left = [most]
+
+        def replace_some(path, target, left=left):
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return real(path, target)
+
+        monkeypatch.setattr(Path, "replace", replace_some)
+        try:
+            aside = put_best(tmp_path, checkpoint, second.facts) or aside
+        except KeyboardInterrupt:
+            continue
+        break
+    places = list((tmp_path / "superseded").iterdir())
+    assert [place.name for place in places] == ["best_model-000001"] and vouches(places[0], first.facts)
+    assert vouches(tmp_path, second.facts) and not (tmp_path / "best_model.json.earlier").exists()
+
+
+def test_a_broken_best_checkpoint_is_noticed_at_the_start(tmp_path, group):
+    first, config = best_at(1), comparing(tmp_path)
+    folder = checkpoint_with(tmp_path, 1, "one")
+    assert goes_on(first, config) == (first, [])
+    (folder / "adapter_model.safetensors").write_text("eno")  # the same size
+    best, said = goes_on(first, config)
+    assert best.value is None and best.step == 0
+    assert "evaluations are compared anew" in said[0] and "adapter_model.safetensors has other bytes" in said[0]
+    assert best.said() == "eval_loss was compared in no evaluation"
+    (folder / "adapter_model.safetensors").write_text("one")
+    put_best(tmp_path, folder, first.facts)
+    (folder / "adapter_model.safetensors").write_text("eno")
+    best, said = goes_on(first, config)
+    assert best.copied and best.step == 1 and "is broken" in said[0] and "stays the best" in said[0]
+
+
+def test_a_broken_best_checkpoint_costs_no_whole_one(tmp_path):
+    for step in (1, 2, 3):
+        write_step(tmp_path, step, keep=2, best=1)
+    assert names(tmp_path) == ["checkpoint-000001", "checkpoint-000003"]
+    (tmp_path / "checkpoint-000001" / "adapter_model.safetensors").write_text("w")
+    write_step(tmp_path, 4, keep=2, best=1)
+    assert names(tmp_path) == ["checkpoint-000003", "checkpoint-000004"]
+
+
+def test_a_best_model_that_cannot_be_copied_leaves_the_report(world, tmp_path, in_one_process, monkeypatch):
+    """Its checkpoint is damaged while the run's last steps are made; the next start says so and ends well."""
+    values = settings(world, tmp_path, max_steps=4, load_best_model_at_end=True, eval_steps=1, eval_on_start=False)
+    real = start._put_best
+
+    def damaged_first(run):
+        (tmp_path / f"checkpoint-{run.state.best.step:06d}" / "adapter_model.safetensors").write_text("cut")
+        return real(run)
+
+    monkeypatch.setattr(start, "_put_best", damaged_first)
+    with pytest.raises(CheckpointError, match=r"cannot be taken from .* start again with --resume auto"):
+        in_one_process(values)
+    assert (tmp_path / "report.html").exists() and not (tmp_path / "best_model.json").exists()
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_the_names_that_are_looked_for_are_those_that_are_written(world, tmp_path, adapter):
+    policy, source = load_policy("tiny:qwen2_5_vl"), str(world / "base")
+    expected = names_beside_weights(policy, adapter=adapter, source=source)
+    if adapter:
+        add_lora(policy, r=2, alpha=2, dropout=0.0, targets=("q_proj",))
+    weights = {f"policy.model.{name}": value.detach() for name, value in policy.model.named_parameters()}
+    trained = {name: value for name, value in weights.items() if "lora_" in name}
+    save_model_files(policy, tmp_path, trained if adapter else weights, adapter=adapter, source=source)
+    written = {file.name for file in tmp_path.iterdir() if file.is_file() and file.name != "README.md"}
+    assert {name for name in written if not name.endswith(".safetensors")} == expected
+
+
+def test_a_file_of_the_users_that_the_best_model_would_need_is_said_before_training(world, tmp_path, in_one_process):
+    (tmp_path / "tokenizer.json").write_text("mine")
+    with pytest.raises(
+        ValueError, match=r"holds tokenizer.json, and load_best_model_at_end puts files of that name there"
+    ):
+        in_one_process(settings(world, tmp_path, load_best_model_at_end=True))
+    assert (tmp_path / "tokenizer.json").read_text() == "mine" and not (tmp_path / "metrics.jsonl").exists()
 
 
 @pytest.mark.heavy
