@@ -54,16 +54,24 @@ class PairEncoder:
     processing: VideoProcessing | None = None
     max_tokens: int | None = None
     with_ground_truth: bool = False
+    bound_name: str = "max_tokens"
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no eos_token: a response could not end")
 
     @classmethod
-    def of(cls, policy: Policy, *, max_tokens: int | None = None, with_ground_truth: bool = False) -> "PairEncoder":
-        return cls(
-            policy.family, policy.base.config, policy.tokenizer, policy.processing, max_tokens, with_ground_truth
-        )
+    def of(
+        cls,
+        policy: Policy,
+        *,
+        max_tokens: int | None = None,
+        with_ground_truth: bool = False,
+        bound_name: str = "max_tokens",
+    ) -> "PairEncoder":
+        """bound_name: what whoever sets max_tokens calls it, for messages."""
+        parts = (policy.family, policy.base.config, policy.tokenizer, policy.processing)
+        return cls(*parts, max_tokens, with_ground_truth, bound_name)
 
     def __call__(self, pair: Pair, frames: Tensor | None, seconds_per_frame: float | None = None) -> EncodedPair:
         """frames: uint8 [T, H, W, 3] as chosen, None for a text pair; seconds_per_frame: between two of them.
@@ -124,7 +132,7 @@ class PairEncoder:
         if self.max_tokens is not None and prompt + response > self.max_tokens:
             raise TooLong(
                 f"pair {pair.id!r} needs {prompt + response} tokens ({prompt} of them prompt and video), "
-                f"more than max_tokens={self.max_tokens}; raise it, sample fewer frames, or drop such pairs"
+                f"more than {self.bound_name}={self.max_tokens}; raise it, sample fewer frames, or drop such pairs"
             )
 
 

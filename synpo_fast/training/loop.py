@@ -28,6 +28,7 @@ from synpo_fast.data.loader import PairLoader, StepBatch
 from synpo_fast.models.batching import micro_batches, packed_tokens
 from synpo_fast.models.scoring import EncodedPair
 from synpo_fast.training.best_model import judge
+from synpo_fast.training.checkpoint import CheckpointError, folder_of
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.diagnostics import reward_gradient_norms
 from synpo_fast.training.engine import Engine, StepOutcome
@@ -40,13 +41,13 @@ from synpo_fast.training.run_model import checkpoints_activations
 from synpo_fast.training.run_state import RunState, Saver
 from synpo_fast.training.stand_in import agree_on_forwards
 from synpo_fast.training.stopping import Stopper
+from synpo_fast.training.unusable_pairs import OUT_OF_MEMORY, advice, first_of_all_ranks, listed_in
 
 MicroBatches = list[tuple[list[EncodedPair], float]]  # with weight 1, or 0 for one that stands in
-OUT_OF_MEMORY = "out of memory"
 
 
 class TrainingStopped(RuntimeError):
-    """The run can not go on; the message says why and what to do. The last checkpoint is as it was."""
+    """The run can not go on; the message says why and what to do. Checkpoints that are there stay as they are."""
 
 
 @dataclass
@@ -311,19 +312,35 @@ def _check_health(run: Run, batch: StepBatch, numbers: Numbers) -> None:
     if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
         raise TrainingStopped(
             f"loss or gradient was not finite in {state.nonfinite_in_a_row} steps in a row (to step {state.step}): weights "
-            "were not touched by them. Lower learning_rate, or look at the data of those steps"
+            f"were not touched by them. Lower learning_rate, or look at the data of those steps{_saved_before_ending(run)}"
         )
     share = state.bad_pairs / max(1, state.seen_pairs)
     # One bad video among the first few is no share to go by.
     if share > config.max_bad_share and state.bad_pairs > max(1, config.max_bad_share * run.loader.pairs_per_step):
-        noted: list[list[BadPair]] = [[]] * run.engine.world_size
-        dist.all_gather_object(noted, run.saver.first_bad())
-        first = [bad for of_rank in noted for bad in of_rank]
+        first = first_of_all_ranks(run.saver)
         raise TrainingStopped(
             f"{state.bad_pairs} of {state.seen_pairs} pairs could not be used, more than max_bad_share="
-            f"{config.max_bad_share}. {quoted(first)}. {run.saver.bad_file} lists them; `synpo-fast pairs check` finds such "
-            "videos beforehand"
+            f"{config.max_bad_share}. {quoted(first)}. {listed_in(run.saver)} lists them{advice(first)}. To go on, raise "
+            f"max_bad_share{_saved_before_ending(run)}"
         )
+
+
+def _saved_before_ending(run: Run) -> str:
+    """Saves what was trained up to a stop that says how to go on, and says so: steps with gaps and steps that are not finite
+    leave weights sound. All ranks call it."""
+    state, config = run.state, run.config
+    if state.bad_pairs == state.seen_pairs or state.nonfinite_steps == state.step:
+        return ". Nothing was trained, so no checkpoint was saved"
+    state.nonfinite_in_a_row = 0  # whoever goes on has changed something
+    state.evaluation_due = run.evaluator is not None and (
+        state.step == run.num_steps or _is_due(state.step, config.eval_steps)
+    )
+    try:
+        run.saver.save(run.engine, state)
+    except CheckpointError as error:
+        return f". No checkpoint of step {state.step} could be saved: {error}"
+    name = folder_of(run.saver.folder, state.step).name
+    return f", and start again with --resume auto: {name} holds what was trained so far"
 
 
 def _batches(run: Run) -> Iterator[StepBatch]:

@@ -90,7 +90,10 @@ def resolution_of(config: TrainConfig) -> dict[str, int | None]:
 
 def encoder_of(config: TrainConfig, policy: Policy) -> PairEncoder:
     return PairEncoder.of(
-        policy, max_tokens=config.max_length, with_ground_truth=config.auxiliary_target == "ground_truth"
+        policy,
+        max_tokens=config.max_length,
+        with_ground_truth=config.auxiliary_target == "ground_truth",
+        bound_name="max_length",
     )
 
 

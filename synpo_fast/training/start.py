@@ -53,6 +53,7 @@ from synpo_fast.training.run_state import RunState, Saver, check_same_run
 from synpo_fast.training.said_once import SaidByAnotherProcess, first_to_say
 from synpo_fast.training.stopping import Interrupted, Stopper
 from synpo_fast.training.text_checks import check_texts
+from synpo_fast.training.unusable_pairs import none_was_used, said_at_the_end
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def _train(
                 on_rank_zero(lambda: note_origin(Path(config.output_dir), start))
             if (problem := _put_best(run)) is not None:
                 raise problem
+            _check_some_were_used(run)
             return run.state
         _take_folder(run, start)
         run.progress.say("evaluating, before the first step" if _evaluates_first(run) else "reading the first batch")
@@ -133,6 +135,9 @@ def _train(
     store = run.engine.module.policy.feature_store
     if isinstance(store, FeatureCache):
         run.progress.say(f"feature_cache: {store.hits} of {store.hits + store.misses} videos were found there")
+    _check_some_were_used(run)
+    if (gaps := said_at_the_end(state, run.saver)) is not None:
+        run.progress.say(gaps)
     done = f"stopped by {stopper.reason or 'another process'} at" if state.stopped_early else "finished at"
     if run.ran_out_of_patience and state.step < run.num_steps:
         done = f"no improvement in {state.best.without_improvement} evaluations: stopped early at"
@@ -152,6 +157,11 @@ def _nothing_to_do(run: Run) -> str | None:
     if run.ran_out_of_patience:
         return f"the run stopped early (raise early_stopping_patience={patience} or leave it out to go on)"
     return None
+
+
+def _check_some_were_used(run: Run) -> None:
+    if (problem := none_was_used(run.state, run.saver)) is not None:
+        raise TrainingStopped(problem)
 
 
 def _put_best(run: Run) -> CheckpointError | None:

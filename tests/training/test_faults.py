@@ -147,10 +147,16 @@ def bad_world(world, tmp_path, num_bad):
     return str(tmp_path / "pairs.jsonl")
 
 
-def test_bad_videos_are_counted_skipped_and_listed(world, tmp_path, in_one_process):
+def test_bad_videos_are_counted_skipped_and_listed(world, tmp_path, in_one_process, capfd):
     values = options(world, tmp_path / "out", max_steps=4, save_steps=1, max_bad_share=0.5)
     in_one_process({**values, "train_file": bad_world(world, tmp_path, 2)})
     rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    file = tmp_path / "out" / "skipped_pairs.rank0.jsonl"
+    first = json.loads(file.read_text().splitlines()[0])
+    assert (
+        f"2 of 16 pairs could not be used. {first['id']!r}: {first['reason']}. {file} lists them"
+        in capfd.readouterr().err
+    )
     assert rows[-1]["skipped_pairs"] == 2  # 4 steps of 4: each pair once
     listed = [json.loads(line) for line in (tmp_path / "out" / "skipped_pairs.rank0.jsonl").read_text().splitlines()]
     assert {row["id"] for row in listed} == {"p0-0", "p0-1"} and all("bad" in row["reason"] for row in listed)
@@ -166,9 +172,17 @@ def test_bad_videos_are_counted_skipped_and_listed(world, tmp_path, in_one_proce
 
 
 def test_too_many_bad_videos_stop_the_run(world, tmp_path, in_one_process):
-    values = options(world, tmp_path / "out", max_steps=4)
-    with pytest.raises(TrainingStopped, match=r"pairs could not be used, more than max_bad_share=0\.05"):
-        in_one_process({**values, "train_file": bad_world(world, tmp_path, 8)})
+    values = options(world, tmp_path / "out", max_steps=4, save_steps=0, seed=1)
+    values["train_file"] = bad_world(world, tmp_path, 8)
+    with pytest.raises(TrainingStopped, match=r"pairs could not be used, more than max_bad_share=0\.05") as error:
+        in_one_process(values)
+    assert "raise max_bad_share, and start again with --resume auto: checkpoint-0000" in str(error.value)
+    stopped_at = int(newest_checkpoint(tmp_path / "out").name.removeprefix("checkpoint-"))
+    state = in_one_process({**values, "resume": "auto", "max_bad_share": 1.0})
+    assert (state.step, state.bad_pairs, state.seen_pairs) == (4, 8, 16)
+    in_one_process({**values, "output_dir": str(tmp_path / "whole"), "max_bad_share": 1.0})
+    stopped, whole = (final_weights(tmp_path / name, 4) for name in ("out", "whole"))
+    assert stopped_at < 4 and all(torch.equal(stopped[name], whole[name]) for name in whole)
 
 
 def test_two_ranks_with_gaps_equal_one_rank_with_the_same_gaps(world, tmp_path, port, in_one_process):
@@ -216,10 +230,15 @@ def test_such_steps_in_a_row_stop_the_run_and_one_good_one_between_does_not(
     world, tmp_path, in_one_process, monkeypatch
 ):
     poison(monkeypatch, {1, 3, 4, 5})
-    values = options(world, tmp_path / "out", max_steps=9, max_nonfinite_steps=3, save_steps=1)
-    with pytest.raises(TrainingStopped, match=r"not finite in 3 steps in a row \(to step 6\)"):
+    values = options(world, tmp_path / "out", max_steps=9, max_nonfinite_steps=3, save_steps=0)
+    with pytest.raises(
+        TrainingStopped, match=r"not finite in 3 steps in a row \(to step 6\).*: checkpoint-000006 holds"
+    ):
         in_one_process(values)
-    assert newest_checkpoint(tmp_path / "out").name == "checkpoint-000005"
+    assert newest_checkpoint(tmp_path / "out").name == "checkpoint-000006"
+    monkeypatch.undo()
+    poison(monkeypatch, {0})  # one such step after a resume is one, not the fourth in a row
+    assert in_one_process({**values, "resume": "auto"}).step == 9
 
 
 def test_resuming_another_run_is_refused(world, tmp_path, in_one_process):

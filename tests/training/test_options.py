@@ -9,6 +9,7 @@ import torch
 from synpo_fast.training import loop
 from synpo_fast.training.checkpoint import newest_checkpoint
 from synpo_fast.training.engine import Engine, launch_environment
+from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.metrics import read_metrics
 from tests.training.test_faults import final_weights, poison
 from tests.training.world import options
@@ -110,10 +111,19 @@ def test_features_are_kept_between_runs(world, tmp_path, in_one_process):
 
 def test_pairs_that_are_too_long_are_skipped_and_counted(world, tmp_path, in_one_process):
     values = options(world, tmp_path / "out", max_steps=4, max_length=1, max_bad_share=1.0, report=False)
-    in_one_process(values)
+    with pytest.raises(TrainingStopped) as error:
+        in_one_process(values)
+    said = str(error.value)
+    assert (
+        said.startswith("nothing was trained: none of the 16 pairs could be used. 'p")
+        and "--overwrite_output_dir" in said
+    )
+    assert "pairs check" not in said, "which knows no lengths"
+    with pytest.raises(TrainingStopped, match="nothing was trained"):
+        in_one_process({**values, "resume": "auto"})
     rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert rows[-1]["skipped_pairs"] == 16 and "loss" not in rows[-1]
-    assert "max_tokens=1" in (tmp_path / "out" / "skipped_pairs.rank0.jsonl").read_text()
+    assert "more than max_length=1;" in (tmp_path / "out" / "skipped_pairs.rank0.jsonl").read_text()
 
 
 def test_epochs_and_logging_steps(world, tmp_path, in_one_process):

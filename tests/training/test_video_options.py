@@ -9,6 +9,7 @@ import yaml
 from synpo_fast.models.policy import Policy
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.engine import Engine
+from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.metrics import read_metrics
 from tests.training.world import options
 
@@ -27,7 +28,8 @@ def test_a_budget_of_video_tokens_is_kept_recorded_and_compared_when_resuming(wo
 
 def test_pairs_above_the_budget_are_listed_with_the_reason(world, tmp_path, in_one_process):
     more = {"max_steps": 1, "report": False, "video_max_tokens": 1, "max_bad_share": 1.0}
-    in_one_process(options(world, tmp_path / "out", **more))
+    with pytest.raises(TrainingStopped, match="none of the 4 pairs could be used"):
+        in_one_process(options(world, tmp_path / "out", **more))
     rows = [json.loads(line) for line in (tmp_path / "out" / "skipped_pairs.rank0.jsonl").read_text().splitlines()]
     assert len(rows) == 4 and all("more than video_max_tokens=1" in row["reason"] for row in rows)
 
