@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.pair_frames import pair_frames
 from synpo_fast.data.sampling import FrameSampling
+from synpo_fast.data.text_markers import marked_pairs, special_tokens
 from synpo_fast.errors import UserError
 from synpo_fast.models.family import Family, VideoInputs
 from synpo_fast.models.policy import Policy, Sample
@@ -77,12 +80,13 @@ class PairEncoder:
         """frames: uint8 [T, H, W, 3] as chosen, None for a text pair; seconds_per_frame: between two of them.
 
         Nothing is ever cut: a cut response is another response, and a cut video is not that video. Raises TooLong for a
-        pair that is too long, ValueError for one whose responses are the same tokens.
+        pair that is too long, ValueError for one whose responses are the same tokens or whose texts hold special tokens.
         """
         return self.with_video(pair, None if frames is None else self.video_inputs(pair, frames, seconds_per_frame))
 
     def with_video(self, pair: Pair, video: VideoInputs | None) -> EncodedPair:
         """The same for a video that was encoded before."""
+        self._check_texts(pair)
         prompt = self.family.prompt_ids(self.tokenizer, pair.prompt, None if video is None else video.token_ids)
         preference = pair.loss == "preference"
         has_ground_truth = self.with_ground_truth and pair.ground_truth is not None
@@ -128,6 +132,17 @@ class PairEncoder:
     def _response_ids(self, text: str) -> tuple[int, ...]:
         return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id)
 
+    @cached_property
+    def _special_tokens(self) -> re.Pattern[str]:
+        return special_tokens(self.tokenizer, self.family.placeholder_token, *self.family.video_markers)
+
+    def _check_texts(self, pair: Pair) -> None:
+        """The tokenizer would end a response at such a token, or take it for room of a video that is not there."""
+        for _, what in marked_pairs([pair], self._special_tokens):
+            raise UserError(
+                f"pair {pair.id!r} has {what}, a special token of the model's tokenizer. It would not be read as text: take it out"
+            )
+
     def _check_length(self, pair: Pair, prompt: int, response: int) -> None:
         if self.max_tokens is not None and prompt + response > self.max_tokens:
             raise TooLong(
@@ -155,6 +170,9 @@ def encode_pairs(
     drop_too_long: bool = False,
 ) -> EncodedPairs:
     """Tokens of every pair; a pair above max_tokens raises TooLong, or with drop_too_long is left out and counted."""
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, Pair):
+            raise UserError(f"pairs[{index}]: expected Pair, got {type(pair).__name__}")
     encoder = PairEncoder.of(policy, max_tokens=max_tokens)
     samples, kept, dropped = [], [], []
     for index, pair in enumerate(pairs):
@@ -193,7 +211,8 @@ def score_pairs(
     """For each pair (chosen_logps, rejected_logps): 1-D fp32, one value per response token, EOS included, with autograd.
 
     Videos given by path, or as clips, are decoded here, frames chosen by `sampling`: by default one every two seconds, at
-    least 8 and at most 16. An "sft" pair has no rejected response: its rejected_logps is empty.
+    least 8 and at most 16. An "sft" pair has no rejected response: its rejected_logps is empty. Raises ValueError for a text
+    that holds a special token of the model's tokenizer, as training does.
     """
     encoded = encode_pairs(policy, pairs, video_root=video_root, sampling=sampling)
     scored = []

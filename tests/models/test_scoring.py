@@ -1,6 +1,7 @@
 """From pairs to samples: which responses, which frames, and an encoder that can travel."""
 
 import pickle
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from benchmarks.clips import write_clip
 from synpo_fast.data.decode import decode_frames
 from synpo_fast.data.pair import Clip, Pair
 from synpo_fast.data.sampling import FrameSampling
+from synpo_fast.errors import UserError
 from synpo_fast.models import encode_pair, load_policy, score_pairs
 from synpo_fast.models.scoring import PairEncoder, TooLong
 
@@ -109,3 +111,22 @@ def test_mistakes_are_named(policy):
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no eos_token"):
         PairEncoder(policy.family, policy.base.config, tokenizer)
+
+
+@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected", "ground_truth"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl", "text"])
+def test_a_special_token_in_a_text_is_refused_as_in_training(name, field):
+    """A tokenizer would end the response there, or make room for a video."""
+    policy = load_policy(f"tiny:{name}", tiny_options={"hidden_size": 128})
+    for token in {policy.tokenizer.eos_token, policy.family.placeholder_token} - {""}:
+        fields = {"prompt": "q", "chosen": "good", "rejected": "bad", "ground_truth": "true", field: f"So {token}it goes"}
+        said = re.escape(f"pair 'p7' has {token!r} in {field}, a special token of the model's tokenizer")
+        with pytest.raises(UserError, match=said):
+            score_pairs(policy, [Pair("q", "good", "bad"), Pair(**fields, id="p7")])
+        with pytest.raises(UserError, match=said):
+            PairEncoder.of(policy)(Pair(**fields, id="p7"), None)
+
+
+def test_what_is_no_pair_is_named(policy):
+    with pytest.raises(UserError, match=re.escape("pairs[1]: expected Pair, got dict")):
+        score_pairs(policy, [Pair("q", "good", "bad"), {"prompt": "q", "chosen": "good", "rejected": "bad"}])
