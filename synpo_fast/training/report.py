@@ -21,20 +21,21 @@ from synpo_fast.training.report_page import page
 
 DONE, USAGE = 0, 2
 NAME = "report.html"
+LEFT_BY_RUNS = ("metrics.jsonl", "config.yaml", "profile.json")
+BEGINS, TITLE_ENDS, HEAD_BYTES = b"<!doctype html>", "– synpo_fast</title>".encode(), 2**16
 
 
 def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Writes the page and returns where it lies.
 
     out: default is report.html in the run's folder, for several runs in the folder that they share, else in the current one.
-    A file that is missing or broken is named on the page. Raises ValueError for a folder that is not there, for one given
-    twice, and for none; OSError where the page can not be written.
+    A file that is missing or broken is named on the page. Raises ValueError for a folder that is not there or holds no run, for
+    one given twice, for none, and for a file at the page's place that is no report; OSError where the page can not be written.
     """
     folders = [Path(folder) for folder in run_dirs]
     _check(folders)
     target = Path(out) if out is not None else _usual_place(folders)
-    if target.is_dir():
-        raise UserError(f"the page can not be written to {target}: it is a folder")
+    _check_place(target)
     runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     problems: list[str] = []
     demo = _demo([*folders, target.parent], problems)
@@ -47,7 +48,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) 
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0 the page is there, 2 a mistake in the call, or a place that can not be written."""
+    """Exit status: 0 the page is there, 2 a mistake in the call, or a page that can not be written there."""
     parser = argparse.ArgumentParser(prog="synpo-fast report", description="Writes a run's report, or compares runs.")
     parser.add_argument("runs", metavar="DIR", nargs="+", type=Path, help="output_dir of a run; several are compared")
     parser.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in DIR, or in what DIRs share")
@@ -67,10 +68,28 @@ def _check(folders: Sequence[Path]) -> None:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder: give the output_dir of a run")
+        if not any((folder / name).exists() for name in LEFT_BY_RUNS):
+            raise UserError(f"{folder} holds no run (no {', no '.join(LEFT_BY_RUNS)}): give the output_dir of a run")
     places = [folder.resolve() for folder in folders]
     twice = [str(folder) for folder, place in zip(folders, places, strict=True) if places.count(place) > 1]
     if twice:
         raise UserError(f"one folder is given more than once: {', '.join(twice)}")
+
+
+def _check_place(target: Path) -> None:
+    """Only a page of ours is replaced: --out may be a slip of the hand that names a file of another kind."""
+    if target.is_dir():
+        raise UserError(f"the page can not be written to {target}: it is a folder")
+    if target.exists() and not (target.suffix.lower() in (".html", ".htm") and _is_report(target)):
+        raise UserError(f"{target} exists and is no report of synpo-fast: remove it, or name another place with --out")
+
+
+def _is_report(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as page:
+        head = page.read(HEAD_BYTES)
+    return not head or (head.startswith(BEGINS) and TITLE_ENDS in head)
 
 
 def _usual_place(folders: Sequence[Path]) -> Path:

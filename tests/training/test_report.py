@@ -243,9 +243,34 @@ def test_a_folder_in_the_place_of_a_file_and_an_empty_folder(run, tmp_path):
         (run / name).unlink()
         (run / name).mkdir()
     assert "metrics.jsonl can not be read" in report(run).text
-    (tmp_path / "empty").mkdir()
-    page = report(tmp_path / "empty")
-    assert "there is no metrics.jsonl" in page.text and "there is no checkpoint" in page.text and not page.charts()
+    (run / "metrics.jsonl").rmdir()  # killed before its first step
+    page = report(run)
+    assert "there is no metrics.jsonl" in page.text and not page.charts()
+
+
+def test_a_folder_without_a_run_gets_no_page(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["report", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path} holds no run (no metrics.jsonl, no config.yaml, no profile.json)" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "page.html", "metrics.jsonl", "ours.txt"])
+def test_only_a_report_is_replaced(run, tmp_path, capsys, name):
+    file = tmp_path / "first" / name if name == "metrics.jsonl" else tmp_path / name
+    if name == "page.html":
+        file.write_text("<!doctype html><title>my own page</title>")
+    elif name == "ours.txt":  # not even where a report has another name
+        write_report([run], file)
+    elif name == "notes.txt":
+        file.write_text("mine")
+    before = file.read_bytes()
+    assert main(["report", str(run), "--out", str(file)]) == 2
+    assert f"{file} exists and is no report of synpo-fast" in capsys.readouterr().err
+    assert file.read_bytes() == before and not list(tmp_path.rglob("*.partial"))
+    for _ in range(2):
+        assert main(["report", str(run), "--out", str(tmp_path / "new.html")]) == 0
 
 
 anything = st.recursive(
