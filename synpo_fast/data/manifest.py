@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from synpo_fast.data.foreign_rows import import_hint
 from synpo_fast.data.pair import Clip, Pair
 from synpo_fast.data.row_files import read_rows
 from synpo_fast.errors import UserError
@@ -84,7 +85,8 @@ def read_manifest_rows(path: str | Path) -> tuple[list[Pair], list[BadRow]]:
                 if pair.id in first_use:
                     raise ValueError(f"id {pair.id!r} is already used in line {first_use[pair.id]}")
             except ValueError as error:
-                bad_rows.append(BadRow(row.file, row.line, str(error)))
+                hint = import_hint(row.content) if row.content is not None and not bad_rows else ""  # the first says it
+                bad_rows.append(BadRow(row.file, row.line, f"{error}{hint}"))
             else:
                 first_use[pair.id] = row.line
                 pairs.append(pair)

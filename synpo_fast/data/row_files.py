@@ -5,6 +5,7 @@ and a message can name file and line. Columnar formats have no lines: there `lin
 pyarrow alone, not the datasets package.
 """
 
+import codecs
 import csv
 import json
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from synpo_fast.errors import MissingPackage, UserError
 
 BOM = b"\xef\xbb\xbf"
 BATCH_ROWS = 1024
+TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,51 @@ def _read_file(path: Path) -> Iterator[FileRow]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: cannot tell its format by its name; expected {', '.join(READERS)} or a folder")
+    if path.suffix.lower() in TEXT_SUFFIXES:
+        _check_encoding(path)
     return reader(path)
 
 
+def _check_encoding(path: Path) -> None:
+    """Windows programs write UTF-16. Every line of it would be a bad row, and none would say why."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (len(start) == 2 and start.count(0) == 1):
+        raise UserError(f"{path} is UTF-16 text: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 does it)")
+
+
 def _read_json(path: Path) -> Iterator[FileRow]:
-    """JSON Lines, or one list of objects: told apart by the first character, since both are called .json."""
+    """JSON Lines, or one list of objects: told apart by the first character, since both are called .json.
+
+    An object that a .json file holds over several lines is one row: what is wrong with it is said once, not of every line.
+    """
     with path.open("rb") as file:
         for raw in file:
-            start = raw.removeprefix(BOM).lstrip()
-            if start:
-                yield from _read_json_list(path) if start.startswith(b"[") else _read_json_lines(path)
+            start = raw.removeprefix(BOM).strip()
+            if start.startswith(b"["):
+                yield from _read_json_list(path)
                 return
+            if start:
+                whole = _whole_object(path) if not _is_json(start) and path.suffix.lower() == ".json" else None
+                yield from _read_json_lines(path) if whole is None else [FileRow(str(path), 1, whole)]
+                return
+
+
+def _is_json(raw: bytes) -> bool:
+    try:
+        json.loads(raw)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _whole_object(path: Path) -> dict[str, Any] | None:
+    """The one object of a file; None where it is something else."""
+    try:
+        content = _loads(path.read_bytes().removeprefix(BOM).decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _read_json_lines(path: Path) -> Iterator[FileRow]:

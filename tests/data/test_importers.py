@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from synpo_fast.data.importers import IMPORTERS, ImportOptions, Refused, detect_format, import_pairs
 from synpo_fast.data.importers.source_row import SourceRow
-from synpo_fast.data.manifest import row_from_pair
+from synpo_fast.data.manifest import ManifestError, read_manifest, row_from_pair
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs" / "manifest.md").read_text(encoding="utf-8")
 SECTION = re.compile(r"^### (\S+)\n(.*?)(?=^### |\Z)", re.DOTALL | re.MULTILINE)
@@ -322,7 +322,7 @@ def test_system_messages(name):
     row = sample(name)
     row[key] = [{role: "system", text: "Be brief."}, *row[key]]
     bare = SAMPLES[name][1]["prompt"]
-    assert "has a system message" in refusal(name, row)
+    assert "has a system message: say what becomes of it by --system fold or --system drop" in refusal(name, row)
     assert run(name, row, system="drop")[0].prompt == bare
     assert run(name, row, system="fold")[0].prompt == f"Be brief.\n\n{bare}"
 
@@ -428,3 +428,24 @@ def test_detection_wants_all_of_the_first_rows(tmp_path):
     path.write_text("{\n{")
     with pytest.raises(ValueError, match="no readable rows"):
         detect_format(path)
+
+
+@pytest.mark.parametrize("name", sorted(set(IMPORTERS) - {"manifest", "llava-hound"}))
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_file_to_import_that_is_given_as_a_manifest_is_recognised(tmp_path, name, wrapped):
+    path = tmp_path / "rows.json"
+    rows = [sample(name)] * 3
+    path.write_text(json.dumps({"data": rows} if wrapped else rows))
+    with pytest.raises(ManifestError) as raised:
+        read_manifest(path)
+    said = f"; this looks like {name}: `synpo-fast pairs import --format {name}`"
+    assert str(raised.value).splitlines()[1].endswith(said) and str(raised.value).count("this looks like") == 1
+    assert ("a list under 'data'" in str(raised.value)) == wrapped
+
+
+def test_a_row_of_a_manifest_with_a_slip_is_no_other_format(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b", "clips": [], "vidoe": "a.mp4"}))
+    with pytest.raises(ManifestError) as raised:
+        read_manifest(path)
+    assert "did you mean" in str(raised.value) and "looks like" not in str(raised.value)

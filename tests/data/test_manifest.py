@@ -166,6 +166,27 @@ def test_files_that_are_no_manifest(tmp_path):
         read_manifest(tmp_path / "folder")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_utf_16_is_said_once(tmp_path, encoding, name):
+    (tmp_path / name).write_text("\n".join([json.dumps(GOOD)] * 3), encoding=encoding)
+    with pytest.raises(ManifestError, match=f"^{tmp_path}/{name} is UTF-16 text: save it as UTF-8") as raised:
+        read_manifest(tmp_path / name)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_under_a_key_are_said_once(tmp_path, indent):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"data": [GOOD, GOOD]}, indent=indent))
+    (bad,) = read_manifest_rows(path)[1]
+    assert bad.line == 1 and bad.reason.endswith(
+        "; the rows are a list under 'data': write that list alone into the file"
+    )
+    path.write_text(json.dumps(GOOD, indent=indent))
+    assert len(read_manifest(path)) == 1
+
+
 TABLE = [
     {**GOOD, "id": "a", "video": "v.mp4", "chosen_score": 2.5},
     {**GOOD, "prompt": "Why?", "clips": [{"path": "w.mp4", "end": 3.0}, {"path": "x", "start": 1.0}], "reference_clips": []},

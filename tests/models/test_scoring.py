@@ -119,7 +119,13 @@ def test_a_special_token_in_a_text_is_refused_as_in_training(name, field):
     """A tokenizer would end the response there, or make room for a video."""
     policy = load_policy(f"tiny:{name}", tiny_options={"hidden_size": 128})
     for token in {policy.tokenizer.eos_token, policy.family.placeholder_token} - {""}:
-        fields = {"prompt": "q", "chosen": "good", "rejected": "bad", "ground_truth": "true", field: f"So {token}it goes"}
+        fields = {
+            "prompt": "q",
+            "chosen": "good",
+            "rejected": "bad",
+            "ground_truth": "true",
+            field: f"So {token}it goes",
+        }
         said = re.escape(f"pair 'p7' has {token!r} in {field}, a special token of the model's tokenizer")
         with pytest.raises(UserError, match=said):
             score_pairs(policy, [Pair("q", "good", "bad"), Pair(**fields, id="p7")])

@@ -122,7 +122,7 @@ def split_system(turns: list[Turn], options: ImportOptions) -> tuple[str, list[T
     """(what to fold into the prompt, the turns after a system message)."""
     if turns[:1] and turns[0].role == "system":
         if options.system == "refuse":
-            raise Refused("has a system message: choose to fold or to drop it")
+            raise Refused("has a system message: say what becomes of it by --system fold or --system drop")
         return (turns[0].text.strip() if options.system == "fold" else ""), turns[1:]
     return "", turns
 
