@@ -3,9 +3,13 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from synpo_fast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class Clip:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """video: a path, or frames already chosen as a uint8 tensor [T, H, W, 3]; None makes a text pair.
+    """video: a path, or frames already chosen as a uint8 tensor [T, H, W, 3]; None makes a text pair. A numpy array of that kind
+        becomes a tensor, which shares its memory where it can.
 
     clips: in place of video, parts of one or several files, shown one after another as one video.
     ground_truth: a caption for the auxiliary NLL. loss: "preference", or "sft" for a row that trains on chosen alone, whose
@@ -57,8 +62,17 @@ class Pair:
             raise ValueError(f"{name}: give video or clips, not both")
         if self.loss == "preference" and self.chosen == self.rejected:
             raise ValueError(f"{name}: chosen and rejected are the same text, so there is nothing to prefer")
-        video = self.video
-        if isinstance(video, Tensor) and (
-            video.dtype != torch.uint8 or video.dim() != 4 or video.shape[-1] != 3 or 0 in video.shape
-        ):
-            raise ValueError(f"{name}: frames must be uint8 [T, H, W, 3], got {video.dtype} {list(video.shape)}")
+        object.__setattr__(self, "video", _checked_video(self.video, name))
+
+
+def _checked_video(video: Any, name: str) -> str | Path | Tensor | None:
+    """The video, frames as a tensor. An error never quotes what an array holds."""
+    if video is None or isinstance(video, (str, Path)):
+        return video
+    if not isinstance(video, (Tensor, np.ndarray)):
+        raise UserError(f"{name}: video must be a path, or frames as uint8 [T, H, W, 3], got {type(video).__name__}")
+    dtype, shape = str(video.dtype).removeprefix("torch."), list(video.shape)
+    if dtype != "uint8" or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+        raise UserError(f"{name}: frames must be uint8 [T, H, W, 3], got {dtype} {shape}")
+    # A tensor has no reversed axes, and none that may not be written to: such an array is copied.
+    return video if isinstance(video, Tensor) else torch.from_numpy(np.require(video, requirements=("C", "W")))

@@ -17,6 +17,7 @@ from synpo_fast.models.video_frames import VideoProcessing, with_resolution
 from synpo_fast.models.vision_attention import set_vision_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def load_policy(
@@ -43,8 +44,8 @@ def load_policy(
     Args:
         name_or_path: "tiny:<family>" builds a small random model with a tokenizer of its own, without network; `seed` and
             `tiny_options` (sizes) are for those.
-        dtype: type of the weights; None: fp32 on a CPU, bf16 on a GPU. What transformers keeps in fp32 (rotary frequencies,
-            parameters a model declares) stays in fp32.
+        dtype: type of the weights, "bfloat16" or "bf16" and so on; None: fp32 on a CPU, bf16 on a GPU. What transformers
+            keeps in fp32 (rotary frequencies, parameters a model declares) stays in fp32.
         attn_implementation: sdpa, eager, synpo_fast_segments, synpo_fast_varlen, or auto: varlen for bf16 and fp16 on a GPU of
             compute capability 8.0 or above, else segments.
         vision_attn_implementation: of the vision tower: auto, sdpa, eager, synpo_fast_varlen, synpo_fast_segments or
@@ -98,9 +99,10 @@ def _dtype(wanted: str | torch.dtype | None, device: torch.device) -> torch.dtyp
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if isinstance(wanted, torch.dtype):
         return wanted
-    if wanted not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted!r}")
-    return DTYPES[wanted]
+    name = SHORT_NAMES.get(wanted, wanted)
+    if name not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join([*DTYPES, *SHORT_NAMES])}, got {wanted!r}")
+    return DTYPES[name]
 
 
 def _tiny(name: str, seed: int, options: dict[str, Any]) -> tuple[Any, Any, Any]:

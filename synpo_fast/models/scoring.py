@@ -140,7 +140,8 @@ class PairEncoder:
         """The tokenizer would end a response at such a token, or take it for room of a video that is not there."""
         for _, what in marked_pairs([pair], self._special_tokens):
             raise UserError(
-                f"pair {pair.id!r} has {what}, a special token of the model's tokenizer. It would not be read as text: take it out"
+                f"pair {pair.id!r} has {what}, a special token of the model's tokenizer. "
+                "It would not be read as text: take it out"
             )
 
     def _check_length(self, pair: Pair, prompt: int, response: int) -> None:

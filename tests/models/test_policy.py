@@ -1,5 +1,6 @@
 """The shared, packed path gives what each response gives alone: values, gradients, isolation, and counted work."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -183,14 +184,31 @@ def test_nothing_is_cut():
         ({"chosen": " "}, "pair 'p': chosen is empty"),
         ({"rejected": ""}, "pair 'p': rejected is empty"),
         ({"rejected": "same", "chosen": "same"}, "pair 'p': chosen and rejected are the same text"),
-        ({"video": torch.zeros(2, 4, 4, 3)}, r"frames must be uint8 \[T, H, W, 3\], got torch.float32"),
-        ({"video": torch.zeros(0, 4, 4, 3, dtype=torch.uint8)}, r"got torch.uint8 \[0, 4, 4, 3\]"),
+        ({"video": torch.zeros(2, 4, 4, 3)}, r"frames must be uint8 \[T, H, W, 3\], got float32"),
+        ({"video": torch.zeros(0, 4, 4, 3, dtype=torch.uint8)}, r"got uint8 \[0, 4, 4, 3\]"),
+        ({"video": np.zeros((4, 32, 32, 3), np.float32)}, r"uint8 \[T, H, W, 3\], got float32 \[4, 32, 32, 3\]$"),
+        ({"video": np.zeros((4, 3, 32, 32), np.uint8)}, r"got uint8 \[4, 3, 32, 32\]$"),
+        ({"video": [np.zeros((32, 32, 3), np.uint8)] * 4}, r"or frames as uint8 \[T, H, W, 3\], got list$"),
         ({"loss": "ppo"}, "loss must be 'preference' or 'sft', got 'ppo'"),
     ],
 )
 def test_bad_pairs_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         Pair(**{"prompt": "q", "chosen": "a", "rejected": "b", "id": "p", **fields})
+
+
+def test_frames_in_a_numpy_array_are_those_of_a_tensor():
+    frames = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    read_only = frames.copy()
+    read_only.setflags(write=False)
+    for array in (frames, frames[:, :, ::-1], read_only):
+        video = Pair("q", "a", "b", video=array).video
+        assert isinstance(video, torch.Tensor) and video.tolist() == array.tolist()
+
+
+def test_short_names_of_types():
+    for short, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.items():
+        assert load_policy("tiny:text", dtype=short, device="cpu").base.get_input_embeddings().weight.dtype == dtype
 
 
 @pytest.mark.parametrize(
