@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from synpo_fast.data.mp4_boxes import lacks_index
 from synpo_fast.data.video_info import VideoError
 
 FORMATS = "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg,asf,ogg,gif"
+NO_INDEX = "; it is an MP4 without its whole index (moov), usually a download that stopped: fetch it again"
 MAX_PIXELS = 2**26  # 8192 x 8192: 8K video has half of it
 
 
@@ -36,7 +38,8 @@ def open_video(path: Path, deadline: float) -> Iterator[tuple[Any, Any]]:
             stream = _video_stream(path, container)
             yield container, stream
     except FFmpegError as error:
-        raise VideoError(path, f"can not be decoded: {error.strerror or type(error).__name__}") from error
+        reason = f"can not be decoded: {error.strerror or type(error).__name__}"
+        raise VideoError(path, f"{reason}{NO_INDEX if lacks_index(path) else ''}") from error
 
 
 def _video_stream(path: Path, container: Any) -> Any:
