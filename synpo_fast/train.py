@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str], stopper: Stopper, asks_for_help: bool, only_print: bool) -> int:
-    from synpo_fast.training.config_sources import dump_config, resolve_config
+    from synpo_fast.training.config_sources import dump_config, file_of_config, resolve_config
     from synpo_fast.training.option_help import help_text
 
     if asks_for_help:
@@ -70,9 +70,15 @@ def _main(arguments: list[str], stopper: Stopper, asks_for_help: bool, only_prin
     logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, handlers=[terminal])
     if not config.verbose:
         hide_notes_to_developers()
+    from synpo_fast.training.overwriting import check_inputs_stay
     from synpo_fast.training.said_once import SaidByAnotherProcess
     from synpo_fast.training.start import FORESEEN, run_training
 
+    try:
+        check_inputs_stay(config, config_file=file_of_config(arguments))
+    except UserError as error:
+        say_mistake(f"synpo-fast train: error: {printable(error)}")
+        return MISTAKE
     try:
         state = run_training(config, stopper)
     except SaidByAnotherProcess as said:

@@ -58,6 +58,11 @@ def resolve_config(arguments: Sequence[str]) -> TrainConfig:
     return TrainConfig(**_with_absolute_paths(merged))
 
 
+def file_of_config(arguments: Sequence[str]) -> str | None:
+    """The YAML file that a command line names."""
+    return _command_line(arguments).get("config")
+
+
 def _of_recipe(name: str, chosen: str | None) -> dict[str, Any]:
     """A recipe's options. Where another loss was chosen, those of the recipe's loss are left out, with a note: `beta` of one loss
     is not `beta` of another."""

@@ -11,41 +11,34 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from synpo_fast.errors import UserError
-from synpo_fast.training.best_files import check_place, remove_best
+from synpo_fast.training.best_files import check_place
 from synpo_fast.training.checkpoint import (
     CheckpointError,
     is_ours,
     list_checkpoints,
     newest_and_broken,
-    remove_checkpoints,
     step_in,
     what_is_broken,
     why_no_folder,
 )
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.config_sources import read_yaml
+from synpo_fast.training.overwriting import (
+    CAME_FROM,
+    CONFIG,
+    METRICS,
+    OF_ONE_RUN,
+    SKIPPED,
+    check_inputs_stay,
+    remove_earlier_run,
+)
 from synpo_fast.training.superseded import FOLDER, free_name, set_aside, set_aside_lines
 
-CONFIG, METRICS, SKIPPED, REFERENCE = "config.yaml", "metrics.jsonl", "skipped_pairs.rank*.jsonl", "reference.pt"
-CAME_FROM = "resumed_from.json"  # names the checkpoint in another folder that this folder's run went on from
-OF_ONE_RUN = ("report.html", "tensorboard", "wandb_run_id")  # a new run begins its own
-ALL_FILES = (
-    CONFIG,
-    "config.until-step-*.yaml",
-    METRICS,
-    SKIPPED,
-    CAME_FROM,
-    *OF_ONE_RUN,
-    "profile.json",
-    "wandb",
-    FOLDER,
-)
 PLACES = ("output_dir", "run_name")  # where a run lies and what it is called is no change of it
 ANEW = "start anew with --overwrite_output_dir (which deletes that run) or in another output_dir"
 
@@ -66,6 +59,7 @@ class Start:
 
 def choose_start(config: TrainConfig) -> Start:
     """Reads only. Raises ValueError where going on or starting anew would cost an earlier run something."""
+    check_inputs_stay(config)
     folder = Path(config.output_dir)
     start = Start()
     if config.resume == "auto":
@@ -194,7 +188,7 @@ def take_over(config: TrainConfig, start: Start, *, steps_done: int, config_text
             for name in (*OF_ONE_RUN, *((CAME_FROM,) if start.checkpoint is None else ()))
             if (folder / name).exists()
         ]
-    said += _keep_config(folder, start, steps_done, config_text)
+    said += _keep_config(folder, start, steps_done, config_text, keeps=not config.overwrite_output_dir)
     return said
 
 
@@ -233,31 +227,19 @@ def step_of_line(line: str) -> float:
         return math.inf
 
 
-def _keep_config(folder: Path, start: Start, step: int, text: str) -> list[str]:
+def _keep_config(folder: Path, start: Start, step: int, text: str, *, keeps: bool) -> list[str]:
     """Writes config.yaml; the one that was there until now, if it says something else, keeps a name of its own."""
     file, said = folder / CONFIG, []
     partial = folder / f"{CONFIG}.partial"
     partial.write_text(text, encoding="utf-8")
     if start.checkpoint is not None:
         said += what_changed(start.checkpoint.parent / CONFIG, partial)
-    if file.exists() and file.read_bytes() != text.encode():
+    if keeps and file.exists() and file.read_bytes() != text.encode():
         kept = free_name(folder / f"config.until-step-{step}.yaml")
         file.rename(kept)
         said.append(f"the earlier config.yaml is now {kept.name}")
     partial.replace(file)
     return said
-
-
-def remove_earlier_run(folder: Path, *, keep_reference: bool) -> None:
-    """Deletes what runs write, and nothing else. keep_reference: log-probs that this run has made or found to be right."""
-    remove_checkpoints(folder)
-    remove_best(folder)
-    for pattern in (*ALL_FILES, *(() if keep_reference else (REFERENCE,))):
-        for path in folder.glob(pattern):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
 
 def _name_step(checkpoint: Path) -> int:

@@ -19,6 +19,7 @@ from synpo_fast.training.checkpoint import (
     write_checkpoint,
 )
 from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.overwriting import check_inputs_stay, remove_earlier_run
 from synpo_fast.training.resume_choice import at_checkpoint
 from synpo_fast.training.run_folder import Start, choose_start, step_of_line, take_over
 from synpo_fast.training.superseded import set_aside, set_aside_lines
@@ -259,3 +260,49 @@ def test_auto_says_that_it_begins_at_step_0(tmp_path):
     assert note.startswith(f"no checkpoint in {tmp_path}: starting at step 0; ")
     assert "metrics.jsonl has lines up to step 12" in note
     assert start_of(tmp_path).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("model_name_or_path", "checkpoint-000002"), ("train_file", "superseded/pairs.jsonl"),
+        ("train_file", "metrics.jsonl"), ("eval_file", "checkpoint-000002/eval.jsonl"), ("video_root", "tensorboard/videos"),
+        ("deepspeed", "wandb/zero.json"), ("feature_cache", "superseded"), ("model_name_or_path", "../link"),
+        ("model_name_or_path", "."),
+    ],
+)  # fmt: skip
+def test_overwriting_refuses_to_delete_what_the_run_reads(tmp_path, option, name):
+    run = tmp_path / "run"
+    write(run, 2)
+    for file in (
+        "superseded/pairs.jsonl",
+        "metrics.jsonl",
+        "wandb/zero.json",
+        "tensorboard/videos/a.mp4",
+        "model.safetensors",
+    ):
+        (run / file).parent.mkdir(exist_ok=True, parents=True)
+        (run / file).write_text("x")
+    (run / "best_model.json").write_text('{"files": ["model.safetensors"]}')
+    (tmp_path / "link").symlink_to(run / "checkpoint-000002")
+    with pytest.raises(UserError, match=rf"--overwrite_output_dir would delete .*which {option}=.* reads"):
+        start_of(run, overwrite_output_dir=True, **{option: str(run / name)})
+    assert (
+        start_of(run, overwrite_output_dir=True, train_file=str(run / "mine.jsonl"), video_root=str(run)).checkpoint
+        is None
+    )
+    with pytest.raises(UserError, match=r"would delete .*superseded.*which config=.* reads"):
+        check_inputs_stay(config_of(run, overwrite_output_dir=True), config_file=str(run / "superseded" / "a.yaml"))
+    check_inputs_stay(config_of(run), config_file=str(run / "superseded" / "a.yaml"))
+
+
+def test_overwriting_checks_before_it_deletes(tmp_path, monkeypatch):
+    """Root may write anywhere, so the answer of the system is put on here."""
+    write(tmp_path, 2)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "log").write_text("x")
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "wandb" and allowed(path, mode))
+    with pytest.raises(UserError, match=r"cannot be deleted.*wandb"):
+        remove_earlier_run(tmp_path, keep_reference=False)
+    assert list_checkpoints(tmp_path) and (tmp_path / "wandb" / "log").exists()
