@@ -21,13 +21,18 @@ if not __package__:
 
 from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.printable import PrintableFormatter, printable
-from synpo_fast.training.console import hide_notes_to_developers, say, say_mistake
+from synpo_fast.training.console import hide_notes_to_developers, print_to_a_pipe, say, say_mistake
 from synpo_fast.training.stopping import Interrupted, Stopper
 
 FAILED, MISTAKE = 1, 2
 UNEXPECTED = (
     "synpo-fast train: an error that is none of the mistakes this program knows; the lines above say where it arose. A run's "
     "last checkpoint is as it was: --resume auto goes on from it."
+)
+
+LOST = (
+    "synpo-fast train: another process of this launch has ended, so this one cannot go on; what that one said, or the launcher, "
+    "tells why. The last checkpoint is as it was: --resume auto goes on from it."
 )
 
 
@@ -52,12 +57,12 @@ def _main(arguments: list[str], stopper: Stopper, asks_for_help: bool, only_prin
     from synpo_fast.training.option_help import help_text
 
     if asks_for_help:
-        print(help_text())
+        print_to_a_pipe(f"{help_text()}\n")
         return 0
     try:
         config = resolve_config([word for word in arguments if word != "--print_config"])
         if only_print:
-            print(dump_config(config), end="")
+            print_to_a_pipe(dump_config(config))
             return 0
         from synpo_fast.training.start_checks import check_start
 
@@ -71,7 +76,7 @@ def _main(arguments: list[str], stopper: Stopper, asks_for_help: bool, only_prin
     if not config.verbose:
         hide_notes_to_developers()
     from synpo_fast.training.overwriting import check_inputs_stay
-    from synpo_fast.training.said_once import SaidByAnotherProcess
+    from synpo_fast.training.said_once import SaidByAnotherProcess, lost_another_process
     from synpo_fast.training.start import FORESEEN, run_training
 
     try:
@@ -87,7 +92,12 @@ def _main(arguments: list[str], stopper: Stopper, asks_for_help: bool, only_prin
         told = "synpo-fast train: error:" if _status(error) == MISTAKE else "synpo-fast train:"
         print(f"{told} {printable(error)}", file=sys.stderr)
         return _status(error)
-    except Exception:  # shown whole: nothing is known of it
+    except Exception as error:  # shown whole: nothing is known of it
+        if lost_another_process(error):
+            if config.verbose:
+                traceback.print_exc()
+            print(LOST, file=sys.stderr)
+            return FAILED
         traceback.print_exc()
         print(UNEXPECTED, file=sys.stderr)
         return FAILED

@@ -35,6 +35,15 @@ def say_mistake(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def print_to_a_pipe(text: str) -> None:
+    """Prints, and is content with a reader that has seen enough, such as head."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes once more as it ends
+
+
 LIBRARIES = r"(torch|transformers|deepspeed|peft|accelerate|huggingface_hub|tokenizers)(\.|$)"
 
 

@@ -11,12 +11,13 @@ plain fp32 at stage 0 it is done here.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -367,7 +368,10 @@ def _quiet(config: TrainConfig) -> Iterator[None]:
     if not config.verbose:
         logger.addFilter(is_error)
     try:
-        yield
+        with (
+            nullcontext() if config.verbose else redirect_stdout(io.StringIO())
+        ):  # its 16-bit optimisers print memory numbers
+            yield
     finally:
         logger.removeFilter(is_error)
 

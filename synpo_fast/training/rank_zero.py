@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,6 +11,20 @@ import torch.distributed as dist
 from synpo_fast.errors import UserError
 
 Result = TypeVar("Result")
+
+
+ADVICE = {
+    errno.ENOSPC: "the disk is full: free some room, then start again with the same command",
+    errno.EDQUOT: "the quota is used up: free some room, then start again with the same command",
+    errno.EACCES: "change its permissions, or give another folder",
+    errno.EROFS: "give a folder that can be written",
+}
+
+
+def _told(error: OSError) -> str:
+    """What failed, with the file where the system names one, and the way out."""
+    advice = ADVICE.get(error.errno or 0)
+    return f"a file could not be read or written: {error}" + (f" ({advice})" if advice else "")
 
 
 def on_rank_zero(work: Callable[[], Result]) -> Result:
@@ -22,7 +37,7 @@ def on_rank_zero(work: Callable[[], Result]) -> Result:
         try:
             answer[0] = work()
         except OSError as error:
-            answer[1] = UserError(str(error))
+            answer[1] = UserError(_told(error))
         except (ValueError, RuntimeError, ImportError) as error:
             answer[1] = error
     dist.broadcast_object_list(answer, src=0)

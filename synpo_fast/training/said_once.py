@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 
 import torch.distributed as dist
@@ -28,6 +29,19 @@ def first_to_say(text: str) -> bool:
         return first_in(store, text, rank=dist.get_rank(), world_size=dist.get_world_size())
     except RuntimeError:  # the first process is gone: rather a line twice than not at all
         return True
+
+
+def lost_another_process(error: Exception) -> bool:
+    """Whether a collective failed because a process at the other end is gone: gloo, NCCL and their store say it in words only."""
+    words = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "ncclRemoteError",
+        "recvValue failed",
+    )
+    several = dist.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def first_in(store: dist.Store, text: str, *, rank: int, world_size: int) -> bool:

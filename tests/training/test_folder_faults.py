@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,14 @@ from synpo_fast.training.checkpoint import (
     write_checkpoint,
 )
 from synpo_fast.training.config import TrainConfig
+from synpo_fast.training.engine import _quiet
 from synpo_fast.training.overwriting import check_inputs_stay, remove_earlier_run
+from synpo_fast.training.rank_zero import on_rank_zero
 from synpo_fast.training.resume_choice import at_checkpoint
 from synpo_fast.training.run_folder import Start, choose_start, step_of_line, take_over
+from synpo_fast.training.said_once import lost_another_process
 from synpo_fast.training.superseded import set_aside, set_aside_lines
+from tests.training.world import environment
 
 
 def write(folder, step, **more):
@@ -306,3 +312,46 @@ def test_overwriting_checks_before_it_deletes(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot be deleted.*wandb"):
         remove_earlier_run(tmp_path, keep_reference=False)
     assert list_checkpoints(tmp_path) and (tmp_path / "wandb" / "log").exists()
+
+
+def test_a_full_disk_is_told_with_file_and_advice(group):
+    def work():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/metrics.jsonl")
+
+    with pytest.raises(UserError, match=r"written: .*'/run/metrics\.jsonl' \(the disk is full: free some room"):
+        on_rank_zero(work)
+
+
+@pytest.mark.parametrize("option", ["--help", "--print_config"])
+def test_a_reader_that_has_seen_enough_is_no_error(option, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "synpo_fast.train",
+        "--model_name_or_path",
+        "a",
+        "--train_file",
+        "b",
+        "--output_dir",
+        "c",
+    ]
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run([*command, option], stdout=written, stderr=subprocess.PIPE, text=True, env=environment())
+    os.close(written)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_process_that_is_gone_is_told_from_other_errors(monkeypatch):
+    gone = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:31337")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert lost_another_process(gone) and not lost_another_process(RuntimeError("shape mismatch"))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not lost_another_process(gone)
+
+
+def test_what_deepspeed_prints_is_hidden_unless_asked_for(tmp_path, capsys):
+    for verbose, shown in ((False, ""), (True, "MA 0.0 GB\n")):
+        with _quiet(config_of(tmp_path, verbose=verbose)):
+            print("MA 0.0 GB")
+        assert capsys.readouterr().out == shown
