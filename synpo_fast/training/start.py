@@ -212,6 +212,8 @@ def _build(
     facts = _facts(config, data, world_size)
     optimizer_state, trainer_state = read_state(checkpoint) if checkpoint is not None else ({}, None)
     if trainer_state is not None and checkpoint is not None:
+        if not isinstance(trainer_state.get("facts"), dict):
+            raise CheckpointError(f"can not resume from {checkpoint}: its state/trainer.json has no facts of the run")
         check_same_run(trainer_state["facts"], facts, checkpoint)
     on_rank_zero(lambda: fetch_processor_files(config.model_name_or_path))
     model = build_model(config, data, device, checkpoint)

@@ -11,7 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from synpo_fast.training.checkpoint import list_checkpoints, newest_checkpoint, what_is_broken, write_checkpoint
+from synpo_fast.training.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    newest_checkpoint,
+    what_is_broken,
+    write_checkpoint,
+)
 from synpo_fast.training.metrics import read_metrics
 from synpo_fast.training.run_lock import RunLock
 from synpo_fast.training.run_state import check_same_run
@@ -371,3 +377,9 @@ def test_a_relative_model_path_of_an_earlier_version_is_the_same_model(tmp_path,
     check_same_run({"model_name_or_path": "base", "seed": 1}, now, tmp_path)
     with pytest.raises(ValueError, match="model_name_or_path was 'other'"):
         check_same_run({"model_name_or_path": "other", "seed": 1}, now, tmp_path)
+
+
+def test_a_state_without_the_facts_of_its_run_is_no_start(values, in_one_process):
+    write(Path(values["output_dir"]), 6)
+    with pytest.raises(CheckpointError, match="no facts of the run"):
+        in_one_process({**values, "resume": "auto"})
