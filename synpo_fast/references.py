@@ -98,7 +98,8 @@ class Precomputed:
             key = sample_key(sample)
             if key not in self.entries:
                 raise UserError(
-                    f"{self.file} has no reference for sample {sample.name!r} as it is now; compute it again"
+                    f"{self.file} has no reference for sample {sample.name!r} as it is now: its video was changed, or could not "
+                    "be read when the reference was made. Compute it again: delete the file, and start a run with --resume auto"
                 )
             results.append(list(self.entries[key]))
         return results

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from synpo_fast.data.early_workers import EarlyWorkers
 from synpo_fast.data.encoding import BadPair, PairReader
 from synpo_fast.data.hold_out import files_of, hold_out
@@ -17,7 +19,8 @@ from synpo_fast.data.manifest import filter_by_score_gap, read_manifest
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.row_folders import named_split
 from synpo_fast.data.sampling import FrameSampling
-from synpo_fast.data.video_key import reading_facts
+from synpo_fast.data.video_info import VideoError
+from synpo_fast.data.video_key import reading_facts, video_key
 from synpo_fast.data.worker_process import WorkerProcess
 from synpo_fast.errors import UserError
 from synpo_fast.models.policy import Policy
@@ -75,6 +78,20 @@ def data_key(pairs: Sequence[Pair]) -> str:
         for pair in pairs
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def videos_key(config: TrainConfig, data: RunData, policy: Policy) -> str:
+    """A digest of the files of all pairs, training and evaluation, and of what is made of them, without reading one."""
+    encoder, sampling = encoder_of(config, policy), sampling_of(config)
+    facts = reading_facts(encoder, sampling, config.video_backend, torch.device(config.video_device))
+    keys = [config.max_length, config.auxiliary_target]  # which pairs, and which texts of them, are encoded at all
+    for pairs, root in ((data.train, data.train_root), (data.evaluation, data.eval_root)):
+        for pair in pairs:
+            try:
+                keys.append(video_key(pair, facts, root))
+            except (VideoError, OSError):
+                keys.append("not there")
+    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
 
 
 def sampling_of(config: TrainConfig) -> FrameSampling:
@@ -165,8 +182,6 @@ def ordered_loader(
 
 def read_some(config: TrainConfig, data: RunData, policy: Policy, count: int) -> list[tuple[Pair, EncodedPair]]:
     """The first `count` good evaluation pairs: for sample captions."""
-    import torch
-
     encoder, sampling = encoder_of(config, policy), sampling_of(config)
     reader = PairReader(
         encoder, sampling, data.eval_root, config.video_backend, torch.device("cpu"),

@@ -26,7 +26,7 @@ from synpo_fast.training.model_files import names_beside_weights
 from synpo_fast.training.optimizer import make_optimizer
 from synpo_fast.training.pair_module import PairModule
 from synpo_fast.training.rank_zero import on_rank_zero
-from synpo_fast.training.run_data import RunData, data_key, ordered_loader, resolution_of, sampling_of
+from synpo_fast.training.run_data import RunData, data_key, ordered_loader, resolution_of, sampling_of, videos_key
 from synpo_fast.training.superseded import set_aside
 
 logger = logging.getLogger(__name__)
@@ -142,12 +142,19 @@ def make_reference(
 
 
 def precomputed_reference(config: TrainConfig, data: RunData, policy: Policy, device: torch.device) -> Reference:
-    """Reads output_dir/reference.pt, and makes it first if it is not there or was made with other weights or pairs."""
+    """Reads output_dir/reference.pt, and makes it first if it is not there or was made with other weights, pairs or
+    video files: one that changed must not end the run at the step that meets it."""
     file = Path(config.output_dir) / "reference.pt"
     key = f"{weights_key(policy)} {data.key} {data_key(data.evaluation)} {sampling_of(config)} {policy.processing}"
-    if not on_rank_zero(lambda: _is_fresh(file, key)):
-        _precompute(config, data, policy, file, key)
-    return Precomputed(file, weights_key=key)
+
+    def look() -> tuple[bool, str]:  # by one process: times of files may differ between machines
+        whole_key = f"{key} {videos_key(config, data, policy)}"
+        return _is_fresh(file, whole_key), whole_key
+
+    fresh, key_with_videos = on_rank_zero(look)
+    if not fresh:
+        _precompute(config, data, policy, file, key_with_videos)
+    return Precomputed(file, weights_key=key_with_videos)
 
 
 def _is_fresh(file: Path, key: str) -> bool:
@@ -190,7 +197,8 @@ def _join(file: Path, key: str, num_parts: int) -> None:
     joined: dict[str, list[torch.Tensor]] = {}
     for each in parts:
         joined |= torch.load(each, weights_only=True)["entries"]
-    if os.path.lexists(file):  # of other weights or pairs: hours of work, perhaps
+    if os.path.lexists(file):  # of other weights, pairs or videos: hours of work, perhaps
+        logger.warning("%s was made with other weights, pairs or video files: it was made again", file)
         set_aside(file)
     _save(file, {"weights": key, "entries": joined})
     _remove(parts)

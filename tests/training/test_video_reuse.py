@@ -8,6 +8,7 @@ import torch
 
 from synpo_fast.data import encoding
 from synpo_fast.models import digest
+from synpo_fast.training import run_model
 from synpo_fast.training.metrics import read_metrics
 from tests.training.world import options
 
@@ -76,15 +77,35 @@ def test_a_precomputed_reference_hashes_no_pixels_and_serves_a_resumed_run(
     assert sorted(weights)[-1] == "checkpoint-000004"
 
 
-def test_a_replaced_video_has_no_reference_any_more(world, tmp_path, in_one_process):
+def test_a_video_that_was_replaced_has_the_reference_made_again_before_the_first_step(world, tmp_path, in_one_process):
     copy = tmp_path / "world"
     shutil.copytree(world, copy)
     more = {"loss_type": "dpo", "reference": "precomputed", "max_steps": 4, "report": False}
     values = options(copy, tmp_path / "out", **more)
-    in_one_process(values)
+    in_one_process({**values, "max_steps": 2})
     shutil.copyfile(copy / "v5.mp4", copy / "v0.mp4")
-    with pytest.raises(ValueError, match=r"no reference for sample 'p0-\d' as it is now; compute it again"):
-        in_one_process({**values, "overwrite_output_dir": True})
+    assert in_one_process({**values, "resume": "auto"}).step == 4
+    assert len(list((tmp_path / "out" / "superseded").rglob("reference*.pt*"))) == 1
+    made = (tmp_path / "out" / "reference.pt").stat().st_mtime_ns
+    in_one_process({**values, "resume": "auto", "max_steps": 5})
+    assert (tmp_path / "out" / "reference.pt").stat().st_mtime_ns == made
+
+
+def test_a_video_replaced_while_a_run_trains_is_named_with_the_way_on(world, tmp_path, in_one_process, monkeypatch):
+    copy = tmp_path / "world"
+    shutil.copytree(world, copy)
+    values = options(copy, tmp_path / "out", loss_type="dpo", reference="precomputed", max_steps=4, report=False)
+    real = run_model.Precomputed
+
+    def replaced(*args, **more):
+        shutil.copyfile(copy / "v5.mp4", copy / "v0.mp4")
+        return real(*args, **more)
+
+    monkeypatch.setattr(run_model, "Precomputed", replaced)
+    with pytest.raises(
+        ValueError, match=r"no reference for sample 'p0-\d' as it is now.* delete the file.* --resume auto"
+    ):
+        in_one_process(values)
 
 
 def test_captions_are_written_from_stored_videos(world, tmp_path, in_one_process):
