@@ -58,7 +58,13 @@ class FeatureCache:
     def __init__(self, folder: str | Path, *, tower: str) -> None:
         self.folder, self.tower = Path(folder), tower
         self.hits = self.misses = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._writes = True  # until a write fails: a full disk is no reason to end a run
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"feature_cache={str(folder)!r} cannot be used as a folder: {error.strerror}; name another"
+            ) from error
         meta = self.folder / "tower.json"
         if not meta.exists():
             _write(meta, json.dumps({"format": FORMAT, "tower": tower}).encode())
@@ -84,6 +90,8 @@ class FeatureCache:
         return features
 
     def put(self, video: VideoInputs, features: VideoFeatures) -> None:
+        if not self._writes:
+            return
         file = self._file(video)
         # Without a recipe the pixels stand among the tensors, and nobody finds the video by a key that needs no pixels.
         small = {} if video.recipe is None else video.tensors
@@ -96,8 +104,14 @@ class FeatureCache:
             "seconds_per_grid": video.seconds_per_grid,
         }
         partial = _partial(file)
-        torch.save(content, partial)
-        partial.replace(file)
+        try:
+            torch.save(content, partial)
+            partial.replace(file)
+        except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of a full disk
+            self._writes = False
+            partial.unlink(missing_ok=True)
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            logger.warning("feature_cache: %s cannot be written (%s); this process writes no more features", file, said)
 
     def _file(self, video: VideoInputs) -> Path:
         return self.folder / f"{video_key(video)}.pt"

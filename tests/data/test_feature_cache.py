@@ -18,8 +18,10 @@ from synpo_fast.data.loader import PairLoader
 from synpo_fast.data.pair import Clip, Pair
 from synpo_fast.data.sampling import FrameSampling
 from synpo_fast.data.video_key import reading_facts, video_key
+from synpo_fast.errors import UserError
 from synpo_fast.models import load_policy
 from synpo_fast.models.digest import tower_key
+from synpo_fast.models.family import VideoFeatures
 from synpo_fast.models.scoring import PairEncoder
 from tests.models.families import VIDEO_FAMILIES
 
@@ -266,3 +268,26 @@ def test_many_may_write_and_read_one_folder(policy, root, tmp_path):
         assert all(threads.map(read, range(120)))
         assert all(each.result() is None for each in writes)
     assert sorted(file.name for file in cache.folder.iterdir()) == sorted([f"{video.key}.pt", "tower.json"])
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_full_disk_is_said_once_and_leaves_nothing_behind(policy, tmp_path, monkeypatch, caplog, error):
+    def full(content, file):
+        Path(file).write_bytes(b"half")
+        raise error
+
+    frames = torch.zeros(3, 56, 56, 3, dtype=torch.uint8)
+    video = PairEncoder.of(policy).video_inputs(pair_of(), frames, 1.0)
+    features = VideoFeatures(torch.zeros(4, 8), ())
+    cache = FeatureCache(tmp_path, tower="t")
+    monkeypatch.setattr(torch, "save", full)
+    cache.put(video, features)
+    cache.put(video, features)
+    assert caplog.text.count("cannot be written") == 1 and not list(tmp_path.glob("*.partial"))
+    assert cache.get(video) is None
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "features").write_text("")
+    with pytest.raises(UserError, match=r"feature_cache='.*features' cannot be used as a folder: File exists"):
+        FeatureCache(tmp_path / "features", tower="t")
