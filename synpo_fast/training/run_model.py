@@ -206,8 +206,13 @@ def _join(file: Path, key: str, num_parts: int) -> None:
 
 def _save(file: Path, content: object) -> None:
     partial = file.with_name(file.name + ".partial")
-    torch.save(content, partial)
-    partial.replace(file)
+    try:
+        torch.save(content, partial)
+        partial.replace(file)
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of a full disk
+        partial.unlink(missing_ok=True)
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file} cannot be written ({said}): make room and start again") from error
 
 
 def _remove(files: Iterable[Path]) -> None:

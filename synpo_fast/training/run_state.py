@@ -27,6 +27,8 @@ from synpo_fast.training.run_folder import step_of_line
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "triton", "av", "nvidia-dali-cuda130")
 
+NUMBER_OF_PAIRS = "number of training pairs"  # for a message: earlier versions did not keep it
+
 
 @dataclass
 class RunState:
@@ -135,9 +137,15 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> 
     model = saved.get("model_name_or_path")
     if isinstance(model, str) and Path(model).is_dir():  # runs of earlier versions kept a relative path as it was given
         saved = {**saved, "model_name_or_path": str(Path(model).absolute())}
-    differing = [name for name in now if saved.get(name) != now[name]]
+    differing = [name for name in now if name != NUMBER_OF_PAIRS and saved.get(name) != now[name]]
     if differing:
-        what = "; ".join(f"{name} was {saved.get(name)!r}, now {now[name]!r}" for name in differing)
+        what = "; ".join(
+            f"train_file has other pairs than when the run began ({saved.get(NUMBER_OF_PAIRS, 'an unknown number')} then, "
+            f"{now.get(NUMBER_OF_PAIRS)} now)"
+            if name == "training pairs"
+            else f"{name} was {saved.get(name)!r}, now {now[name]!r}"
+            for name in differing
+        )
         raise UserError(f"can not resume from {folder}: {what}. Set it back, or start anew in another output_dir")
 
 

@@ -49,7 +49,7 @@ from synpo_fast.training.run_data import (
 from synpo_fast.training.run_folder import Start, choose_start, note_origin, take_over
 from synpo_fast.training.run_lock import RunLock
 from synpo_fast.training.run_model import build_engine, build_model, training_dtype
-from synpo_fast.training.run_state import RunState, Saver, check_same_run
+from synpo_fast.training.run_state import NUMBER_OF_PAIRS, RunState, Saver, check_same_run
 from synpo_fast.training.said_once import SaidByAnotherProcess, first_to_say
 from synpo_fast.training.stopping import Interrupted, Stopper
 from synpo_fast.training.text_checks import check_texts
@@ -314,6 +314,7 @@ def _facts(config: TrainConfig, data: RunData, world_size: int) -> dict[str, Any
     """What decides a step's pairs and loss."""
     return {
         "training pairs": data.key,
+        NUMBER_OF_PAIRS: len(data.train),
         "pairs of a step": config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size,
         "seed": config.seed,
         "model_name_or_path": config.model_name_or_path,

@@ -10,11 +10,11 @@ import pytest
 from synpo_fast.data import Clip, Pair, read_manifest, write_manifest
 from synpo_fast.data.check import check_manifest
 from synpo_fast.data.encoding import BadPair, quoted
-from synpo_fast.training import start
+from synpo_fast.training import run_model, start
 from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.run_data import read_data
-from synpo_fast.training.run_state import Saver
+from synpo_fast.training.run_state import Saver, check_same_run
 from synpo_fast.training.text_checks import check_texts
 from tests.training.world import options
 
@@ -155,3 +155,21 @@ def test_what_nothing_reads_is_refused_with_its_row(world, tmp_path, more, reaso
         read_data(TrainConfig(**{**options(world, tmp_path / "out"), name: str(file)}))
     (finding,) = (finding for finding in check_manifest(file).findings if finding.is_problem)
     assert finding.what == "bad rows" and f"rows.jsonl:2: {reason}" in finding.examples[0]
+
+
+def test_other_pairs_are_told_by_their_numbers(tmp_path):
+    then = {"training pairs": "2dd9", "number of training pairs": 16}
+    with pytest.raises(ValueError, match=r"train_file has other pairs than when the run began \(16 then, 12 now\)"):
+        check_same_run(then, {"training pairs": "77aa", "number of training pairs": 12}, tmp_path)
+    check_same_run({"training pairs": "2dd9"}, then, tmp_path)  # a checkpoint of an earlier version
+
+
+def test_a_reference_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(content, file):
+        file.write_bytes(b"half")
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(run_model.torch, "save", full)
+    with pytest.raises(ValueError, match=r"reference\.pt cannot be written \(unexpected pos"):
+        run_model._save(tmp_path / "reference.pt", {})
+    assert not list(tmp_path.iterdir())
