@@ -20,6 +20,11 @@ def check_texts(config: TrainConfig, data: RunData) -> RunData:
     Tags of other formats and tokens of other families, plain text to this tokenizer, are a warning.
     """
     tokenizer, family = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    if not family.placeholder_token and all(pair.video is not None or pair.clips for pair in data.train):
+        raise UserError(
+            f"{config.model_name_or_path} is a text-only model, and all {len(data.train)} pairs of {config.train_file} have a "
+            "video: choose a model that sees videos"
+        )
     special = special_tokens(tokenizer, family.placeholder_token, *family.video_markers)
     pairs = [*data.train, *data.evaluation]
     found = marked_pairs(pairs, special)

@@ -173,3 +173,9 @@ def test_a_reference_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_p
     with pytest.raises(ValueError, match=r"reference\.pt cannot be written \(unexpected pos"):
         run_model._save(tmp_path / "reference.pt", {})
     assert not list(tmp_path.iterdir())
+
+
+def test_videos_for_a_text_model_are_refused_before_it_is_loaded(world, tmp_path):
+    config = TrainConfig(**options(world, tmp_path / "out", model_name_or_path="tiny:text"))
+    with pytest.raises(ValueError, match="tiny:text is a text-only model, and all 16 pairs"):
+        check_texts(config, read_data(config))
