@@ -84,14 +84,40 @@ def load_adapter_model(adapter: Path, model_name_or_path: str | None, dtype: tor
 
     from synpo_fast.models.loading import load_policy
 
-    base = model_name_or_path or _base_of(adapter, PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
-    policy = load_policy(base, dtype=dtype, device="cpu")
+    named = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    run = _config_of_run(adapter)
+    tiny = run.get("model_name_or_path", "") if str(run.get("model_name_or_path", "")).startswith("tiny:") else ""
+    base = model_name_or_path or tiny or _base_of(adapter, named)
+    more: dict[str, Any] = {}
+    if base.startswith("tiny:") or tiny:
+        if base != tiny:
+            raise UserError(
+                f"{adapter} was not trained on {base!r}" + (f" but on {tiny!r}" if tiny else "")
+                + ": the weights of a tiny: model follow from the seed and options of its run, which the run's config.yaml keeps"
+            )  # fmt: skip
+        more = {"seed": run.get("seed", 0), "tiny_options": run.get("model_options") or None}
+    policy = load_policy(base, dtype=dtype, device="cpu", **more)
     model: Any = policy.model
     try:
         return PeftModel.from_pretrained(model, str(adapter)), policy.tokenizer, base
     except (RuntimeError, ValueError) as error:  # of other shapes, or for layers that are not there
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{adapter} does not fit its base model {base!r}: {reason}") from error
+
+
+def _config_of_run(adapter: Path) -> dict[str, Any]:
+    """The run's config.yaml, in the adapter's folder or in the one above a checkpoint; {} where there is none."""
+    import yaml
+
+    for folder in (adapter, adapter.resolve().parent):
+        if (folder / "config.yaml").is_file():
+            try:
+                found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError):
+                continue
+            if isinstance(found, dict):
+                return found
+    return {}
 
 
 def _base_of(adapter: Path, name: str | None) -> str:

@@ -128,3 +128,19 @@ def test_a_merge_in_bf16_has_the_types_that_transformers_loads(world, tmp_path, 
 def test_an_unknown_dtype_is_refused(tmp_path):
     with pytest.raises(ValueError, match="dtype must be one of float32"):
         merge_adapter(tmp_path, tmp_path / "out", dtype="int8")
+
+
+def test_an_adapter_of_a_tiny_model_is_merged_into_the_weights_it_was_trained_on(world, tmp_path, in_one_process):
+    """They follow from the run's seed and options; another seed's are another model."""
+    values = options(world, tmp_path / "out", model_name_or_path="tiny:qwen2_5_vl", seed=7, max_steps=1, report=False)
+    values["model_options"] = {"hidden_size": 64}
+    in_one_process(values)
+    checkpoint = tmp_path / "out" / "checkpoint-000001"
+    merge_adapter(checkpoint, tmp_path / "merged")
+    base = load_policy("tiny:qwen2_5_vl", seed=7, tiny_options={"hidden_size": 64}).base.state_dict()
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    name = next(name for name in merged if name.endswith("embed_tokens.weight"))
+    own = next(value for key, value in base.items() if key.endswith("embed_tokens.weight"))
+    assert torch.equal(merged[name], own), "embeddings have no adapter"
+    with pytest.raises(ValueError, match="was not trained on 'tiny:internvl' but on 'tiny:qwen2_5_vl'"):
+        merge_adapter(checkpoint, tmp_path / "other", model_name_or_path="tiny:internvl")
