@@ -128,7 +128,7 @@ def test_an_output_folder_that_can_not_be_written_stops_before_the_model_is_load
     (tmp_path / "base" / "model.safetensors").write_text("no weights: whoever reads them has come too far")
     values = {**options(world, tmp_path / "file" / "out"), "model_name_or_path": str(tmp_path / "base")}
     done = run(train_command(values))
-    assert done.returncode == 2 and "can not be written" in done.stderr
+    assert done.returncode == 2 and "cannot be written" in done.stderr
 
 
 def bad_world(world, tmp_path, num_bad):
