@@ -30,7 +30,7 @@ def _spelt(character: str) -> str:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Of log lines that end in a terminal."""
+    """A formatter of log lines that end in a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))

@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def import_hint(row: Row) -> str:
-    """What to do with a row that is not one of a manifest, as the end of a message; "" where nobody can know."""
+    """Advice for a row that is not one of a manifest, as the end of a message; "" where nobody can know."""
     for key in LISTS_OF_ROWS:
         value = row.get(key)
         if isinstance(value, list) and value and isinstance(value[0], dict):

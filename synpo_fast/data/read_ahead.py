@@ -62,7 +62,7 @@ class ReadAhead:
 
     @property
     def held_bytes(self) -> int:
-        """Of what has arrived and was not yet taken."""
+        """Bytes of the results that have arrived and were not yet taken."""
         with self._lock:
             return sum(slot.num_bytes or 0 for slot in self._slots())
 
@@ -140,7 +140,7 @@ class ReadAhead:
             self.submit()
 
     def _let_go(self) -> None:
-        """Of what arrived, the results farthest from their turn, until the rest is within the bound."""
+        """Lets go of the results farthest from their turn, until the rest is within the bound."""
         too_many = self.held_bytes - self.max_bytes
         for step in reversed(list(self.steps)[1:]):
             for slot in reversed(step.slots):

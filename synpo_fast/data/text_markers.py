@@ -18,7 +18,7 @@ FIELDS = ("prompt", "chosen", "rejected", "ground_truth")
 
 
 def special_tokens(tokenizer: Any, *more: str) -> re.Pattern[str]:
-    """What the tokenizer reads as one of its special tokens, and more strings that a model's family reserves."""
+    """Strings that the tokenizer reads as special tokens, and more that a model's family reserves."""
     known = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     known |= {*tokenizer.all_special_tokens, *more} - {""}
     return any_of(known)

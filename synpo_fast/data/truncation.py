@@ -17,7 +17,7 @@ STATES_DURATION = ("matroska,", "flv", "asf")
 
 
 def missing_end(path: Path, container: Any, stream: Any, *, num_packets: int, ends: dict[int, int]) -> str:
-    """What is missing, as the end of a message about the file; "" where nothing is, or nobody can know.
+    """Names what is missing, as the end of a message about the file; "" where nothing is, or nobody can know.
 
     The container was read to its end: num_packets of the video stream. ends: by stream, when its last packet ends, in its
     time base; of all streams where the container is one that STATES_DURATION.

@@ -1,4 +1,4 @@
-"""What tells a pair's video from every other without decoding it: which file it is, and what is made of it.
+"""Keys that tell a pair's video from every other without decoding it: which file it is, and what is made of it.
 
 The file by its name under the video root (its whole name without one), its size and the time it was last changed; the part of
 it that is shown; then everything that decides pixels and tokens: which frames are taken, what decodes them, how they are

@@ -1,4 +1,4 @@
-"""What the numbers of a loss are measured in: the loss itself, its rewards, its log-probs.
+"""Units of a loss's numbers: the loss itself, its rewards, its log-probs.
 
 Every loss calls its numbers by the same names (rewards/chosen, logps/chosen, ...), but SynPO's reward is a probability where
 DPO's is a scaled log-ratio, and one loss reads means of log-probs where another reads sums. Whoever puts two losses beside

@@ -169,7 +169,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> tup
 
 
 def _known_family(name: str) -> Family:
-    """Of "tiny:<family>"."""
+    """The family that "tiny:<family>" names."""
     family = FAMILIES.get(name.removeprefix("tiny:"))
     if family is None:
         raise UserError(f"unknown family in {name!r}, expected one of {', '.join(FAMILIES)}")

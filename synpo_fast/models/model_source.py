@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, or a repository of the hub that can be reached, or its cached copy.
+"""Finds a model's files: a folder, or a repository of the hub that can be reached, or its cached copy.
 
 Looked at before anything is loaded, so that a wrong name is one line and no traceback, and so that a machine without a network
 is told within seconds: transformers would try every file six times over.
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_model(name: str) -> str:
-    """What from_pretrained is to be given for `name`: itself, or the folder of its cached copy where the hub cannot be reached.
+    """The argument for from_pretrained: `name`, or the folder of its cached copy where the hub cannot be reached.
 
     Raises UserError for a folder that is not there or holds no model, for a repository that is not there, is not open to this
     user or cannot be reached, and for a model of a type that no family serves.

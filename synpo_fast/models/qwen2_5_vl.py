@@ -70,7 +70,7 @@ class Qwen25VL(Family):
         return [VideoFeatures(features) for features in output.pooler_output]
 
     def tower_inputs(self, model: nn.Module, grids: Tensor) -> dict[str, Any]:
-        """What the tower makes of the grid, made beforehand (tower_inputs.py)."""
+        """Arguments that the tower would make of the grid, made beforehand (tower_inputs.py)."""
         tower = inner(model).visual
         return tower_inputs(
             tower,

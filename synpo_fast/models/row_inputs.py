@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class RowInputs:
-    """What one packed row of length L takes, on the policy's device, int64.
+    """Inputs of one packed row of length L, on the policy's device, int64.
 
     tokens [L]; positions [L], or [3, L] for mRoPE; placeholders [P]: the rows that hold a video token; rows [N] and labels [N]:
     which row predicts which token, response after response.

@@ -1,4 +1,4 @@
-"""What a vision tower makes of its grid, made on the host beforehand: positions, windows, ends of segments, interpolation.
+"""Inputs that a vision tower makes of its grid, made on the host beforehand: positions, windows, ends of segments, interpolation.
 
 Towers of transformers (5.17 and later) compute these from `grid_thw` where it lies, and on a GPU every such number is a stop of
 the host. They take them as keyword arguments, too. So the grid stays on the host, transformers' own functions run there, and

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Streams(Protocol):
-    """What is used of torch.cuda, so that tests without a GPU can look on."""
+    """The part of torch.cuda that is used, so that tests without a GPU can look on."""
 
     def new_stream(self, device: torch.device) -> Any: ...
     def current_stream(self, device: torch.device) -> Any: ...

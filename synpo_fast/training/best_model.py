@@ -91,14 +91,14 @@ class BestSoFar:
 
 
 def compared(config: TrainConfig) -> BestSoFar:
-    """What a run of this config begins with."""
+    """The state that a run of this config begins with."""
     if not config.compares_evaluations:
         return BestSoFar()
     return BestSoFar(metric=config.best_metric, greater_is_better=config.best_is_greater)
 
 
 def goes_on(saved: BestSoFar, config: TrainConfig) -> tuple[BestSoFar, list[str]]:
-    """What a resumed run begins with, and lines that say where that is not what was saved. All ranks call it."""
+    """The state that a resumed run begins with, and lines that say where that is not what was saved. All ranks call it."""
     now = compared(config)
     if not now.metric or not saved.metric:
         return now, []

@@ -119,7 +119,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def why_no_folder(path: Path) -> str | None:
-    """What stands in the place of a folder: nothing, a file, a link that leads nowhere. None for a folder."""
+    """Says what stands in the place of a folder: nothing, a file, a link that leads nowhere. None for a folder."""
     if path.is_dir():
         return None
     if path.is_symlink() and not path.exists():

@@ -1,4 +1,4 @@
-"""What a command says to the user before and after a run: on standard error, by one process of a launch.
+"""Messages of a command to the user before and after a run: on standard error, by one process of a launch.
 
 Imports nothing heavy: the first line is there before torch is loaded.
 """
@@ -48,7 +48,7 @@ LIBRARIES = r"(torch|transformers|deepspeed|peft|accelerate|huggingface_hub|toke
 
 
 def hide_notes_to_developers() -> None:
-    """What libraries are going to change is no news to who trains with them. Other warnings are shown."""
+    """Hides warnings of what libraries are going to change, no news to who trains with them. Others are shown."""
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=LIBRARIES)
 

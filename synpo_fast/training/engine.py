@@ -222,7 +222,7 @@ class Engine:
         return state
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """What optimizer_state returned, whatever ranks, stage and dtype were then. All ranks pass the whole.
+        """Takes what optimizer_state returned, whatever ranks, stage and dtype were then. All ranks pass the whole.
 
         Call restore_weights before the engine is made: where it trains in fp32 the module's own weights are the masters.
         """

@@ -1,4 +1,4 @@
-"""What to say when a micro-batch does not fit a device's memory: which pair was too long, and which options help."""
+"""The message when a micro-batch does not fit a device's memory: which pair was too long, and which options help."""
 
 from __future__ import annotations
 

@@ -94,5 +94,5 @@ def _way_to(path: Path) -> list[Path]:
 
 
 def _place(path: Path) -> Path:
-    """Where a name lies, whatever links its folder is reached by; the name itself may be a link."""
+    """The place of a name, whatever links its folder is reached by; the name itself may be a link."""
     return path.parent.resolve() / path.name

@@ -22,7 +22,7 @@ ADVICE = {
 
 
 def _told(error: OSError) -> str:
-    """What failed, with the file where the system names one, and the way out."""
+    """Says what failed, with the file if the system names one, and the way out."""
     advice = ADVICE.get(error.errno or 0)
     return f"a file could not be read or written: {error}" + (f" ({advice})" if advice else "")
 

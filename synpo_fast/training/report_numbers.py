@@ -60,7 +60,7 @@ def numbers_markup(run: RunRecord) -> str:
 
 
 def best_lines(run: RunRecord, *, several: bool) -> list[str]:
-    """What the run says of its best evaluation, and of having stopped early, if evaluations were compared with each other."""
+    """Sentences on the run's best evaluation, and of having stopped early, if evaluations were compared with each other."""
     best = run.part("state").get("best")
     metric = best.get("metric") if isinstance(best, dict) else None
     if not isinstance(best, dict) or not isinstance(metric, str) or not metric:

@@ -102,7 +102,7 @@ def _problems(runs: Sequence[RunRecord], more: Sequence[str]) -> str:
 
 
 def _outcome(runs: Sequence[RunRecord], colours: Sequence[str]) -> str:
-    """What a reader came for, as a picture: whether pairs are ranked right and by how much, before any table."""
+    """The outcome that a reader came for, as a picture: whether pairs are ranked right and by how much, before any table."""
     drawn = [figure for chart in outcome_charts(runs) for figure in figures(chart, runs, colours)]
     if not drawn:
         return '<p class="note">No rewards and no NLL to draw.</p>'

@@ -60,7 +60,7 @@ def unit_markup(unit: str) -> str:
 
 
 def _options(run: RunRecord, name: str) -> dict[str, Any]:
-    """What the config sets of the loss's options, numbers as numbers; the loss knows the others."""
+    """The loss's options that the config sets, numbers as numbers; the loss knows the others."""
     if name not in LOSSES:
         return {}
     found: dict[str, Any] = {}

@@ -207,7 +207,7 @@ def _shown(value: object) -> str:
 
 
 def _set_aside_steps(folder: Path, first_step: int) -> list[str]:
-    """What was noted of steps that are to be run again, on any number of ranks."""
+    """Sets aside what was noted of steps that are to be run again, on any number of ranks."""
     said = []
     for file in [folder / METRICS, *sorted(folder.glob(SKIPPED))]:
         count = set_aside_lines(file, lambda line: step_of_line(line) < first_step)

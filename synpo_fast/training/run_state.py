@@ -126,7 +126,7 @@ class Saver:
             stream.write(json.dumps(row) + "\n")
 
     def first_bad(self, most: int = 3) -> list[BadPair]:
-        """Of those this rank noted, in this run and before it was resumed."""
+        """The first pairs that this rank noted, in this run and before it was resumed."""
         lines = self.bad_file.read_text(encoding="utf-8").splitlines() if self.bad_file.exists() else []
         rows = [json.loads(line) for line in lines if step_of_line(line) < math.inf]
         return [BadPair(row["id"], row["reason"]) for row in rows[:most]]

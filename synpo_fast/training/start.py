@@ -332,7 +332,7 @@ def _facts(config: TrainConfig, data: RunData, world_size: int) -> dict[str, Any
 
 
 def _setting(engine: Engine) -> dict[str, Any]:
-    """What a run has found out by itself, and may find out otherwise when it goes on elsewhere."""
+    """Facts that a run finds out by itself, and may find out otherwise when it goes on elsewhere."""
     return {
         "dtype": str(engine.dtype).removeprefix("torch."),
         "processes": engine.world_size,

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before anything heavy is imported or loaded: packages and files that are not there."""
+"""Finds mistakes before anything heavy is imported or loaded: packages and files that are not there."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Stopper:
 
     @property
     def status(self) -> int:
-        """Of a run that was stopped and saved: 0, as schedulers like it, but 130 after Ctrl-C."""
+        """Exit status of a run that was stopped and saved: 0, as schedulers like it, but 130 after Ctrl-C."""
         return 130 if self.reason == "SIGINT" else 0
 
     @contextmanager
