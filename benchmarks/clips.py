@@ -7,7 +7,9 @@ picture is turned and the container told to turn it back.
 """
 
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -115,7 +117,7 @@ def write_clip(
     b_frames = min(b_frames, num_frames - 1)  # x265 writes a decoding time it never set where it gets too few frames
     stored = (width, height) if rotation % 180 == 0 else (height, width)
     odd = codec in ("h264", "hevc", "av1") and (width % 2 or height % 2)
-    with av.open(str(path), "w") as container:
+    with _scheduling_kept(), av.open(str(path), "w") as container:
         stream: Any = container.add_stream(ENCODERS[codec], rate=fps)
         stream.width, stream.height = stored
         stream.pix_fmt = pixel_format or PIXEL_FORMATS.get(codec, "yuv444p" if odd else "yuv420p")
@@ -142,6 +144,20 @@ def write_clip(
         if sound is not None:
             _write_tone(container, sound, float(num_frames / fps if times is None else times[-1]))
     return path
+
+
+@contextmanager
+def _scheduling_kept() -> Iterator[None]:
+    """Undoes what SVT-AV1 does where root runs it: it makes the process that encodes a real-time one, and so all that it starts
+    later, which then keep everything else from the processors."""
+    if not hasattr(os, "sched_getscheduler"):  # this is no Linux
+        yield
+        return
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, priority)
 
 
 def display_matrix(rotation: int, mirrored: bool) -> list[int]:
