@@ -138,13 +138,21 @@ def _train(
     _check_some_were_used(run)
     if (gaps := said_at_the_end(state, run.saver)) is not None:
         run.progress.say(gaps)
-    done = f"stopped by {stopper.reason or 'another process'} at" if state.stopped_early else "finished at"
+    done = f"stopped by {_why_stopped(stopper)} at" if state.stopped_early else "finished at"
     if run.ran_out_of_patience and state.step < run.num_steps:
         done = f"no improvement in {state.best.without_improvement} evaluations: stopped early at"
     run.progress.say(f"{done} step {state.step} of {run.num_steps}; checkpoint: {run.saver.last or 'none'}")
     if problem is not None:
         raise problem
     return state
+
+
+def _why_stopped(stopper: Stopper) -> str:
+    """The reason that the first rank with one had: the others stop with it, and may not have noticed anything themselves. All
+    ranks call it."""
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, stopper.reason)
+    return next((reason for reason in reasons if reason is not None), "another process")
 
 
 def _nothing_to_do(run: Run) -> str | None:

@@ -14,6 +14,7 @@ from synpo_fast.cli import main as command
 from synpo_fast.data import read_manifest, write_manifest
 from synpo_fast.errors import UserError
 from synpo_fast.models import load_policy
+from synpo_fast.models.tiny import tiny_model
 from synpo_fast.train import main
 from synpo_fast.training import said_once, start, start_checks
 from synpo_fast.training.checkpoint import CheckpointError
@@ -251,5 +252,10 @@ def test_a_merge_whose_base_is_nowhere_names_the_option(adapter, tmp_path, capsy
 
 def test_a_merge_with_another_base_is_one_line(adapter, tmp_path, capsys):
     line = merge_error(capsys, adapter, tmp_path / "out", "--model_name_or_path", "tiny:text")
-    assert "does not fit its base model 'tiny:text'" in line
-    assert not list(tmp_path.iterdir())
+    assert "was not trained on 'tiny:text'" in line
+    model, tokenizer = tiny_model("text")
+    for part in (model, tokenizer):
+        part.save_pretrained(str(tmp_path / "text"))
+    line = merge_error(capsys, adapter, tmp_path / "out", "--model_name_or_path", str(tmp_path / "text"))
+    assert f"does not fit its base model '{tmp_path / 'text'}'" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from synpo_fast.training import start
 from synpo_fast.training.checkpoint import CheckpointError, newest_checkpoint, what_is_broken
 from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.metrics import MetricsLog, read_metrics
@@ -235,3 +236,13 @@ def test_workers_leave_signals_to_their_parent(tmp_path):
             os.kill(worker, each)
         assert pool.submit("b").result() == Path("b") and pool.process_ids == [worker]
     assert not psutil.pid_exists(worker)
+
+
+def test_what_stopped_another_rank_is_named(monkeypatch, group):
+    """The rank that prints may not have noticed anything itself."""
+
+    def gathered(answers, own):
+        answers[:] = [own, "the end of its launcher"]
+
+    monkeypatch.setattr(start.dist, "all_gather_object", gathered)
+    assert start._why_stopped(Stopper()) == "the end of its launcher"
