@@ -68,7 +68,7 @@ demo: $(READY)
 	$(BIN)/synpo-fast demo $(DEMO_ARGS)
 
 demo-loss: $(READY)
-	$(BIN)/python benchmarks/demo_loss.py
+	$(BIN)/python benchmarks/head/demo_loss.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import interleave, median_ratio, peak_extra_memory, summarise
-from benchmarks.providers import Step, Unavailable
+from benchmarks.head.providers import Step, Unavailable
 
 # Judges a step's result: (errors by name, reason it is wrong or None).
 Judge = Callable[[Any], tuple[dict[str, float], str | None]]

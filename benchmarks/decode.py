@@ -30,7 +30,7 @@ if __package__ in (None, ""):  # started by path: import from the repository roo
 
 from benchmarks.common import environment, format_seconds, format_table, interleave, write_json
 from benchmarks.contest import Options, Row, attempt, judge_row, row_record
-from benchmarks.decode_cases import (
+from benchmarks.decoding.cases import (
     BASELINE,
     CONTESTANTS,
     DEFAULT_CASES,
@@ -40,7 +40,7 @@ from benchmarks.decode_cases import (
     prepare,
     why_wrong,
 )
-from benchmarks.decode_cold import first_frames, first_table
+from benchmarks.decoding.cold import first_frames, first_table
 
 
 def run_case(case: Case, names: Sequence[str], folder: Path, options: Options) -> dict[str, Any]:

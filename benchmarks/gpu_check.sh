@@ -54,7 +54,7 @@ case $steps in *' kernels '*)
   if [ ! -f "$out/kernels.json" ]; then
     echo '== pictures: left out, no kernels.json' | tee -a "$log"
   elif python3 -c 'import matplotlib' 2>/dev/null; then
-    run pictures python3 benchmarks/plot.py "$out/kernels.json" --out "$out" --kind overview
+    run pictures python3 benchmarks/head/plot.py "$out/kernels.json" --out "$out" --kind overview
   else
     echo '== pictures: left out, no matplotlib here; draw them elsewhere from kernels.json' | tee -a "$log"
   fi ;;
@@ -66,7 +66,7 @@ case $steps in *' throughput '*)
 esac
 
 case $steps in *' trainer '*)
-  run trainer python3 -m pytest tests/training/test_gpu.py tests/data/test_decode_dali.py -m gpu -q -p no:cacheprovider \
+  run trainer python3 -m pytest tests/training/test_gpu.py tests/data/video/test_decode_dali.py -m gpu -q -p no:cacheprovider \
     --junitxml="$out/trainer_tests.xml" ;;
 esac
 

@@ -34,9 +34,9 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.contest import Options, run_contest
-from benchmarks.problem import DTYPES, Inputs, errors, fp64_truth, make_inputs, why_wrong
-from benchmarks.providers import BASELINE, DEFAULT, FLOOR, OURS, PROVIDERS, Provider
-from benchmarks.shapes import GROUPS, SHAPES, Shape, find_shapes
+from benchmarks.head.problem import DTYPES, Inputs, errors, fp64_truth, make_inputs, why_wrong
+from benchmarks.head.providers import BASELINE, DEFAULT, FLOOR, OURS, PROVIDERS, Provider
+from benchmarks.head.shapes import GROUPS, SHAPES, Shape, find_shapes
 
 # fp64 is slow on a CPU; on a GPU more rows cost nothing.
 TRUTH_ROWS = {"cpu": 512, "cuda": 2048}
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device.type == "cpu" and load > 0.5 * cores:
         print(f"the machine is busy (load {load:.1f} on {cores} cores): ratios too may be off\n", file=sys.stderr)
     if args.pairs:
-        from benchmarks.pairs import compare_pairs, pairs_table
+        from benchmarks.head.pairs import compare_pairs, pairs_table
 
         record["pairs"] = [compare_pairs(options, dtype=dtype) for dtype in args.dtype]
         for comparison in record["pairs"]:
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         write_json(args.json, record)
     if args.plot and record["cases"]:
-        from benchmarks.plot import plot
+        from benchmarks.head.plot import plot
 
         for path in plot(record, Path(args.plot), args.plot_kind):
             print(f"wrote {path}")

@@ -20,7 +20,7 @@ from benchmarks.common import environment, format_seconds, interleave, median_ra
 from benchmarks.flops import count_flops
 from synpo_fast.losses import PairLogprobs, synpo
 from synpo_fast.models import Policy, Sample, load_policy
-from synpo_fast.training.lora import add_lora
+from synpo_fast.models.lora import add_lora
 
 
 def make_policy(hidden_size: int, layers: int, vocabulary: int, lora_r: int) -> Policy:

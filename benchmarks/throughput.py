@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         write_json(args.json, record)
     if args.plot:
-        from benchmarks.plot_throughput import plot
+        from benchmarks.steps.plot import plot
 
         for path in plot(record, Path(args.plot)):
             print(f"wrote {path}")

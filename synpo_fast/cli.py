@@ -12,13 +12,13 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "synpo_fast.train",
         "main",
     ),
-    "merge": ("add a trained adapter to its model, and save the sum", "synpo_fast.training.merge_cli", "main"),
+    "merge": ("add a trained adapter to its model, and save the sum", "synpo_fast.run_folder.merge", "main"),
     "report": (
         "one page of charts, captions and numbers of a run, or of several",
-        "synpo_fast.training.report",
+        "synpo_fast.report.write",
         "main",
     ),
-    "pairs": ("bring preference pairs into a manifest, and check one", "synpo_fast.data.pairs_cli", "main"),
+    "pairs": ("bring preference pairs into a manifest, and check one", "synpo_fast.pairs.cli", "main"),
 }
 
 

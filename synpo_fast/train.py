@@ -20,8 +20,8 @@ if not __package__:
     sys.path.insert(0, str(here.parent))
 
 from synpo_fast.errors import MissingPackage, UserError
-from synpo_fast.printable import PrintableFormatter, printable
-from synpo_fast.training.console import hide_notes_to_developers, print_to_a_pipe, say, say_mistake
+from synpo_fast.terminal.console import hide_notes_to_developers, print_to_a_pipe, say, say_mistake
+from synpo_fast.terminal.printable import PrintableFormatter, printable
 from synpo_fast.training.stopping import Interrupted, Stopper
 
 FAILED, MISTAKE = 1, 2
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str], stopper: Stopper, asks_for_help: bool, only_print: bool) -> int:
-    from synpo_fast.training.config_sources import dump_config, file_of_config, resolve_config
-    from synpo_fast.training.option_help import help_text
+    from synpo_fast.config.option_help import help_text
+    from synpo_fast.config.sources import dump_config, file_of_config, resolve_config
 
     if asks_for_help:
         print_to_a_pipe(f"{help_text()}\n")
@@ -75,8 +75,8 @@ def _main(arguments: list[str], stopper: Stopper, asks_for_help: bool, only_prin
     logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, handlers=[terminal])
     if not config.verbose:
         hide_notes_to_developers()
-    from synpo_fast.training.overwriting import check_inputs_stay
-    from synpo_fast.training.said_once import SaidByAnotherProcess, lost_another_process
+    from synpo_fast.run_folder.overwriting import check_inputs_stay
+    from synpo_fast.terminal.said_once import SaidByAnotherProcess, lost_another_process
     from synpo_fast.training.start import FORESEEN, run_training
 
     try:

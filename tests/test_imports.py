@@ -27,8 +27,8 @@ MAY_IMPORT = {
 }
 OWNERS = {
     "deepspeed": {"training/engine.py"},
-    "peft": {"training/lora.py"},
-    "nvidia": {"data/decode_dali.py"},
+    "peft": {"models/lora.py"},
+    "nvidia": {"data/video/decode_dali.py"},
     "matplotlib": set(),  # the report draws its own charts
 }
 

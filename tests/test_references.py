@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from synpo_fast.data.feature_cache import FeatureCache
 from synpo_fast.models import load_policy
 from synpo_fast.models.digest import tower_key, weights_key
+from synpo_fast.models.feature_cache import FeatureCache
+from synpo_fast.models.lora import add_lora
 from synpo_fast.references import AdapterOff, AnchorClip, FrozenCopy, Precomputed, PreviousRound, precompute
-from synpo_fast.training.lora import add_lora
 from tests.models.alone import encoded, some_pairs
 from tests.models.test_policy import loss_of, policy_of
 

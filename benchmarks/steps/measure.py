@@ -12,7 +12,7 @@ import torch
 from benchmarks.common import median_interval, median_ratio
 from benchmarks.contest import Options, run_contest
 from benchmarks.flops import count_flops
-from benchmarks.providers import Step
+from benchmarks.head.providers import Step
 from benchmarks.steps import FIRST
 from benchmarks.steps.agreement import errors, find_truth, why_wrong
 from benchmarks.steps.cost import expected_flops, head_flops, tokens_of, tokens_only_limit, unit_costs

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from synpo_fast.models import Policy, load_policy
-from synpo_fast.models.family import FAMILIES
-from synpo_fast.training.lora import add_lora
+from synpo_fast.models.families.registry import FAMILIES
+from synpo_fast.models.lora import add_lora
 
 
 @dataclass(frozen=True)

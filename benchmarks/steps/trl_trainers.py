@@ -114,7 +114,7 @@ def dpo_precomputed(workload: Workload) -> Forward:
 
 def dpo_valid_rows(workload: Workload) -> Forward:
     """On a CPU, with the head on response tokens only: what TRL does where it has Triton."""
-    from benchmarks.providers import Unavailable
+    from benchmarks.head.providers import Unavailable
 
     if workload.device.type == "cuda":
         raise Unavailable("TRL's head drops the other rows by itself on a GPU: this is trl-dpo-adapter-off")

@@ -1,7 +1,7 @@
 """What goes into training: pairs of captions and the videos they describe."""
 
-from synpo_fast.data.decode import decode_frames
 from synpo_fast.data.manifest import ManifestError, read_manifest, read_manifest_rows, write_manifest
 from synpo_fast.data.pair import Clip, Pair
+from synpo_fast.data.video.decode import decode_frames
 
 __all__ = ["Clip", "ManifestError", "Pair", "decode_frames", "read_manifest", "read_manifest_rows", "write_manifest"]

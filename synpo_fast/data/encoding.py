@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from synpo_fast.data.feature_cache import StoredVideos
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.pair_frames import pair_frames
-from synpo_fast.data.sampling import FrameSampling
+from synpo_fast.data.video.sampling import FrameSampling
 from synpo_fast.data.video_key import video_key
-from synpo_fast.models.scoring import EncodedPair, PairEncoder, TooLong
+from synpo_fast.models.feature_cache import StoredVideos
+from synpo_fast.scoring import EncodedPair, PairEncoder, TooLong
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,17 @@ from pathlib import Path
 
 import torch
 
-from synpo_fast.data.decode import BACKENDS
 from synpo_fast.data.encoding import BadPair, PairReader, ReadInThread, ReadOnDemand
-from synpo_fast.data.feature_cache import StoredVideos
 from synpo_fast.data.order import epoch_order, num_steps, step_positions
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.read_ahead import PendingStep, ReadAhead, Slot
-from synpo_fast.data.sampling import FrameSampling
+from synpo_fast.data.video.decode import BACKENDS
+from synpo_fast.data.video.sampling import FrameSampling
 from synpo_fast.data.video_key import reading_facts
-from synpo_fast.data.worker_pool import WorkerLost, WorkerPool
-from synpo_fast.data.worker_process import WorkerProcess
-from synpo_fast.models.scoring import EncodedPair, PairEncoder
+from synpo_fast.data.workers.worker_pool import WorkerLost, WorkerPool
+from synpo_fast.data.workers.worker_process import WorkerProcess
+from synpo_fast.models.feature_cache import StoredVideos
+from synpo_fast.scoring import EncodedPair, PairEncoder
 
 PREFETCH_BYTES = 2 << 30
 WORKER_SLACK_S = 5.0  # a worker is stopped that much later than the decoder stops by itself

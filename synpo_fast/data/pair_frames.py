@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synpo_fast.data.decode import DEADLINE_S, open_video_file
 from synpo_fast.data.pair import Clip, Pair
-from synpo_fast.data.sampling import FrameSampling, part_seconds
-from synpo_fast.data.video_info import VideoError, VideoInfo
+from synpo_fast.data.video.decode import DEADLINE_S, open_video_file
+from synpo_fast.data.video.sampling import FrameSampling, part_seconds
+from synpo_fast.data.video.video_info import VideoError, VideoInfo
 
 
 def pair_frames(

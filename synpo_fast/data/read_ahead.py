@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from synpo_fast.data.encoding import BadPair
 from synpo_fast.data.pair import Pair
-from synpo_fast.models.scoring import EncodedPair
+from synpo_fast.scoring import EncodedPair
 
 RECENT = 64  # pairs whose largest is the guess for the next one
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synpo_fast.data.decode import available_backends
 from synpo_fast.data.pair import Clip, Pair
-from synpo_fast.data.sampling import FrameSampling
-from synpo_fast.data.video_path import image_files, resolve_video
-from synpo_fast.models.scoring import PairEncoder
+from synpo_fast.data.video.decode import available_backends
+from synpo_fast.data.video.sampling import FrameSampling
+from synpo_fast.data.video.video_path import image_files, resolve_video
 from synpo_fast.ops import native_library
+from synpo_fast.scoring import PairEncoder
 
 FORMAT = 1  # raise it when the same file and settings come to give other pixels or other tokens
 

@@ -11,16 +11,16 @@ import torch
 
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.pair_frames import pair_frames
-from synpo_fast.data.sampling import FrameSampling
+from synpo_fast.data.video.sampling import FrameSampling
 from synpo_fast.demo.accuracy import Accuracy
 from synpo_fast.demo.captions import PROMPT
 from synpo_fast.demo.dataset import Clip
 from synpo_fast.demo.world import FPS, FRAMES_PER_EVENT
 from synpo_fast.models.generate import greedy_text
 from synpo_fast.models.loading import load_policy
+from synpo_fast.models.lora import add_lora, load_adapter
 from synpo_fast.models.policy import Policy, Sample
-from synpo_fast.models.scoring import PairEncoder
-from synpo_fast.training.lora import add_lora, load_adapter
+from synpo_fast.scoring import PairEncoder
 
 SAMPLING = FrameSampling(fps=FPS, min_frames=FRAMES_PER_EVENT, max_frames=3 * FRAMES_PER_EVENT)
 VIDEO_BACKEND = "pyav"  # pictures of 64 pixels are too small for a GPU's VP9 decoder

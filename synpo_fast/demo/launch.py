@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import synpo_fast
-from synpo_fast.training.checkpoint import newest_checkpoint
+from synpo_fast.run_folder.checkpoint import newest_checkpoint
 
 QUIET_SECONDS = 5.0
 SHOW_SECONDS = 2.0  # at most one line of steps in this time

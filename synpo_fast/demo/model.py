@@ -13,7 +13,7 @@ import torch
 
 from synpo_fast.demo.captions import vocabulary
 from synpo_fast.demo.world import BACKGROUND, CELL, SIDE
-from synpo_fast.models.chat_template import chatml_template
+from synpo_fast.models.families.chat_template import chatml_template
 
 BOS, EOS, PAD, UNKNOWN = "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|unknown|>"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synpo_fast.demo.summary import TRAININGS, summary
-from synpo_fast.printable import printable
+from synpo_fast.terminal.printable import printable
 
 if TYPE_CHECKING:  # it loads torch, which --help can do without
     from synpo_fast.demo.settings import Settings
@@ -71,7 +71,7 @@ def run_demo(out: Path, settings: Settings) -> dict[str, Any]:
     from synpo_fast.demo.launch import profile, train
     from synpo_fast.demo.model import save_model
     from synpo_fast.demo.settings import preference_options, prepare_folder, warm_up_options
-    from synpo_fast.training.report import write_report
+    from synpo_fast.report.write import write_report
 
     prepare_folder(out, settings)
     _quiet()

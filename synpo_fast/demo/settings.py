@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from synpo_fast.demo.evaluate import MAX_NEW_TOKENS, SAMPLING, VIDEO_BACKEND
-from synpo_fast.training.superseded import free_name
+from synpo_fast.run_folder.superseded import free_name
 
 FILE = "demo_settings.json"
 PARTS = ("data", "base", "base.partial", "warm_up", "synpo", "dpo")  # of the output folder

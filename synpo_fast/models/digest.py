@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from synpo_fast.models.family import VideoInputs
+from synpo_fast.models.families.registry import VideoInputs
 from synpo_fast.models.policy import Policy, Sample
 
 

@@ -8,12 +8,12 @@ import torch
 
 from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.models import attention
-from synpo_fast.models.family import FAMILIES, Family, attention_kinds, family_of
+from synpo_fast.models.families.registry import FAMILIES, Family, attention_kinds, family_of
+from synpo_fast.models.families.video_frames import VideoProcessing, with_resolution
 from synpo_fast.models.liger import apply_liger_kernels
 from synpo_fast.models.low_precision import cast_as_loaded
 from synpo_fast.models.model_source import find_model
 from synpo_fast.models.policy import Policy
-from synpo_fast.models.video_frames import VideoProcessing, with_resolution
 from synpo_fast.models.vision_attention import set_vision_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from synpo_fast.errors import UserError
-from synpo_fast.models.family import FAMILIES, family_of
+from synpo_fast.models.families.registry import FAMILIES, family_of
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")

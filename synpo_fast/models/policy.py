@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from synpo_fast.models import attention
-from synpo_fast.models.family import Family, VideoFeatures, VideoInputs
+from synpo_fast.models.families.registry import Family, VideoFeatures, VideoInputs
+from synpo_fast.models.families.video_frames import VideoProcessing
 from synpo_fast.models.head import Head, head_of
 from synpo_fast.models.layout import RowLayout, SampleLengths, plan_rows
 from synpo_fast.models.rope_length import ropes_by_length, whole_sequence
 from synpo_fast.models.row_inputs import RowInputs, row_inputs
-from synpo_fast.models.video_frames import VideoProcessing
 from synpo_fast.ops.copy_stream import CopyStream
 from synpo_fast.ops.host_copy import to_device
 from synpo_fast.ops.linear_logprobs import fused_linear_logprobs

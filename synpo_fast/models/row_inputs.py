@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from synpo_fast.models.attention import PackedRow, pack_row
-from synpo_fast.models.family import Family
+from synpo_fast.models.families.registry import Family
 from synpo_fast.models.layout import RowLayout
 from synpo_fast.ops.host_copy import to_device
 

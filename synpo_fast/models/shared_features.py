@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from synpo_fast.models.family import VideoFeatures, VideoInputs
+from synpo_fast.models.families.registry import VideoFeatures, VideoInputs
 from synpo_fast.models.policy import FeatureStore, Policy
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from synpo_fast.errors import UserError
-from synpo_fast.models.family import FAMILIES
+from synpo_fast.models.families.registry import FAMILIES
 
 BOS, EOS, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from synpo_fast.errors import UserError
 from synpo_fast.models.attention import SEGMENTS, VARLEN, flash_obstacle, scale_and_dropout
-from synpo_fast.models.family import Family
+from synpo_fast.models.families.registry import Family
 
 FLASH_ATTENTION_2 = "flash_attention_2"
 CHOICES = ("auto", "sdpa", "eager", SEGMENTS, VARLEN, FLASH_ATTENTION_2)

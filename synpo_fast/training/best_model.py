@@ -19,11 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.pair import Pair
 from synpo_fast.errors import UserError
-from synpo_fast.training.best_files import lies_elsewhere, vouches
-from synpo_fast.training.checkpoint import folder_of, what_is_broken
-from synpo_fast.training.config import TrainConfig
+from synpo_fast.run_folder.best_files import lies_elsewhere, vouches
+from synpo_fast.run_folder.checkpoint import folder_of, what_is_broken
 from synpo_fast.training.rank_zero import on_rank_zero
 
 

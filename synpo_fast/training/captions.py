@@ -7,7 +7,7 @@ from typing import Any
 
 from synpo_fast.data.pair import Pair
 from synpo_fast.models.generate import greedy_text
-from synpo_fast.models.scoring import EncodedPair
+from synpo_fast.scoring import EncodedPair
 from synpo_fast.training.engine import Engine
 
 

@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import MissingPackage, UserError
-from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.fp32_parameters import keep_from_casting
 from synpo_fast.training.optimizer import MOMENTS, AdamW
 

@@ -13,7 +13,7 @@ from synpo_fast.data.encoding import BadPair, quoted
 from synpo_fast.data.loader import PairLoader
 from synpo_fast.data.pair import Pair
 from synpo_fast.models.batching import micro_batches
-from synpo_fast.models.scoring import EncodedPair
+from synpo_fast.scoring import EncodedPair
 from synpo_fast.training.captions import sample_captions
 from synpo_fast.training.engine import Engine
 from synpo_fast.training.metrics import add_sums, means_of, summed_over_ranks

@@ -22,21 +22,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.encoding import BadPair, quoted
-from synpo_fast.data.feature_cache import FeatureCache
 from synpo_fast.data.loader import PairLoader, StepBatch
 from synpo_fast.models.batching import micro_batches, packed_tokens
-from synpo_fast.models.scoring import EncodedPair
+from synpo_fast.models.feature_cache import FeatureCache
+from synpo_fast.run_folder.checkpoint import CheckpointError, folder_of
+from synpo_fast.scoring import EncodedPair
+from synpo_fast.terminal.progress import Progress
 from synpo_fast.training.best_model import judge
-from synpo_fast.training.checkpoint import CheckpointError, folder_of
-from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.diagnostics import reward_gradient_norms
 from synpo_fast.training.engine import Engine, StepOutcome
 from synpo_fast.training.evaluation_loop import Evaluator
 from synpo_fast.training.metrics import MetricsLog, Numbers, add_sums, means_of, summed_over_ranks
 from synpo_fast.training.optimizer import learning_rate_at, warmup_steps
 from synpo_fast.training.out_of_memory import out_of_memory_message, tokens_of
-from synpo_fast.training.progress import Progress
 from synpo_fast.training.run_model import checkpoints_activations
 from synpo_fast.training.run_state import RunState, Saver
 from synpo_fast.training.stand_in import agree_on_forwards

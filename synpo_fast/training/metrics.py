@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.losses.metric_sums import metric_means
-from synpo_fast.training.config import TrainConfig
 
 Numbers = dict[str, float]
 logger = logging.getLogger(__name__)

@@ -11,22 +11,22 @@ from pathlib import Path
 
 import torch
 
-from synpo_fast.data.early_workers import EarlyWorkers
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.encoding import BadPair, PairReader
 from synpo_fast.data.hold_out import files_of, hold_out
 from synpo_fast.data.loader import WORKER_SLACK_S, PairLoader
 from synpo_fast.data.manifest import filter_by_score_gap, read_manifest
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.row_folders import named_split
-from synpo_fast.data.sampling import FrameSampling
-from synpo_fast.data.video_info import VideoError
+from synpo_fast.data.video.sampling import FrameSampling
+from synpo_fast.data.video.video_info import VideoError
 from synpo_fast.data.video_key import reading_facts, video_key
-from synpo_fast.data.worker_process import WorkerProcess
+from synpo_fast.data.workers.early_workers import EarlyWorkers
+from synpo_fast.data.workers.worker_process import WorkerProcess
 from synpo_fast.errors import UserError
 from synpo_fast.models.policy import Policy
-from synpo_fast.models.scoring import EncodedPair, PairEncoder
-from synpo_fast.training.config import TrainConfig
-from synpo_fast.training.console import say
+from synpo_fast.scoring import EncodedPair, PairEncoder
+from synpo_fast.terminal.console import say
 from synpo_fast.training.start_checks import check_videos
 
 logger = logging.getLogger(__name__)

@@ -11,23 +11,23 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from synpo_fast.data.feature_cache import FeatureCache
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import UserError
 from synpo_fast.models.digest import sample_key, tower_key, weights_key
+from synpo_fast.models.feature_cache import FeatureCache
 from synpo_fast.models.loading import load_policy
+from synpo_fast.models.lora import add_lora, load_adapter
 from synpo_fast.models.policy import Policy
 from synpo_fast.references import AdapterOff, FrozenCopy, Precomputed, Reference, detached_logps
-from synpo_fast.training.best_files import check_names
-from synpo_fast.training.config import TrainConfig
-from synpo_fast.training.console import say
+from synpo_fast.run_folder.best_files import check_names
+from synpo_fast.run_folder.model_files import names_beside_weights
+from synpo_fast.run_folder.superseded import set_aside
+from synpo_fast.terminal.console import say
 from synpo_fast.training.engine import Engine
-from synpo_fast.training.lora import add_lora, load_adapter
-from synpo_fast.training.model_files import names_beside_weights
 from synpo_fast.training.optimizer import make_optimizer
 from synpo_fast.training.pair_module import PairModule
 from synpo_fast.training.rank_zero import on_rank_zero
 from synpo_fast.training.run_data import RunData, data_key, ordered_loader, resolution_of, sampling_of, videos_key
-from synpo_fast.training.superseded import set_aside
 
 logger = logging.getLogger(__name__)
 

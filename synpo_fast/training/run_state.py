@@ -13,17 +13,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.encoding import BadPair
 from synpo_fast.errors import UserError
-from synpo_fast.training.best_files import put_best
+from synpo_fast.run_folder.best_files import put_best
+from synpo_fast.run_folder.checkpoint import CheckpointError, folder_of, write_checkpoint
+from synpo_fast.run_folder.model_files import fp32_weights, save_model_files, whole_weights
+from synpo_fast.run_folder.start_choice import step_of_line
 from synpo_fast.training.best_model import BestSoFar
-from synpo_fast.training.checkpoint import CheckpointError, folder_of, write_checkpoint
-from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.engine import Engine
 from synpo_fast.training.metrics import Window
-from synpo_fast.training.model_files import fp32_weights, save_model_files, whole_weights
 from synpo_fast.training.rank_zero import on_rank_zero
-from synpo_fast.training.run_folder import step_of_line
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "triton", "av", "nvidia-dali-cuda130")
 

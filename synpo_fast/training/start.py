@@ -16,26 +16,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from synpo_fast.data.early_workers import EarlyWorkers
-from synpo_fast.data.feature_cache import FeatureCache
+from synpo_fast.config.sources import dump_config
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.hold_out import num_files
 from synpo_fast.data.loader import PairLoader
 from synpo_fast.data.order import num_steps as steps_in_epoch
+from synpo_fast.data.workers.early_workers import EarlyWorkers
 from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.losses.units import said
+from synpo_fast.models.feature_cache import FeatureCache
+from synpo_fast.run_folder.checkpoint import CheckpointError, check_writable, folder_of, read_state
+from synpo_fast.run_folder.lock import RunLock
+from synpo_fast.run_folder.model_files import fetch_processor_files
+from synpo_fast.run_folder.resume_choice import at_checkpoint
+from synpo_fast.run_folder.start_choice import Start, choose_start, note_origin, take_over
+from synpo_fast.terminal.console import hide_bars_of_libraries, say
+from synpo_fast.terminal.progress import Progress
+from synpo_fast.terminal.said_once import SaidByAnotherProcess, first_to_say
 from synpo_fast.training.best_model import check_held_out, goes_on
-from synpo_fast.training.checkpoint import CheckpointError, check_writable, folder_of, read_state
-from synpo_fast.training.config import TrainConfig
-from synpo_fast.training.config_sources import dump_config
-from synpo_fast.training.console import hide_bars_of_libraries, say
 from synpo_fast.training.engine import Engine, deepspeed_config, restore_weights, start_distributed, stop_distributed
 from synpo_fast.training.evaluation_loop import Evaluator
 from synpo_fast.training.loop import Run, TrainingStopped, train
 from synpo_fast.training.metrics import MetricsLog
-from synpo_fast.training.model_files import fetch_processor_files
-from synpo_fast.training.progress import Progress
 from synpo_fast.training.rank_zero import on_rank_zero
-from synpo_fast.training.resume_choice import at_checkpoint
 from synpo_fast.training.run_data import (
     RunData,
     early_readers,
@@ -46,11 +49,8 @@ from synpo_fast.training.run_data import (
     sampling_of,
     train_loader,
 )
-from synpo_fast.training.run_folder import Start, choose_start, note_origin, take_over
-from synpo_fast.training.run_lock import RunLock
 from synpo_fast.training.run_model import build_engine, build_model, training_dtype
 from synpo_fast.training.run_state import NUMBER_OF_PAIRS, RunState, Saver, check_same_run
-from synpo_fast.training.said_once import SaidByAnotherProcess, first_to_say
 from synpo_fast.training.stopping import Interrupted, Stopper
 from synpo_fast.training.text_checks import check_texts
 from synpo_fast.training.unusable_pairs import none_was_used, said_at_the_end
@@ -91,7 +91,7 @@ def train_in_group(config: TrainConfig, device: torch.device, stopper: Stopper |
         deepspeed_config(config, training_dtype(config, device))  # what is wrong with them is said here
         if config.profile:
             # Here, because torch's FLOP counter imports triton, which training on a CPU does without.
-            from synpo_fast.training.step_profile import profile_in_group
+            from synpo_fast.profiling.profile import profile_in_group
 
             profile_in_group(config, device)
             return RunState()
@@ -197,7 +197,7 @@ def _evaluates_first(run: Run) -> bool:
 
 def _write_report(run: Run) -> None:
     """The run is done and saved: a page that can not be written is said, and is no reason to fail."""
-    from synpo_fast.training.report import write_report
+    from synpo_fast.report.write import write_report
 
     try:
         run.progress.say(f"report: {write_report([Path(run.config.output_dir)])}")

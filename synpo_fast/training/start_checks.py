@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from importlib import util
 from pathlib import Path
 
-from synpo_fast.data.decode import require_backend
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.row_folders import named_split
-from synpo_fast.data.video_info import VideoError
-from synpo_fast.data.video_path import resolve_video
+from synpo_fast.data.video.decode import require_backend
+from synpo_fast.data.video.video_info import VideoError
+from synpo_fast.data.video.video_path import resolve_video
 from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.models.model_source import find_model
-from synpo_fast.training.config import TrainConfig
 
 VIDEOS_LOOKED_FOR = 20  # of a manifest: enough to tell a wrong folder from a few lost files
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.text_markers import CONTROL, TAGS, any_of, marked_pairs, quoted, special_tokens
 from synpo_fast.errors import UserError
 from synpo_fast.models.loading import load_tokenizer
-from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.run_data import RunData, data_key
 
 logger = logging.getLogger(__name__)

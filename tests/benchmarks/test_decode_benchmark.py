@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import decode, decode_cases, decode_cold
+from benchmarks import decode
 from benchmarks.contest import Options
-from benchmarks.decode_cases import BASELINE, CONTESTANTS, Case, Clip, cases_of, prepare, why_wrong
-from benchmarks.providers import Step, Unavailable
+from benchmarks.decoding import cases as decode_cases
+from benchmarks.decoding import cold as decode_cold
+from benchmarks.decoding.cases import BASELINE, CONTESTANTS, Case, Clip, cases_of, prepare, why_wrong
+from benchmarks.head.providers import Step, Unavailable
 
 CPU = torch.device("cpu")
 OPTIONS = Options(CPU, rounds=2, budget_seconds=60.0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kernels, pairs
+from benchmarks import kernels
 from benchmarks.common import (
     Timing,
     format_table,
@@ -26,8 +26,8 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.contest import Options
-from benchmarks.memory import peak_extra_memory
-from benchmarks.problem import (
+from benchmarks.head import pairs
+from benchmarks.head.problem import (
     IGNORE_INDEX,
     TARGET_ENTROPY,
     Result,
@@ -37,9 +37,10 @@ from benchmarks.problem import (
     valid_mask,
     why_wrong,
 )
-from benchmarks.providers import DEFAULT, PROVIDERS, Step, peers
-from benchmarks.providers.torch_only import eager_valid_rows, gemm_floor
-from benchmarks.shapes import Shape, find_shapes
+from benchmarks.head.providers import DEFAULT, PROVIDERS, Step, peers
+from benchmarks.head.providers.torch_only import eager_valid_rows, gemm_floor
+from benchmarks.head.shapes import Shape, find_shapes
+from benchmarks.memory import peak_extra_memory
 
 CPU = torch.device("cpu")
 OPTIONS = Options(device=CPU, rounds=2, budget_seconds=5.0)
@@ -398,7 +399,7 @@ def test_pairs_hold_loss_and_gradient_against_fp64():
 def test_pictures_are_drawn(cases, tmp_path, kind):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     from benchmarks.common import environment
-    from benchmarks.plot import plot
+    from benchmarks.head.plot import plot
 
     paths = plot({"environment": environment(CPU), "cases": cases}, tmp_path, kind)
     assert len(paths) == (3 if kind == "cases" else 2)

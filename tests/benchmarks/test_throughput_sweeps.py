@@ -9,9 +9,10 @@ import torch
 pytest.importorskip("peft", reason="the ways train an adapter")
 pytest.importorskip("trl", reason="TRL is what is compared with")
 
-from benchmarks import plot_throughput, throughput
+from benchmarks import throughput
 from benchmarks.common import median_interval
 from benchmarks.steps import FIRST, WAYS, largest_batch, sweeps
+from benchmarks.steps import plot as plot_throughput
 from benchmarks.steps.presets import PRESETS, build_policy
 from benchmarks.steps.sweeps import SWEEPS, presets_along
 from benchmarks.steps.workload import MARKERS, make_workload, visual_tokens

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from synpo_fast.data.pair import Pair
-from synpo_fast.models.family import VideoInputs
+from synpo_fast.models.families.registry import VideoInputs
 from synpo_fast.models.policy import Sample
-from synpo_fast.models.scoring import EncodedPair, TooLong
+from synpo_fast.scoring import EncodedPair, TooLong
 
 
 def do(item: tuple[str, Any]) -> Any:

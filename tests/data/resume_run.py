@@ -6,7 +6,7 @@ from pathlib import Path
 
 from synpo_fast.data.loader import PairLoader, StepBatch
 from synpo_fast.data.pair import Pair
-from synpo_fast.data.sampling import FrameSampling
+from synpo_fast.data.video.sampling import FrameSampling
 from tests.data.chores import LightEncoder
 
 

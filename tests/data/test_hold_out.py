@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.clips import write_clip
 from synpo_fast.data.hold_out import connected_groups, files_of, hold_out, num_files
 from synpo_fast.data.pair import Clip, Pair
+from synpo_fast.testing.clips import write_clip
 
 
 def pair(name, video=None, *clips, prompt="What moves?"):

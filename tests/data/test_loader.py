@@ -9,14 +9,14 @@ from threading import Event, Timer
 import pytest
 import torch
 
-from benchmarks.clips import read_barcode, write_clip
 from synpo_fast.data.encoding import BadPair, PairReader, ReadInThread, ReadOnDemand
 from synpo_fast.data.loader import PairLoader
 from synpo_fast.data.order import epoch_order
 from synpo_fast.data.pair import Clip, Pair
-from synpo_fast.data.sampling import FrameSampling
+from synpo_fast.data.video.sampling import FrameSampling
 from synpo_fast.models import load_policy
-from synpo_fast.models.scoring import PairEncoder
+from synpo_fast.scoring import PairEncoder
+from synpo_fast.testing.clips import read_barcode, write_clip
 from tests.data.chores import LightEncoder
 
 SAMPLING = FrameSampling(num_frames=3)

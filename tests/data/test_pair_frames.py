@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from benchmarks.clips import read_barcode, write_clip
 from synpo_fast.data.pair import Clip, Pair
 from synpo_fast.data.pair_frames import pair_frames
-from synpo_fast.data.sampling import FrameSampling
-from synpo_fast.data.video_info import VideoError
+from synpo_fast.data.video.sampling import FrameSampling
+from synpo_fast.data.video.video_info import VideoError
+from synpo_fast.testing.clips import read_barcode, write_clip
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.clips import write_clip
+from synpo_fast.testing.clips import write_clip
 from tests.data import resume_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ import pytest
 from pyarrow import parquet
 
 from synpo_fast.cli import main
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.manifest import ManifestError, read_manifest
-from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.run_data import read_data
 
 

@@ -5,12 +5,12 @@ import json
 import pytest
 
 from synpo_fast.cli import main
-from synpo_fast.data.check import check_manifest
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.text_markers import CONTROL, TAGS, any_of, marked_pairs, quoted, special_tokens
-from synpo_fast.models.family import FAMILIES
+from synpo_fast.models.families.registry import FAMILIES
 from synpo_fast.models.loading import load_tokenizer
 from synpo_fast.models.tiny import SPECIAL_TOKENS
+from synpo_fast.pairs.check import check_manifest
 
 VIDEO_FAMILIES = [name for name in FAMILIES if name != "text"]
 

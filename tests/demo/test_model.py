@@ -15,8 +15,8 @@ from synpo_fast.demo.model import save_model, word_tokenizer
 from synpo_fast.demo.world import FRAMES_PER_EVENT, draw_scene, random_scene
 from synpo_fast.models.generate import greedy_text
 from synpo_fast.models.loading import load_policy
-from synpo_fast.models.scoring import PairEncoder
-from synpo_fast.training.lora import add_lora, save_adapter
+from synpo_fast.models.lora import add_lora, save_adapter
+from synpo_fast.scoring import PairEncoder
 
 PLAIN = """
 import json, sys

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 
 from synpo_fast.cli import main
+from synpo_fast.config.sources import resolve_config
 from synpo_fast.demo.dataset import read_unseen
 from synpo_fast.demo.evaluate import encode_clips, load_trained
 from synpo_fast.demo.settings import Settings, preference_options, prepare_folder, quick_settings, warm_up_options
 from synpo_fast.demo.summary import TRAININGS, summary
-from synpo_fast.training.config_sources import resolve_config
 from tests.demo.test_model import plain_captions
 
 

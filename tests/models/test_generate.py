@@ -5,11 +5,11 @@ import torch
 
 from synpo_fast.data.pair import Pair
 from synpo_fast.models import load_policy
-from synpo_fast.models.family import FAMILIES
+from synpo_fast.models.families.registry import FAMILIES
 from synpo_fast.models.generate import greedy_text, greedy_tokens
 from synpo_fast.models.layout import plan_rows
 from synpo_fast.models.policy import Sample
-from synpo_fast.models.scoring import PairEncoder
+from synpo_fast.scoring import PairEncoder
 
 STEPS = 10
 

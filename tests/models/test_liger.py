@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from synpo_fast.models import Sample, load_policy
-from synpo_fast.models.family import FAMILIES
+from synpo_fast.models.families.registry import FAMILIES
 from synpo_fast.models.liger import GATED_MLPS, RMS_NORMS, ROTARY_ATTENTIONS, apply_liger_kernels
 from synpo_fast.references import FrozenCopy
-from tests.models.families import random_frames
+from tests.models.tiny_families import random_frames
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
 

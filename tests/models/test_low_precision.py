@@ -9,11 +9,11 @@ import torch
 
 from synpo_fast.models import Sample, load_policy
 from synpo_fast.models.digest import tower_key, weights_key
-from synpo_fast.models.family import FAMILIES
+from synpo_fast.models.families.registry import FAMILIES
 from synpo_fast.models.low_precision import cast_as_loaded
 from synpo_fast.models.tiny import tiny_model
 from synpo_fast.references import FrozenCopy
-from tests.models.families import VIDEO_FAMILIES, official_inputs, random_frames
+from tests.models.tiny_families import VIDEO_FAMILIES, official_inputs, random_frames
 
 SIZES = {"hidden_size": 128, "num_heads": 2, "num_kv_heads": 1}
 RESPONSES = {2000: (300, 200), 8000: (400,)}  # tokens of each response, by the prompt's: enough for a mean

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from synpo_fast.data import Pair
 from synpo_fast.models import Policy, Sample, encode_pairs, load_policy, score_pairs
 from synpo_fast.models.attention import SEGMENTS
-from synpo_fast.training.lora import add_lora
+from synpo_fast.models.lora import add_lora
 from tests.models.alone import FAMILIES, VIDEO_FAMILIES, alone, encoded, gradients, plain_attention, some_pairs
 
 

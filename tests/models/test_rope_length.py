@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.models import load_policy
 from synpo_fast.models import policy as policy_module
 from synpo_fast.models.digest import weights_key
 from synpo_fast.models.generate import greedy_tokens
-from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.run_model import build_model
 from tests.models.test_text_models import assert_logps_are_transformers_own
 from tests.models.text_models import own_logps, random_sample, save_text_model

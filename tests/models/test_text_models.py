@@ -7,8 +7,8 @@ import torch
 
 from synpo_fast.models import attention, load_policy, vision_attention
 from synpo_fast.models.attention import SEGMENTS, VARLEN
+from synpo_fast.models.families.text import Text
 from synpo_fast.models.generate import greedy_tokens
-from synpo_fast.models.text import Text
 from tests.models.text_models import own_logps, random_sample, save_text_model
 
 SAMPLES = [random_sample(40, 21, 12, seed=1), random_sample(25, 9, 30, seed=2)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from synpo_fast.models.family import FAMILIES, family_of
+from synpo_fast.models.families.registry import FAMILIES, family_of
 from synpo_fast.models.tiny import tiny_model
 
 

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 
 from synpo_fast.models import load_policy, vision_attention
 from synpo_fast.models.attention import SEGMENTS, VARLEN
-from synpo_fast.models.base import inner
-from synpo_fast.models.family import FAMILIES
+from synpo_fast.models.families.base import inner
+from synpo_fast.models.families.registry import FAMILIES
 from synpo_fast.models.tiny import tiny_model
 from synpo_fast.models.vision_attention import REGISTERED, segments_attention, segments_of, set_vision_attention
 from synpo_fast.models.vision_attention import varlen_attention as varlen
-from tests.models.families import VIDEO_FAMILIES, random_frames, sample
+from tests.models.tiny_families import VIDEO_FAMILIES, random_frames, sample
 
 PACKED = [name for name in VIDEO_FAMILIES if FAMILIES[name].packs_frames]
 SHAPES = [(5, 61, 143, 3), (4, 56, 84, 3), (2, 30, 30, 3)]  # windows of several sizes; frames of several sizes

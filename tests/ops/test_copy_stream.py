@@ -8,8 +8,8 @@ import torch
 
 from synpo_fast.data.pair import Pair
 from synpo_fast.models import load_policy
-from synpo_fast.models.scoring import encode_pairs
 from synpo_fast.ops.copy_stream import CopyStream
+from synpo_fast.scoring import encode_pairs
 
 
 class FakeStream:

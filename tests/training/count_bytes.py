@@ -57,7 +57,7 @@ CASES = {
 
 
 def step_cost(options: dict, dtype: torch.dtype, micros: int) -> list[int]:
-    from synpo_fast.training.config import TrainConfig
+    from synpo_fast.config.train_config import TrainConfig
     from synpo_fast.training.engine import Engine
     from synpo_fast.training.optimizer import make_optimizer
 
@@ -75,7 +75,7 @@ def step_cost(options: dict, dtype: torch.dtype, micros: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    from synpo_fast.training.config import TrainConfig
+    from synpo_fast.config.train_config import TrainConfig
     from synpo_fast.training.engine import start_distributed, stop_distributed
 
     for each in COLLECTIVES:

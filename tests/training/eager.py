@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from synpo_fast.data import read_manifest
-from synpo_fast.data.decode import decode_frames, probe_video
 from synpo_fast.data.order import epoch_order
+from synpo_fast.data.video.decode import decode_frames, probe_video
 from synpo_fast.models import load_policy
 from synpo_fast.models.layout import plan_rows
+from synpo_fast.models.lora import add_lora
 from synpo_fast.models.policy import Sample
-from synpo_fast.models.scoring import PairEncoder
-from synpo_fast.training.lora import add_lora
+from synpo_fast.scoring import PairEncoder
 
 
 def eager_run(values: dict[str, Any], *, pairs_per_step: int = 4) -> tuple[list[float], dict[str, Tensor], list[float]]:

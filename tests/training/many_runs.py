@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from synpo_fast.training.config import TrainConfig
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.training.engine import start_distributed, stop_distributed
 from synpo_fast.training.start import train_in_group
 

@@ -13,20 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data import read_manifest, write_manifest
 from synpo_fast.models import load_policy
+from synpo_fast.models.lora import add_lora
+from synpo_fast.run_folder.best_files import check_place, lies_elsewhere, put_best, remove_best, vouches
+from synpo_fast.run_folder.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
+from synpo_fast.run_folder.model_files import names_beside_weights, save_model_files
 from synpo_fast.training import loop, start
-from synpo_fast.training.best_files import check_place, lies_elsewhere, put_best, remove_best, vouches
 from synpo_fast.training.best_model import BestSoFar, goes_on, judge
-from synpo_fast.training.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
-from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.evaluation_loop import Evaluator
-from synpo_fast.training.lora import add_lora
 from synpo_fast.training.metrics import read_metrics
-from synpo_fast.training.model_files import names_beside_weights, save_model_files
 from synpo_fast.training.run_model import _is_fresh
-from tests.training.test_report import report
-from tests.training.world import options, run, train_command
+from tests.report.test_report import report
+from tests.world import options, run, train_command
 
 WORSE_AFTER_4 = {0: 0.9, 2: 0.5, 4: 0.3, 6: 0.4, 8: math.nan, 10: 0.3, 12: 0.1}
 

@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import pytest
 
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data import Clip, Pair, read_manifest, write_manifest
-from synpo_fast.data.check import check_manifest
 from synpo_fast.data.encoding import BadPair, quoted
+from synpo_fast.pairs.check import check_manifest
 from synpo_fast.training import run_model, start
-from synpo_fast.training.config import TrainConfig
 from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.run_data import read_data
 from synpo_fast.training.run_state import Saver, check_same_run
 from synpo_fast.training.text_checks import check_texts
-from tests.training.world import options
+from tests.world import options
 
 
 def test_the_start_says_how_many_pairs_and_files_are_held_out(world, tmp_path, in_one_process, capsys):

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from synpo_fast.data import Pair, read_manifest, write_manifest
-from synpo_fast.training.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, what_is_broken
+from synpo_fast.run_folder.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, what_is_broken
 from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.metrics import read_metrics
-from tests.training.world import command_line, environment, options, run, train_command
+from tests.world import command_line, environment, options, run, train_command
 
 
 def final_weights(folder, step):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from synpo_fast.data.decode import available_backends
+from synpo_fast.data.video.decode import available_backends
 from synpo_fast.training.metrics import read_metrics
-from tests.training.world import options, run, train_command
+from tests.world import options, run, train_command
 
 pytestmark = pytest.mark.gpu
 BF16 = 0.05  # of a loss near 1; weights of the tiny model move by less than that in 6 steps

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from synpo_fast.training.config import TrainConfig
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.training.pair_module import PairModule
 from tests.rehearsal.__main__ import Outcome, RealGpu
 from tests.rehearsal.paths import FAMILY_NAMES, prepare

@@ -7,7 +7,7 @@ from synpo_fast.models.attention import SEGMENTS
 from synpo_fast.training import loop
 from synpo_fast.training.engine import Engine
 from tests.training.host_reads import counted
-from tests.training.world import options
+from tests.world import options
 
 
 @pytest.fixture

@@ -7,18 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.models import load_policy
-from synpo_fast.models.family import FAMILIES
+from synpo_fast.models.families.registry import FAMILIES
+from synpo_fast.models.lora import add_lora
 from synpo_fast.models.tiny import tiny_model
-from synpo_fast.training.config import TrainConfig
+from synpo_fast.run_folder.model_files import save_model_files, whole_weights
 from synpo_fast.training.engine import deepspeed_config
-from synpo_fast.training.lora import add_lora
-from synpo_fast.training.model_files import save_model_files, whole_weights
 from synpo_fast.training.pair_module import PairModule
 from synpo_fast.training.run_model import RunModel, build_engine
-from tests.models.families import VIDEO_FAMILIES
 from tests.models.test_low_precision import SIZES, SLACK, composite_logps, long_sample, theirs
-from tests.training.world import options
+from tests.models.tiny_families import VIDEO_FAMILIES
+from tests.world import options
 
 STAGES = (0, 1, 2, 3)
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from synpo_fast.training.config import TrainConfig
+from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.terminal.progress import Progress
 from synpo_fast.training.metrics import MetricsLog, Window, means_of, read_metrics
-from synpo_fast.training.progress import Progress
-from tests.training.world import options
+from tests.world import options
 
 
 def log_of(folder, first_step=1, **more):
@@ -151,7 +151,7 @@ def test_diagnostics_are_the_gradients_of_the_mean_rewards(world, group):
     """Against autograd on mean G(y) of all pairs at once, each response in a row of its own."""
     from synpo_fast.data import read_manifest
     from synpo_fast.models import load_policy
-    from synpo_fast.models.scoring import PairEncoder
+    from synpo_fast.scoring import PairEncoder
     from synpo_fast.training.diagnostics import reward_gradient_norms
     from synpo_fast.training.pair_module import PairModule
 

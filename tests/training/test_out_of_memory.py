@@ -6,15 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data import read_manifest, write_manifest
 from synpo_fast.errors import UserError
-from synpo_fast.training.checkpoint import newest_checkpoint
-from synpo_fast.training.config import TrainConfig
+from synpo_fast.run_folder.checkpoint import newest_checkpoint
 from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.metrics import read_metrics
 from synpo_fast.training.pair_module import PairModule
 from synpo_fast.training.run_model import checkpoints_activations
-from tests.training.world import options, run, train_command
+from tests.world import options, run, train_command
 
 
 class BreaksOff(torch.autograd.Function):

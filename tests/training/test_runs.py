@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from synpo_fast.training.metrics import read_metrics
 from tests.training.eager import eager_run
-from tests.training.world import ROOT, options, run, with_gaps
+from tests.world import ROOT, options, run, with_gaps
 
 STAGES = (0, 1, 2, 3)
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-5, 5e-5  # weights move by about 1e-3 a step

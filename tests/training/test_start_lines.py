@@ -1,6 +1,6 @@
 """What a run says of itself before its first step."""
 
-from tests.training.world import options
+from tests.world import options
 
 
 def test_attention_and_its_reason(world, tmp_path, in_one_process, capsys):

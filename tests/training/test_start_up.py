@@ -12,11 +12,11 @@ import warnings
 
 import pytest
 
+from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.terminal.console import hide_notes_to_developers
+from synpo_fast.terminal.progress import Progress
 from synpo_fast.training import engine, run_data, run_model
-from synpo_fast.training.config import TrainConfig
-from synpo_fast.training.console import hide_notes_to_developers
-from synpo_fast.training.progress import Progress
-from tests.training.world import environment, options
+from tests.world import environment, options
 
 STOP_AT_TORCH = """
 import sys

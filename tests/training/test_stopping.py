@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from synpo_fast.run_folder.checkpoint import CheckpointError, newest_checkpoint, what_is_broken
+from synpo_fast.terminal.progress import Progress
 from synpo_fast.training import start
-from synpo_fast.training.checkpoint import CheckpointError, newest_checkpoint, what_is_broken
 from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.metrics import MetricsLog, read_metrics
-from synpo_fast.training.progress import Progress
 from synpo_fast.training.stopping import Interrupted, Stopper, is_broken, launcher_links
-from tests.training.world import environment, options, train_command
+from tests.world import environment, options, train_command
 
 LONG = {"max_steps": 100_000, "save_steps": 0, "report": False}
 
@@ -227,7 +227,7 @@ def test_a_terminal_that_is_gone_does_not_end_a_run(monkeypatch):
 
 
 def test_workers_leave_signals_to_their_parent(tmp_path):
-    from synpo_fast.data.worker_pool import WorkerPool
+    from synpo_fast.data.workers.worker_pool import WorkerPool
 
     with WorkerPool(Path, num_workers=1, deadline_s=30) as pool:
         assert pool.submit("a").result() == Path("a")

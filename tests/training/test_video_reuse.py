@@ -10,7 +10,7 @@ from synpo_fast.data import encoding
 from synpo_fast.models import digest
 from synpo_fast.training import run_model
 from synpo_fast.training.metrics import read_metrics
-from tests.training.world import options
+from tests.world import options
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from synpo_fast.training.config_sources import dump_config, resolve_config
+from synpo_fast.config.sources import dump_config, resolve_config
 from synpo_fast.training.metrics import read_metrics
-from tests.training.world import ROOT, options, run
+from tests.world import ROOT, options, run
 
 NUMBERS = 64 * 64  # trained, in count_bytes.py
 GRADIENTS = {"float32": 4 * NUMBERS, "bfloat16": 2 * NUMBERS}

@@ -25,7 +25,7 @@ def reports(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("compiled") / f"sm_{request.param}.json"
     command = [
         sys.executable,
-        str(ROOT / "benchmarks/compiled_code.py"),
+        str(ROOT / "benchmarks/head/compiled_code.py"),
         "--arch",
         str(request.param),
         "--json",

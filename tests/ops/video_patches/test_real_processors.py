@@ -6,7 +6,7 @@ The tolerance is none: on the CPU the same arithmetic is done in the same order,
 import pytest
 import torch
 
-from synpo_fast.models.family import FAMILIES
+from synpo_fast.models.families.registry import FAMILIES
 from synpo_fast.models.tiny import tiny_model
 
 PROCESSORS = {

@@ -1,0 +1,260 @@
+"""Compiles every Triton launch of the package ahead of time, with no GPU, and reports what the compiler made of it.
+
+    python benchmarks/head/compiled_code.py [--arch 80 90 100] [--shapes 3584x152064 ...] [--rows 4096] [--json FILE]
+
+The launch code itself runs on tensors without storage, so what is compiled is exactly what a GPU would be given: the same
+tiles, strides, divisibility and options. For each kernel: registers, bytes spilled, shared memory, matrix instructions.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from synpo_fast.ops.linear_logprobs import triton_kernels, triton_launch
+from synpo_fast.ops.linear_logprobs.problem import make_problem
+from synpo_fast.ops.pair_loss import triton_kernels as pair_kernels
+from synpo_fast.ops.pair_loss.triton_launch import synpo_pair_loss_forward
+from synpo_fast.ops.video_patches import Packing
+from synpo_fast.ops.video_patches import triton_kernels as video_kernels
+from synpo_fast.ops.video_patches.triton_launch import video_patches_forward
+
+MODEL_SHAPES = ("3584x152064", "4096x128256", "2048x151936", "4096x32000")
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block may have
+POINTERS = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+@dataclass
+class Report:
+    kernel: str
+    arch: int
+    shapes: list[str]
+    tile: str
+    num_warps: int
+    num_stages: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    matrix_instructions: dict[str, int]
+    copy_engine: bool
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+class _Recorder:
+    """Stands in for a kernel and keeps its launches instead of running them."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            options: dict[str, int] = {
+                str(name): kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs
+            }
+            bound = inspect.signature(self.kernel.fn).bind(*args, **kwargs)
+            self.launches.append(Launch(self.kernel, dict(bound.arguments), options))
+
+        return launch
+
+
+def record_launches(
+    dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, arch: int, softcap: float | None = None
+) -> list[Launch]:
+    """The launches of scoring without a gradient, of a training step with frozen and with trainable head, of the loss, and of
+    a video on its way to the tower."""
+    launches: list[Launch] = []
+    kernels = {
+        (module, name): kernel
+        for module in (triton_kernels, pair_kernels, video_kernels)
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel")
+    }
+    capability, programs = triton_launch._capability, triton_launch._num_programs
+    try:
+        for (module, name), kernel in kernels.items():
+            setattr(module, name, _Recorder(kernel, launches))
+        triton_launch._capability = lambda device: arch  # type: ignore[assignment]
+        triton_launch._num_programs = lambda device: MULTIPROCESSORS[arch]  # type: ignore[assignment]
+        hidden = torch.empty(num_rows, dim, dtype=dtype, device="meta")
+        weight = torch.empty(vocabulary, dim, dtype=dtype, device="meta")
+        labels = torch.empty(num_rows, dtype=torch.int64, device="meta")
+        problem = make_problem(
+            hidden,
+            weight,
+            labels,
+            bias=weight.new_empty(vocabulary) if softcap else None,
+            rows=None,
+            logit_scale=1.0,
+            softcap=softcap,
+            ignore_index=-100,
+        )
+        triton_launch.linear_logprobs_forward(problem, False)
+        saved = triton_launch.linear_logprobs_forward(problem, True)
+        triton_launch.linear_logprobs_backward(problem, saved[0], *saved, (True, True, False))
+        triton_launch.linear_logprobs_kept_on_gpu(problem).gradients(saved[0], False)
+        offsets = torch.empty(9, dtype=torch.int64, device="meta")
+        for mask in (None, torch.empty(num_rows, dtype=torch.bool, device="meta")):
+            synpo_pair_loss_forward(saved[0], offsets, offsets, mask, 30.0, 0.2, False)
+        frames = torch.empty(15, 1080, 1920, 3, dtype=torch.uint8, device="meta")
+        for kind in {dtype, torch.float32}:  # the families' processors give fp32
+            video_patches_forward(frames, (448, 784), (0.5,) * 3, (0.5,) * 3, Packing(14, 2, 2), kind)
+    finally:
+        triton_launch._capability, triton_launch._num_programs = capability, programs
+        for (module, name), kernel in kernels.items():
+            setattr(module, name, kernel)
+    return launches
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """The signature Triton's launcher would derive from the arguments of this launch."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+    divisible = [["tt.divisibility", 16]]
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{POINTERS[value.dtype]}"
+            attributes[(index,)] = divisible
+        elif hasattr(value, "block_shape"):
+            signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if special and value % 16 == 0:
+                attributes[(index,)] = divisible
+        else:
+            signature[parameter.name] = "fp32"
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def spilled_bytes(ptx: str, arch: int) -> int:
+    """Spill loads and stores as the assembler reports them."""
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+    if not ptxas.exists():
+        ptxas = ptxas.with_name("ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        target = re.search(r"\.target (\w+)", ptx)
+        assert target is not None
+        said = subprocess.run(
+            [str(ptxas), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(Path(folder) / "kernel.cubin")],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    return sum(int(count) for count in re.findall(r"(\d+) bytes spill", said.stderr + said.stdout))
+
+
+def matrix_instructions(ptx: str) -> dict[str, int]:
+    kinds = {"mma.sync": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma"}
+    return {name: count for name, pattern in kinds.items() if (count := len(re.findall(pattern, ptx)))}
+
+
+def compile_launch(launch: Launch, arch: int, shape: str) -> Report:
+    source = source_of(launch)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run(
+            [str(cuobjdump), "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers = re.search(r"REG:(\d+)", usage)
+    blocks = [f"{name.removeprefix('BLOCK_')}{value}" for name, value in launch.arguments.items() if "BLOCK" in name]
+    return Report(
+        kernel=launch.kernel.__name__,
+        arch=arch,
+        shapes=[shape],
+        tile=" ".join(blocks),
+        num_warps=compiled.metadata.num_warps,
+        num_stages=compiled.metadata.num_stages,
+        registers=int(registers[1]) if registers else 0,
+        spilled_bytes=spilled_bytes(ptx, arch),
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=SHARED_MEMORY[arch],
+        matrix_instructions=matrix_instructions(ptx),
+        copy_engine="cp.async.bulk.tensor" in ptx,
+    )
+
+
+def compile_all(arch: int, shapes: list[str], num_rows: int, dtype: torch.dtype = torch.bfloat16) -> list[Report]:
+    """One report for each different specialisation, with many rows and few, with bias and softcap and without.
+
+    Shapes that share a specialisation are listed in it.
+    """
+    reports: dict[str, Report] = {}
+    for shape in shapes:
+        dim, vocabulary = (int(size) for size in shape.split("x"))
+        launches = [
+            launch
+            for softcap in (None, 30.0)
+            for rows in (num_rows, 256)
+            for launch in record_launches(dim, vocabulary, rows, dtype, arch, softcap)
+        ]
+        for launch in launches:
+            source = source_of(launch)
+            key = f"{launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
+            if key not in reports:
+                reports[key] = compile_launch(launch, arch, shape)
+            elif shape not in reports[key].shapes:
+                reports[key].shapes.append(shape)
+    return list(reports.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_MEMORY))
+    parser.add_argument("--shapes", nargs="+", default=list(MODEL_SHAPES), metavar="DxV")
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    reports = [report for arch in options.arch for report in compile_all(arch, options.shapes, options.rows)]
+    print(f"{'kernel':34} {'arch':>4} {'tile':24} {'warps':>5} {'regs':>4} {'spill':>6} {'shared':>7}  matrix")
+    for r in reports:
+        matrix = ", ".join(f"{count} {name}" for name, count in r.matrix_instructions.items())
+        print(
+            f"{r.kernel:34} {r.arch:>4} {r.tile:24} {r.num_warps:>5} {r.registers:>4} {r.spilled_bytes:>6} "
+            f"{r.shared_bytes:>7}  {matrix}{', TMA' if r.copy_engine else ''}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps([asdict(report) for report in reports], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What a contestant is: a function from the inputs of a case to the step that is timed, and the setting it runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.head.problem import IGNORE_INDEX, Inputs, Result
+
+
+class Unavailable(Exception):
+    """This contestant cannot run this case; the message says why and goes into its row."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """`run()` does all that is timed, once; `setting` says in words how the peer is called.
+
+    A step with `exact=False` computes no log-probs (the floor): its result is None and is not checked, and since its
+    buffers are made beforehand, it has no peak memory.
+    """
+
+    run: Callable[[], Result | None]
+    setting: str
+    exact: bool = True
+
+
+Provider = Callable[[Inputs], Step]
+
+
+def differentiated(forward: Callable[[], Tensor], inputs: Inputs, setting: str) -> Step:
+    """The step of a `forward() -> log-probs [R]` that autograd differentiates."""
+
+    def run() -> Result:
+        if inputs.mode == "no_grad":
+            with torch.no_grad():
+                return Result(forward())
+        log_probs = forward()
+        if inputs.head == "trainable":
+            grads = torch.autograd.grad(log_probs, [inputs.hidden, inputs.weight], inputs.upstream)
+            return Result(log_probs.detach(), *grads)
+        return Result(log_probs.detach(), *torch.autograd.grad(log_probs, [inputs.hidden], inputs.upstream))
+
+    return Step(run, setting)
+
+
+def on_valid_rows(token_log_probs: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> Callable[[], Tensor]:
+    """A forward that drops the ignored rows first (timed) for peers that do not: (hidden [N, D], labels [N]) -> [N]."""
+
+    def forward() -> Tensor:
+        mask = inputs.labels != IGNORE_INDEX
+        log_probs = token_log_probs(inputs.hidden[mask], inputs.labels[mask])
+        return torch.zeros_like(inputs.upstream).masked_scatter(mask, log_probs.float())
+
+    return forward
+
+
+def need_cuda(inputs: Inputs, what: str) -> None:
+    if inputs.hidden.device.type != "cuda":
+        raise Unavailable(f"{what} needs a GPU")

@@ -1,0 +1,240 @@
+"""From a recipe, a YAML file and a command line to a TrainConfig; and back to YAML, as it is kept with the run.
+
+Relative paths are relative to the working directory, wherever they stand. They are made absolute here, so that the config that is
+kept starts the same run from any folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from synpo_fast.config.other_names import ALIASES, HINTS
+from synpo_fast.config.train_config import LOSS_OPTIONS, TrainConfig
+from synpo_fast.errors import UserError
+from synpo_fast.terminal.console import say
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+OPTIONS = {item.name: item for item in fields(TrainConfig)}
+TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
+PATHS = (
+    "model_name_or_path", "train_file", "eval_file", "video_root", "feature_cache", "deepspeed", "output_dir", "resume"
+)  # fmt: skip
+OF_A_LOSS = (*LOSS_OPTIONS, "auxiliary_nll", "auxiliary_target", "reference")
+WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def resolve_config(arguments: Sequence[str]) -> TrainConfig:
+    """A command line (without the program's name) -> its config. `--name value`, `--name=value`; a bare `--flag` is true.
+
+    Raises UserError for an unknown option (naming the nearest one), a value of another type, an option given twice, and
+    whatever TrainConfig refuses.
+    """
+    given: dict[str, Any] = _command_line(arguments)
+    recipes: list[str] = []
+    sources: list[tuple[str, dict[str, Any]]] = []
+    if "recipe" in given:
+        recipes.append(given.pop("recipe"))
+    if "config" in given:
+        file = given.pop("config")
+        content = read_yaml(Path(file))
+        if "recipe" in content:  # a file may name the recipe it starts from
+            recipes.append(str(content.pop("recipe")))
+        sources.append((file, _by_our_names(file, content)))
+    sources.append(("the command line", _by_our_names("the command line", given)))
+    losses = [read_recipe(name)["loss_type"] for name in recipes]
+    losses += [values["loss_type"] for _, values in sources if "loss_type" in values]
+    chosen = losses[-1] if losses else None
+    merged: dict[str, Any] = {}
+    for source, values in [*((f"recipe {name}", _of_recipe(name, chosen)) for name in recipes), *sources]:
+        for name, value in values.items():
+            merged[name] = typed(name, value, source)
+    return TrainConfig(**_with_absolute_paths(merged))
+
+
+def file_of_config(arguments: Sequence[str]) -> str | None:
+    """The YAML file that a command line names."""
+    return _command_line(arguments).get("config")
+
+
+def _of_recipe(name: str, chosen: str | None) -> dict[str, Any]:
+    """A recipe's options. Where another loss was chosen, those of the recipe's loss are left out, with a note: `beta` of one loss
+    is not `beta` of another."""
+    values = read_recipe(name)
+    own = values["loss_type"]
+    left_out = [option for option in values if option in OF_A_LOSS] if chosen not in (None, own) else []
+    if left_out:
+        say(
+            f"note: {', '.join(left_out)} of recipe {name} belong to its loss {own} and are left out: loss_type={chosen}"
+        )
+    return {option: value for option, value in values.items() if option not in left_out}
+
+
+def _by_our_names(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Aliases of other trainers replaced."""
+    renamed: dict[str, Any] = {}
+    for name, value in values.items():
+        ours = ALIASES.get(name, name) if name not in OPTIONS else name
+        if ours in renamed:
+            raise UserError(f"{source}: {ours} is given twice, once as {name}")
+        renamed[ours] = value
+    return renamed
+
+
+def _with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's name is one of the hub's unless there is such a folder."""
+    absolute = dict(values)
+    for name in PATHS:
+        value = values.get(name)
+        if not value or (name == "resume" and value == "auto"):
+            continue
+        path = os.path.expanduser(value)
+        if name != "model_name_or_path" or os.path.isdir(path):
+            absolute[name] = str(Path(path).absolute())
+    return absolute
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    file = RECIPES / f"{name}.yaml"
+    if not file.exists():
+        raise UserError(f"unknown recipe {name!r}, expected one of {', '.join(recipe_names())}")
+    return read_yaml(file)
+
+
+def recipe_names() -> list[str]:
+    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    import yaml
+
+    if not file.is_file():
+        raise UserError(f"config {str(file)!r} is not a file")
+    try:
+        text = file.read_text(encoding="utf-8")
+        _refuse_twice(file, yaml.compose(text, Loader=yaml.SafeLoader))
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"config {str(file)!r} is not YAML: {' '.join(str(error).split())}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {str(file)!r} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"config {str(file)!r} must map options to values, it holds {type(content).__name__}")
+    return content
+
+
+def _refuse_twice(file: Path, node: Any) -> None:
+    """YAML itself takes the last of two entries, in silence."""
+    if not hasattr(node, "value") or isinstance(node.value, str):
+        return
+    lines: dict[str, int] = {}
+    for item in node.value:
+        key, value = item if isinstance(item, tuple) else (None, item)
+        if key is not None:
+            line = key.start_mark.line + 1
+            if str(key.value) in lines:
+                raise UserError(
+                    f"config {str(file)!r}: {key.value} is given twice, in line {lines[str(key.value)]} and in line {line}"
+                )
+            lines[str(key.value)] = line
+        _refuse_twice(file, value)
+
+
+def dump_config(config: TrainConfig) -> str:
+    """YAML that resolves to the same config."""
+    import yaml
+
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    del values["local_rank"]  # the launcher's, different on every process
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def typed(name: str, value: Any, source: str) -> Any:
+    """A value from YAML or, as text, from the command line, in the type of its option."""
+    if name not in OPTIONS:
+        near = difflib.get_close_matches(name, OPTIONS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; --help lists the options"
+        raise UserError(f"{source}: there is no option {name!r}{f': {HINTS[name]}' if name in HINTS else hint}")
+    kinds = typing.get_args(TYPES[name]) if isinstance(TYPES[name], types.UnionType) else (TYPES[name],)
+    if value is None or value in ("none", "null", ["none"]):
+        if type(None) in kinds:
+            return None
+        if any(typing.get_origin(kind) is tuple for kind in kinds):
+            return ()
+        raise UserError(f"{source}: {name} needs a value")
+    kind = next(kind for kind in kinds if kind is not type(None))
+    try:
+        return _as(typing.get_origin(kind) or kind, value)
+    except (TypeError, ValueError) as error:
+        expected = {tuple: "a list, or words with commas between", dict: "a mapping, or key=value,key=value"}
+        wanted = expected.get(typing.get_origin(kind) or kind, f"{getattr(kind, '__name__', kind)}")
+        raise UserError(f"{source}: {name} must be {wanted}, got {value!r}") from error
+
+
+def _as(kind: type, value: Any) -> Any:
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        return WORDS[value.lower()] if isinstance(value, str) and value.lower() in WORDS else _refuse()
+    if isinstance(value, bool):
+        return _refuse()
+    if kind is int:
+        return int(value) if isinstance(value, (int, str)) else _refuse()
+    if kind is float:
+        return float(value) if isinstance(value, (int, float, str)) else _refuse()  # YAML reads 5e-6 as a text
+    if kind is str:
+        return str(value) if isinstance(value, (str, int, float)) else _refuse()
+    if kind is tuple:
+        if isinstance(value, str):
+            value = [word.strip() for word in value.split(",") if word.strip()]
+        return tuple(str(word) for word in value) if isinstance(value, (list, tuple)) else _refuse()
+    assert kind is dict, kind
+    if isinstance(value, str):
+        value = _pairs(value)
+    return dict(value) if isinstance(value, Mapping) else _refuse()
+
+
+def _pairs(text: str) -> dict[str, Any]:
+    import yaml
+
+    pairs = [part.split("=", 1) for part in text.split(",") if part.strip()]
+    if any(len(pair) != 2 for pair in pairs):
+        _refuse()
+    return {key.strip(): yaml.safe_load(value) for key, value in pairs}
+
+
+def _refuse() -> Any:
+    raise ValueError
+
+
+def _command_line(arguments: Sequence[str]) -> dict[str, str]:
+    given: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise UserError(f"expected an option (--name value), got {word!r}")
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if not equals:
+            # A value may begin with a dash if it is a number.
+            flag = not rest or (rest[0].startswith("-") and not _is_number(rest[0]))
+            value = "true" if flag else rest.pop(0)
+        if name in given:
+            raise UserError(f"--{name} is given twice")
+        given[name] = value
+    return given
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

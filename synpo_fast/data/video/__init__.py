@@ -1,0 +1,1 @@
+"""Videos to frames: decoders, probing, frame sampling and colour."""

@@ -1,0 +1,1 @@
+"""Processes that read pairs ahead of the training loop."""

@@ -1,0 +1,1 @@
+"""Making and checking manifests of preference pairs."""

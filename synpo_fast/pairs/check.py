@@ -1,0 +1,252 @@
+"""What is wrong with a manifest, and what one should know of it before training on it.
+
+Problems would train wrongly or stop a run: bad rows, unusable videos, clips past the end, the same pair twice, a text chosen
+in one pair and rejected in another of the same video and prompt, answers that differ in case and spaces only, scores the wrong
+way round. Notes are lawful and still worth a look: one chosen text in several pairs, the same texts with different videos.
+Length bias, chosen longer than rejected more often than not, is reported because a loss over whole responses learns it.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+from synpo_fast.data.manifest import ManifestError, read_manifest_rows
+from synpo_fast.data.pair import Pair
+from synpo_fast.data.text_markers import CONTROL, TAGS, any_of, marked_pairs, special_tokens
+
+QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
+CLIP_SLACK_S = 0.1  # a clip may end this much after its video: times in a manifest are often rounded
+MAX_BINS = 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something found in so many places; examples holds all of them."""
+
+    what: str
+    examples: list[str]
+    is_problem: bool = True
+
+    @property
+    def count(self) -> int:
+        return len(self.examples)
+
+
+@dataclass
+class CheckReport:
+    """num_videos counts distinct files; videos_checked is False where no root said where they are."""
+
+    file: str
+    num_rows: int = 0
+    num_pairs: int = 0
+    num_sft: int = 0
+    num_text_pairs: int = 0
+    num_videos: int = 0
+    videos_checked: bool = False
+    words: dict[str, dict[str, int]] = field(default_factory=dict)
+    score_gaps: list[float] = field(default_factory=list)
+    chosen_longer: float | None = None  # share of preference pairs
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        return not any(finding.is_problem for finding in self.findings)
+
+
+def check_manifest(
+    path: str | Path,
+    *,
+    video_root: str | Path | None = None,
+    decode: bool = False,
+    num_workers: int = 1,
+    model: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Reads the manifest and, given their root, looks at every distinct video once, in worker processes.
+
+    decode: decode the first and the last frame too. A file that is cut off is a problem
+    in any case. model: whose tokenizer says which strings are special tokens; without one, those of all families served are
+    looked for. progress(done, total) is called after every video.
+    """
+    report = CheckReport(str(path))
+    try:
+        pairs, bad_rows = read_manifest_rows(path)
+    except ManifestError as error:
+        report.findings = [Finding("the file is not a manifest", [str(error)])]
+        return report
+    report.num_rows, report.num_pairs = len(pairs) + len(bad_rows), len(pairs)
+    report.num_sft = sum(pair.loss == "sft" for pair in pairs)
+    report.num_text_pairs = sum(pair.video is None and not pair.clips for pair in pairs)
+    users = _users_of_videos(pairs)
+    report.num_videos = len(users)
+    _measure_texts(report, pairs)
+    findings = [Finding("bad rows", [str(row) for row in bad_rows]), *_compare_pairs(pairs), *_markers(pairs, model)]
+    if video_root is not None:
+        report.videos_checked = True
+        durations, unusable = _probe_videos(list(users), Path(video_root), decode, num_workers, progress)
+        reasons = [f"{name}: {reason} ({_pairs(len(users[name]))})" for name, reason in unusable.items()]
+        findings += [Finding("videos that can not be used", reasons), _clips_past_the_end(pairs, durations)]
+    report.findings = [finding for finding in findings if finding.count]
+    return report
+
+
+def _measure_texts(report: CheckReport, pairs: list[Pair]) -> None:
+    preferences = [pair for pair in pairs if pair.loss == "preference"]
+    texts = {
+        "prompt": [pair.prompt for pair in pairs],
+        "chosen": [pair.chosen for pair in pairs],
+        "rejected": [pair.rejected for pair in preferences],
+    }
+    report.words = {name: _quantiles([len(text.split()) for text in part]) for name, part in texts.items() if part}
+    longer = [len(pair.chosen.split()) > len(pair.rejected.split()) for pair in preferences]
+    report.chosen_longer = sum(longer) / len(longer) if longer else None
+    report.score_gaps = [
+        pair.chosen_score - pair.rejected_score
+        for pair in preferences
+        if pair.chosen_score is not None and pair.rejected_score is not None
+    ]
+
+
+def _quantiles(values: list[int]) -> dict[str, int]:
+    values = sorted(values)
+    return {name: values[round(share * (len(values) - 1))] for name, share in QUANTILES.items()}
+
+
+def histogram(values: list[float]) -> list[tuple[float, float, int]]:
+    """(from, to, count) in steps of 1, 2, 5, 10, 20, ..., at most MAX_BINS of them."""
+    steps = (float(digit * 10**power) for power in count() for digit in (1, 2, 5))
+    step = next(step for step in steps if max(values) // step - min(values) // step < MAX_BINS)
+    counts = Counter(int(value // step) for value in values)
+    return [(place * step, (place + 1) * step, counts[place]) for place in range(min(counts), max(counts) + 1)]
+
+
+def _compare_pairs(pairs: list[Pair]) -> Iterable[Finding]:
+    preferences = [pair for pair in pairs if pair.loss == "preference"]
+    same_pair = _groups(pairs, lambda pair: (_shown(pair), pair.prompt, pair.chosen, pair.rejected))
+    yield Finding("pairs given more than once", [_ids(group) for group in same_pair])
+    chosen = {(_shown(pair), pair.prompt, pair.chosen): pair for pair in preferences}
+    against = [
+        f"{chosen[key].id} chooses what {pair.id} rejects"
+        for pair in preferences
+        if (key := (_shown(pair), pair.prompt, pair.rejected)) in chosen
+    ]
+    yield Finding("texts both chosen and rejected, for one video and prompt", against)
+    equal = [pair.id for pair in preferences if _plain(pair.chosen) == _plain(pair.rejected)]
+    yield Finding("chosen and rejected differ in case and spaces only", equal)
+    reversed_scores = [
+        f"{pair.id}: chosen {pair.chosen_score:g}, rejected {pair.rejected_score:g}"
+        for pair in preferences
+        if pair.chosen_score is not None and pair.rejected_score is not None and pair.chosen_score < pair.rejected_score
+    ]
+    yield Finding("rejected has the higher score", reversed_scores)
+    same_chosen = _groups(preferences, lambda pair: (_shown(pair), pair.prompt, pair.chosen))
+    several = [_ids(group) for group in same_chosen if len({pair.rejected for pair in group}) > 1]
+    yield Finding("one chosen text against several rejected ones", several, is_problem=False)
+    same_texts = _groups(preferences, lambda pair: (pair.prompt, pair.chosen, pair.rejected))
+    elsewhere = [_ids(group) for group in same_texts if len({_shown(pair) for pair in group}) > 1]
+    yield Finding("the same texts for different videos", elsewhere, is_problem=False)
+
+
+def _markers(pairs: list[Pair], model: str | None) -> Iterable[Finding]:
+    special, what = CONTROL, "texts that hold tokens of chat templates"
+    if model is not None:
+        from synpo_fast.models.loading import load_tokenizer
+
+        tokenizer, family = load_tokenizer(model)
+        special = special_tokens(tokenizer, family.placeholder_token, *family.video_markers)
+        what = f"texts that hold special tokens of {model}"
+    found = marked_pairs(pairs, special)
+    yield Finding(what, [f"{pair.id}: {where}" for pair, where in found])
+    known = {id(pair) for pair, _ in found}
+    left_over = [*marked_pairs(pairs, any_of(TAGS)), *marked_pairs(pairs, CONTROL)]
+    tags = [f"{pair.id}: {where}" for pair, where in left_over if id(pair) not in known]
+    yield Finding("texts that hold tags of another format", tags, is_problem=False)
+
+
+def _groups(pairs: list[Pair], key: Callable[[Pair], Hashable]) -> list[list[Pair]]:
+    """Pairs with the same key, where there are several."""
+    groups: dict[Hashable, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        groups[key(pair)].append(pair)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _shown(pair: Pair) -> Hashable:
+    return pair.clips or (str(pair.video) if pair.video is not None else None)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _ids(group: list[Pair]) -> str:
+    return ", ".join(pair.id for pair in group)
+
+
+def _pairs(count: int) -> str:
+    return f"{count} pair" if count == 1 else f"{count} pairs"
+
+
+def _users_of_videos(pairs: list[Pair]) -> dict[str, list[str]]:
+    """Ids of pairs by the video they show."""
+    users: dict[str, list[str]] = defaultdict(list)
+    for pair in pairs:
+        for name in {clip.path for clip in pair.clips} or ({str(pair.video)} if pair.video is not None else set()):
+            users[name].append(pair.id)
+    return users
+
+
+def _probe_videos(
+    names: list[str], root: Path, decode: bool, num_workers: int, progress: Callable[[int, int], None] | None
+) -> tuple[dict[str, float], dict[str, str]]:
+    """(duration by name, reason by name of the unusable ones)."""
+    from synpo_fast.data.video.decode import DEADLINE_S
+    from synpo_fast.data.workers.worker_pool import WorkerLost, WorkerPool
+
+    durations: dict[str, float] = {}
+    unusable: dict[str, str] = {}
+    if not names:
+        return durations, unusable
+    work = partial(probe_one, root=str(root), decode=decode)
+    with WorkerPool(work, num_workers=min(num_workers, len(names)), deadline_s=4 * DEADLINE_S) as pool:
+        futures = [pool.submit(name) for name in names]
+        for done, (name, future) in enumerate(zip(names, futures, strict=True), 1):
+            try:
+                outcome = future.result()
+            except WorkerLost as error:
+                outcome = str(error)
+            if isinstance(outcome, str):
+                unusable[name] = outcome
+            else:
+                durations[name] = outcome
+            if progress is not None:
+                progress(done, len(names))
+    return durations, unusable
+
+
+def probe_one(name: str, *, root: str, decode: bool) -> float | str:
+    """Runs in a worker: the duration of a video in seconds, or why it can not be used."""
+    from synpo_fast.data.video.decode import open_video_file
+    from synpo_fast.data.video.video_info import VideoError
+
+    try:
+        with open_video_file(name, root=root) as video:
+            if decode:
+                video.frames([0, video.info.num_frames - 1])
+            return video.info.cut_off or video.info.duration
+    except VideoError as error:
+        return error.reason
+
+
+def _clips_past_the_end(pairs: list[Pair], durations: dict[str, float]) -> Finding:
+    late = [
+        f"{pair.id}: {clip.path} from {clip.start or 0:g} to {'its end' if clip.end is None else f'{clip.end:g}'} s of "
+        f"{durations[clip.path]:.3f}"
+        for pair in pairs
+        for clip in pair.clips
+        if clip.path in durations and max(clip.start or 0.0, (clip.end or 0.0) - CLIP_SLACK_S) > durations[clip.path]
+    ]
+    return Finding("clips past the end of their video", late)

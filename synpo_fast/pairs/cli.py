@@ -1,0 +1,163 @@
+"""`synpo-fast pairs`: import brings rows of another format into a manifest, check says what is wrong with one."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from synpo_fast.data.manifest import filter_by_score_gap, write_manifest
+from synpo_fast.data.row_folders import named_split
+from synpo_fast.pairs.check import CheckReport, check_manifest, histogram
+from synpo_fast.pairs.importers import IMPORTERS, ImportOptions, ImportResult, detect_format, import_pairs
+from synpo_fast.terminal.printable import printable, printable_line
+
+SHOWN = 20
+BAR_WIDTH = 40
+CLEAN, PROBLEMS, USAGE = 0, 1, 2
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0 clean, 1 rows refused or problems found, 2 a mistake in how it was called."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _import(arguments) if arguments.command == "import" else _check(arguments)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"synpo-fast pairs {arguments.command}: error: {printable(error)}", file=sys.stderr)
+        return USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="synpo-fast pairs", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    bring = commands.add_parser("import", help="rows of another format into a manifest")
+    bring.add_argument(
+        "source",
+        metavar="IN",
+        type=Path,
+        help="a .json, .jsonl, .csv, .parquet file, a folder of them, or FOLDER:SPLIT",
+    )
+    bring.add_argument("target", metavar="OUT", type=Path, help="the manifest to write, .jsonl")
+    bring.add_argument(
+        "--format", required=True, choices=["auto", *IMPORTERS], help="what IN is; auto only if one fits"
+    )
+    bring.add_argument(
+        "--video_root", type=Path, help="where the videos are: absolute paths and bare names are looked up"
+    )
+    bring.add_argument("--min_score_gap", type=float, help="keep pairs whose scores differ by this much; SynPO used 4")
+    bring.add_argument(
+        "--rejected", choices=["first", "all"], default="first", help="of several rejected texts in a row"
+    )
+    bring.add_argument("--system", choices=["refuse", "fold", "drop"], default="refuse", help="what to do with one")
+    bring.add_argument("--allow_bad", action="store_true", help="write the good rows although others were refused")
+    bring.add_argument("--force", action="store_true", help="overwrite OUT")
+    check = commands.add_parser("check", help="what is wrong with a manifest")
+    check.add_argument("manifest", metavar="FILE", type=Path, help="a manifest, a folder, or FOLDER:SPLIT")
+    check.add_argument("--video_root", type=Path, help="where the videos are; without it they are not looked at")
+    check.add_argument("--decode", action="store_true", help="decode the first and last frame of every video too")
+    check.add_argument(
+        "--num_workers", type=int, default=_num_cores(), help="processes that look at videos (%(default)s)"
+    )
+    check.add_argument("--model", help="hub name or folder: look for its tokenizer's special tokens in the texts")
+    check.add_argument("--json", action="store_true", help="the report as JSON, every example in it")
+    return parser
+
+
+def _num_cores() -> int:
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    if arguments.target.exists() and not arguments.force:
+        raise ValueError(f"{arguments.target} exists; --force overwrites it")
+    if arguments.target.suffix != ".jsonl":
+        raise ValueError(f"OUT must be called .jsonl, got {arguments.target}")
+    options = ImportOptions(arguments.video_root, arguments.rejected, arguments.system)
+    name = arguments.format
+    if name == "auto":
+        name = detect_format(arguments.source, options)
+    result = import_pairs(arguments.source, name, options)
+    print(f"read {result.num_rows} rows as {name}: {len(result.pairs)} pairs")
+    _print_refusals(result)
+    pairs = result.pairs
+    if arguments.min_score_gap is not None:
+        chosen = filter_by_score_gap(pairs, arguments.min_score_gap)
+        pairs = chosen.kept
+        print(f"dropped {chosen.below} pairs with a score gap below {arguments.min_score_gap:g}")
+        if chosen.without_scores:
+            print(f"dropped {chosen.without_scores} pairs without scores")
+    if result.refused and not arguments.allow_bad:
+        print("wrote nothing: rows were refused, and --allow_bad was not given")
+        return PROBLEMS
+    if not pairs:
+        print("wrote nothing: no pairs are left")
+        return PROBLEMS
+    write_manifest(arguments.target, pairs)
+    print(f"wrote {len(pairs)} pairs to {printable(arguments.target)}")
+    return CLEAN
+
+
+def _print_refusals(result: ImportResult) -> None:
+    if result.refused:
+        print(f"refused {len(result.refused)} rows:")
+        for reason, count in result.reasons.most_common():
+            print(f"  {count:6d}  {printable_line(reason)}")
+        print(f"the first {min(len(result.refused), SHOWN)} of them:")
+        for row in result.refused[:SHOWN]:
+            print(f"  {printable_line(row)}")
+    if result.unused_keys:
+        unused = ", ".join(f"{key} ({count} rows)" for key, count in sorted(result.unused_keys.items()))
+        print(f"not used: {printable_line(unused)}")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    if not named_split(arguments.manifest)[0].exists():
+        raise FileNotFoundError(f"{arguments.manifest} does not exist")
+    if arguments.video_root is not None and not arguments.video_root.is_dir():
+        raise ValueError(f"video root {arguments.video_root} is not a folder")
+    if arguments.num_workers < 1:
+        raise ValueError(f"--num_workers must be positive, got {arguments.num_workers}")
+    if arguments.decode and arguments.video_root is None:
+        raise ValueError("--decode needs --video_root")
+    report = check_manifest(
+        arguments.manifest,
+        video_root=arguments.video_root,
+        decode=arguments.decode,
+        num_workers=arguments.num_workers,
+        model=arguments.model,
+        progress=_show_progress if sys.stderr.isatty() else None,
+    )
+    print(json.dumps({**asdict(report), "clean": report.clean}, indent=2) if arguments.json else report_text(report))
+    return CLEAN if report.clean else PROBLEMS
+
+
+def _show_progress(done: int, total: int) -> None:
+    print(f"\rlooked at {done} of {total} videos", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def report_text(report: CheckReport) -> str:
+    lines = [f"{printable_line(report.file)}: {report.num_rows} rows, {report.num_pairs} pairs"]
+    lines.append(f"  {report.num_sft} train on chosen alone, {report.num_text_pairs} are text pairs")
+    seen = "all looked at" if report.videos_checked else "not looked at: give --video_root"
+    lines.append(f"  {report.num_videos} different videos, {seen}")
+    if report.words:
+        lines.append("words" + "".join(f"{name:>8}" for name in next(iter(report.words.values()))))
+        for name, quantiles in report.words.items():
+            lines.append(f"  {name:<9}" + "".join(f"{value:8d}" for value in quantiles.values())[6:])
+    if report.chosen_longer is not None:
+        lines.append(f"chosen is the longer one in {report.chosen_longer:.1%} of pairs")
+    if report.score_gaps:
+        lines.append(f"score gap, chosen minus rejected, of {len(report.score_gaps)} pairs")
+        bins = histogram(report.score_gaps)
+        most = max(count for _, _, count in bins)
+        for low, high, count in bins:
+            bar = "#" * round(BAR_WIDTH * count / most)
+            lines.append(f"  {low:8g} to {high:<8g} {count:8d} {bar}".rstrip())
+    for finding in report.findings:
+        lines.append(f"{'PROBLEM' if finding.is_problem else 'note'}: {finding.what}: {finding.count}")
+        lines += [f"  {printable_line(example)}" for example in finding.examples[:SHOWN]]
+        if finding.count > SHOWN:
+            lines.append(f"  ... and {finding.count - SHOWN} more")
+    lines.append("clean" if report.clean else "not clean")
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""TRL's preference rows: prompt, chosen and rejected, each a text ("standard") or a list of messages ("conversational").
+
+Without a prompt, chosen and rejected are whole conversations that share all but their last turn. A video is a content part
+{"type": "video"} of the user turn; its path is in the part, or in a column video or videos. video_start and video_end in
+the part make a clip. Standard rows are text pairs.
+"""
+
+from typing import Any
+
+from synpo_fast.data.pair import Clip, Pair
+from synpo_fast.pairs.importers.conversations import Turn, read_turns, single_answer, single_prompt
+from synpo_fast.pairs.importers.source_row import ImportOptions, Refused, SourceRow, clean_prompt, make_pair
+
+
+def import_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
+    row.refuse("images", "image", because="images are not supported")
+    row.refuse("tools", because="tools are not supported")
+    row.refuse("clips", because="that is a row of a manifest")
+    scores = {"chosen_score": row.number("score_chosen"), "rejected_score": row.number("score_rejected")}
+    values = [row.get(key) for key in ("prompt", "chosen", "rejected")]
+    if any(isinstance(value, str) for value in values):
+        row.refuse("video", "videos", because="a standard row of TRL is text; use messages for a video")
+        prompt = clean_prompt(row.text("prompt"), num_videos=0)
+        chosen, rejected = row.text("chosen"), row.text("rejected")
+        return [make_pair(id=row.id(), prompt=prompt, chosen=chosen, rejected=rejected, **scores)]
+    for key, value in zip(("chosen", "rejected"), values[1:], strict=True):
+        if value is None:
+            raise Refused(f"no {key}")
+    chosen_turns, rejected_turns = (read_turns(row, key, may_hold_videos=True) for key in ("chosen", "rejected"))
+    if values[0] is None:
+        prompt_turns = chosen_turns[:-1]
+        if prompt_turns != rejected_turns[:-1] or not prompt_turns:
+            raise Refused("no prompt, and chosen and rejected do not begin alike")
+        chosen_turns, rejected_turns = chosen_turns[-1:], rejected_turns[-1:]
+    else:
+        prompt_turns = read_turns(row, "prompt", may_hold_videos=True)
+    turn = single_prompt(prompt_turns, options)
+    return [
+        make_pair(
+            id=row.id(),
+            **_shown(turn, _video(turn, row), options),
+            prompt=clean_prompt(turn.text, num_videos=0, system=turn.system),
+            chosen=single_answer(chosen_turns, "chosen"),
+            rejected=single_answer(rejected_turns, "rejected"),
+            **scores,
+        )
+    ]
+
+
+def _shown(turn: Turn, video: Any, options: ImportOptions) -> dict[str, Any]:
+    """The video, or the clip of it."""
+    if video is None:
+        return {}
+    part, path = turn.videos[0], options.video(video)
+    if part.start is None and part.end is None:
+        return {"video": path}
+    try:
+        return {"clips": (Clip(path, part.start, part.end),)}
+    except ValueError as error:
+        raise Refused("video_start and video_end are no part of a video", str(error)) from error
+
+
+def _video(turn: Turn, row: SourceRow) -> Any:
+    """The path of the one video; None for a text pair."""
+    columns = [value for key in ("video", "videos") if (value := row.get(key))]
+    if len(columns) > 1:
+        raise Refused("has both video and videos")
+    column = (
+        columns[0][0] if columns and isinstance(columns[0], list) and len(columns[0]) == 1 else (columns or [None])[0]
+    )
+    if not turn.videos:
+        if column is not None:
+            raise Refused('a video without a part {"type": "video"} in the prompt')
+        return None
+    if len(turn.videos) > 1:
+        raise Refused("several videos in a row: this format shows them apart, a pair shows one")
+    part = turn.videos[0].path
+    if part is None and column is None:
+        raise Refused('a part {"type": "video"} without a path')
+    if part is not None and column is not None and part != column:
+        raise Refused("the part and the column name different videos", f"{part!r:.60} and {column!r:.60}")
+    return column if part is None else part

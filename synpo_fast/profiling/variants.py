@@ -1,0 +1,190 @@
+"""The ways of taking a step that a profile compares, and how one engine is switched from one to another.
+
+    synpo                    the configured loss as configured; synpo if that is one that reads a reference
+    dpo-adapter-off          DPO, its reference the model without its adapter
+    dpo-frozen-copy          ... a copy of the model
+    dpo-precomputed          ... log-probs made beforehand
+
+and each once more as `-unshared`. What is not SynPO's own gain is given to DPO, too: prompts shared by both responses, pairs
+packed into rows, the fused head on response tokens only, one pass of the vision tower for policy and reference. `-unshared` runs
+the prompt once a response and has the reference call the tower again. It keeps packed rows, or DPO would look worse than it
+is: run one by one, short rows take longer than in the padded batch of a plain implementation. Under sdpa and eager, where a row
+costs by its square, it is packed rows that would, and there they run one by one.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from synpo_fast.config.train_config import LOSS_OPTIONS, REFERENCES, TrainConfig
+from synpo_fast.losses import LOSSES
+from synpo_fast.models.attention import SEGMENTS, VARLEN
+from synpo_fast.models.policy import Logps, Policy, Sample
+from synpo_fast.references import AdapterOff, FrozenCopy, Precomputed, Reference, detached_logps, precompute
+from synpo_fast.training.loop import TrainingStopped
+from synpo_fast.training.pair_module import PairModule, loss_options
+
+KINDS = tuple(kind for kind in REFERENCES if kind != "auto")
+
+
+@dataclass(frozen=True)
+class Way:
+    """reference: its kind, or None. shared: the prompt runs once a pair, the tower once a video. skipped: why it can not be
+    measured."""
+
+    name: str
+    loss_type: str
+    reference: str | None
+    shared: bool
+    skipped: str | None = None
+
+
+def ways_of(config: TrainConfig, *, copied: bool) -> list[Way]:
+    """copied: whether there is a frozen copy."""
+    own = config.loss_type
+    if own in LOSSES and LOSSES[own].needs_reference:
+        own = "synpo"
+    ways = []
+    for shared in (True, False):
+        suffix = "" if shared else "-unshared"
+        ways.append(Way(own + suffix, own, None, shared))
+        ways += [Way(f"dpo-{kind.replace('_', '-')}{suffix}", "dpo", kind, shared) for kind in KINDS]
+    return [replace(way, skipped=_why_impossible(way, config, copied)) for way in ways]
+
+
+def _why_impossible(way: Way, config: TrainConfig, copied: bool) -> str | None:
+    if way.reference == "adapter_off" and not config.use_peft:
+        return "use_peft=false: there is no adapter to switch off"
+    if way.reference == "frozen_copy" and config.zero_stage == 3:
+        return "zero_stage=3: a copy would hold the whole model on every device"
+    if way.reference == "frozen_copy" and not copied:
+        return "a copy of the model does not fit the device's memory"
+    return None
+
+
+@dataclass
+class ReferenceSet:
+    """References by kind. copy: the frozen copy. precompute_s: seconds a step's log-probs took to make beforehand, with prompts
+    shared (True) and without."""
+
+    by_kind: dict[str, Any]
+    copy: Policy | None
+    precompute_s: dict[bool, float]
+
+    @property
+    def copy_bytes(self) -> int:
+        if self.copy is None:
+            return 0
+        return sum(tensor.untyped_storage().nbytes() for tensor in [*self.copy.parameters(), *self.copy.buffers()])
+
+
+def make_references(config: TrainConfig, policy: Policy, steps: Sequence[Sequence[Sample]]) -> ReferenceSet:
+    """Before the engine shards or wraps anything. steps: the samples of each step that will be measured."""
+    policy.eval()
+    by_kind: dict[str, Any] = {}
+    copied = None if config.zero_stage == 3 else _copy_that_fits(policy)
+    if copied is not None:
+        # Without its adapter, which is at zero: a copy that is to be compared with need not pay for one.
+        by_kind["frozen_copy"] = AdapterOff(copied.policy) if config.use_peft else copied
+    if config.use_peft:
+        by_kind["adapter_off"] = AdapterOff(policy)
+    detached_logps(policy, steps[0][:1], config.share_prefix)  # the first call of an operator is slow
+    seconds, store = {}, policy.feature_store
+    every = [sample for step in steps for sample in step]
+    for shared in (False, True):  # both find the same log-probs
+        policy.feature_store = store if shared else None
+        policy.row_tokens = _row_tokens(config, policy, shared)
+        begin = time.perf_counter()
+        with memory_for("dpo-precomputed" + "-unshared" * (not shared)):
+            by_kind["precomputed"] = _precomputed(config, policy, every, share_prefix=shared and config.share_prefix)
+        seconds[shared] = (time.perf_counter() - begin) / len(steps)
+    policy.row_tokens = config.row_tokens
+    policy.train()
+    return ReferenceSet(by_kind, None if copied is None else copied.policy, seconds)
+
+
+def _row_tokens(config: TrainConfig, policy: Policy, shared: bool) -> int | None:
+    """1: no two branches fit one row. ZeRO-3 has every rank run as many rows, so there rows stay packed."""
+    by_the_square = policy.attn_implementation not in (SEGMENTS, VARLEN)
+    return 1 if by_the_square and not shared and config.zero_stage != 3 else config.row_tokens
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Raises TrainingStopped with its name where it runs out of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingStopped(
+            f"{what} ran out of memory, so nothing was compared: lower per_device_train_batch_size or max_batch_tokens"
+        ) from error
+
+
+def _copy_that_fits(policy: Policy) -> FrozenCopy | None:
+    """None if it does not fit on some device; then no rank keeps one."""
+    found: FrozenCopy | None = None
+    try:
+        found = FrozenCopy(policy)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    fits: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(fits, found is not None)
+    return found if all(fits) else None
+
+
+class _OnDevice:
+    """A reference whose log-probs are moved to where the policy's are."""
+
+    def __init__(self, inner: Reference, device: torch.device) -> None:
+        self.inner, self.device = inner, device
+
+    def __call__(self, samples: Sequence[Sample]) -> Logps:
+        return [[values.to(self.device, non_blocking=True) for values in sample] for sample in self.inner(samples)]
+
+
+def _precomputed(config: TrainConfig, policy: Policy, every: Sequence[Sample], *, share_prefix: bool) -> Reference:
+    def reference(samples: Sequence[Sample]) -> Logps:
+        return detached_logps(policy, samples, share_prefix)
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "reference.pt"
+        precompute(reference, every, file, weights_key="profile", batch=config.per_device_train_batch_size)
+        return _OnDevice(Precomputed(file, weights_key="profile"), policy.device)
+
+
+class WaySwitch:
+    """Makes one module take its steps in one way or another."""
+
+    def __init__(self, config: TrainConfig, module: PairModule, references: ReferenceSet) -> None:
+        self.config, self.module, self.references = config, module, references
+        self.store = module.policy.feature_store  # the configured one
+
+    def use(self, way: Way) -> None:
+        assert way.skipped is None, way
+        module, share = self.module, way.shared and self.config.share_prefix
+        module.loss_type, module.options, module.share_prefix = way.loss_type, self._options(way.loss_type), share
+        module.reference = None if way.reference is None else self.references.by_kind[way.reference]
+        if module.reference is not None and way.reference != "precomputed":
+            module.reference.share_prefix = share
+        module.encodes_once = way.shared
+        for policy in (module.policy, self.references.copy):
+            if policy is not None:
+                policy.feature_store = self.store if way.shared else None
+                policy.row_tokens = _row_tokens(self.config, policy, way.shared)
+
+    def _options(self, loss_type: str) -> dict[str, Any]:
+        """The configured options for the configured loss, and defaults for another."""
+        if loss_type == self.config.loss_type:
+            return loss_options(self.config)
+        reference = "precomputed" if loss_type in LOSSES and LOSSES[loss_type].needs_reference else "auto"
+        unset: dict[str, Any] = dict.fromkeys(LOSS_OPTIONS)
+        return loss_options(replace(self.config, loss_type=loss_type, reference=reference, **unset))

@@ -1,0 +1,1 @@
+"""The report: one HTML page of a run, or of several, with charts, captions and numbers."""

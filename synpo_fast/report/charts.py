@@ -1,0 +1,244 @@
+"""The charts of a report, as SVG written by hand: no plotting library, and they follow the page's colours, light and dark.
+
+CHARTS lists what is drawn; a number that it does not know gets a chart of its own at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from html import escape
+
+from synpo_fast.report.axes import TOP, Frame
+from synpo_fast.report.data import RunRecord
+from synpo_fast.report.series import (
+    SMOOTH_FROM,
+    Point,
+    ends,
+    finite,
+    points_of,
+    smoothed,
+    thinned,
+    value_range,
+)
+from synpo_fast.report.units import GRADIENT, LOGPS, LOSS, PULL, REWARD, by_unit
+
+POINT_BUDGET = 900  # points of a chart's faint lines, shared by its series
+MAX_MARKS = 40
+
+
+@dataclass(frozen=True)
+class Chart:
+    """metrics: name in metrics.jsonl -> label. factor, unit: values are shown as value * factor, followed by unit."""
+
+    title: str
+    metrics: dict[str, str]
+    floor: float | None = None
+    ceiling: float | None = None
+    factor: float = 1.0
+    unit: str = ""
+    axis: str = ""  # the unit where it is too long to follow a value: it stands at the axis
+    median: bool = False  # single values lie far off: its trend is a moving median, and its axis leaves them out
+    exact: bool = False  # has no noise to smooth away
+    counter: bool = False  # counts up over the run; says nothing while it is 0, and evaluations count for themselves
+    quantity: str = ""  # what its unit depends on (report/units.py); runs of different units get axes of their own
+
+
+OUTCOME = (  # what a run was for: the page opens with it
+    Chart("Pairs ranked right", {"rewards/accuracies": "accuracy"}, floor=0, ceiling=100, factor=100, unit=" %"),
+    Chart("Reward margin: chosen minus rejected", {"rewards/margins": "margin"}, quantity=REWARD),
+    Chart("Reward of each response", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}, quantity=REWARD),
+)
+LOSS_CHART = Chart("Loss", {"loss": "loss"}, quantity=LOSS)
+NLL_CHART = Chart("Language: NLL of the chosen response", {"nll_loss": "NLL"}, axis="nats a token")
+CHARTS = (
+    LOSS_CHART,
+    Chart("Log-prob of each response", {"logps/chosen": "chosen", "logps/rejected": "rejected"}, quantity=LOGPS),
+    Chart(
+        "Mean log-prob of a token",
+        {"diagnostics/logps_mean/chosen": "chosen", "diagnostics/logps_mean/rejected": "rejected"},
+        axis="nats a token",
+    ),
+    NLL_CHART,
+    Chart("Gradient norm, before clipping", {"grad_norm": "norm"}, floor=0, median=True, quantity=GRADIENT),
+    Chart(
+        "Pull of each response on the weights",
+        {"diagnostics/grad_norm_chosen": "chosen", "diagnostics/grad_norm_rejected": "rejected"},
+        floor=0,
+        quantity=PULL,
+    ),
+    Chart("Learning rate", {"learning_rate": "rate"}, floor=0, exact=True),
+    Chart("Throughput: pairs a second", {"pairs_per_s": "pairs/s"}, floor=0, median=True),
+    Chart("Throughput: tokens a second", {"tokens_per_s": "tokens/s"}, floor=0, median=True),
+    Chart(
+        "Share of a step spent waiting for data",
+        {"data_wait_share": "wait"},
+        floor=0,
+        factor=100,
+        unit=" %",
+        median=True,
+    ),
+    Chart("Skipped pairs so far", {"skipped_pairs": "skipped"}, floor=0, exact=True, counter=True),
+    Chart(
+        "Steps so far with a loss or gradient not finite",
+        {"nonfinite_steps": "steps"},
+        floor=0,
+        exact=True,
+        counter=True,
+    ),
+    Chart(
+        "Videos looked for in the feature cache so far",
+        {"feature_cache/hits": "found", "feature_cache/misses": "not found"},
+        floor=0,
+        exact=True,
+    ),
+    Chart("Peak GPU memory, GiB", {"peak_memory_gib": "GiB"}, floor=0, exact=True),
+    Chart("Loss scale", {"loss_scale": "scale"}, floor=0, exact=True),
+)
+UNCHARTED = {"step", "epoch", "num_tokens"}  # they say no more than the step does
+COMPARISONS = tuple(name for chart in OUTCOME for name in chart.metrics)
+PAIR_COLOURS = ("var(--chosen)", "var(--rejected)")
+
+
+@dataclass(frozen=True)
+class Line:
+    label: str
+    colour: str
+    points: list[Point]
+    marks: list[Point]  # of evaluations
+    dashed: bool = False
+
+
+def other_charts(runs: Sequence[RunRecord]) -> list[Chart]:
+    """Of every number in the metrics that CHARTS does not know."""
+    known = {name for chart in (*OUTCOME, *CHARTS) for name in chart.metrics} | UNCHARTED
+    names = {name: None for run in runs for row in run.steps for name in row if name not in known}
+    return [Chart(name, {name: name}) for name in names if any(finite(points_of(run.steps, name)) for run in runs)]
+
+
+def outcome_charts(runs: Sequence[RunRecord]) -> tuple[Chart, ...]:
+    """Rewards where pairs were compared; else, of supervised runs, the NLL, which is their loss."""
+    compared = any(finite(points_of(run.steps + run.evaluations, name)) for run in runs for name in COMPARISONS)
+    return OUTCOME if compared else (NLL_CHART,)
+
+
+def figures(chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str]) -> list[str]:
+    """The chart once for each unit that the runs' numbers have. None where no run has any such number."""
+    groups = by_unit(runs, colours, chart.quantity)
+    drawn = []
+    for unit, members, hues in groups:
+        own = replace(chart, axis=unit) if unit else chart
+        names = ", ".join(run.name for run in members) if len(groups) > 1 else ""
+        drawn.append(draw(own, members, hues, names=names, several=len(runs) > 1))
+    return [figure for figure in drawn if figure]
+
+
+def draw(
+    chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str], *, names: str = "", several: bool | None = None
+) -> str:
+    """The figure, or an empty text where no run has any such number.
+
+    names: of the runs in it, where others of the page are not. several: whether the page has more than one run.
+    """
+    several = len(runs) > 1 if several is None else several
+    lines = _lines(chart, runs, colours, several=several)
+    values = [value for line in lines for value in finite(line.points) + finite(line.marks)]
+    if not values or (chart.counter and not any(values)):
+        return ""
+    low, high, cut = value_range(values, chart.floor, chart.ceiling, spiky=chart.median)
+    steps = [step for line in lines for step, _ in line.points + line.marks]
+    frame = Frame(min(steps), max(steps), low, high, chart.unit, chart.axis)
+    bins = max(40, POINT_BUDGET // (2 * len(lines)))
+    body = "".join(_drawn(line, chart, frame, bins) for line in lines)
+    notes = [names] if names else []
+    notes += [] if several else [_reading(chart, lines)]
+    if cut:
+        notes.append(f"axis cut: values go from {short(min(values), chart.unit)} to {short(max(values), chart.unit)}")
+    key = "" if len(chart.metrics) == 1 else _key(chart, lines, several)
+    title = f"{chart.title} ({chart.axis})" if names else chart.title
+    return (
+        f'<figure class="chart"><figcaption><h3>{escape(chart.title)}</h3>{key}'
+        f'<p class="note">{escape(" · ".join(notes))}</p></figcaption>'
+        f'<div class="plot">{frame.svg(body, title)}<div class="readout" hidden></div></div></figure>'
+    )
+
+
+def short(value: float | None, unit: str = "", digits: int = 4) -> str:
+    """A number as a reader wants it: so many digits that count, and no more of it."""
+    if value is None:
+        return "–"
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 1e-3:
+        mantissa, exponent = f"{value:.{min(digits, 3) - 1}e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}{unit}"
+    if float(value).is_integer() or size >= 1e3:
+        return f"{value:,.0f}{unit}"
+    return f"{value:.{digits}g}{unit}"
+
+
+def _lines(chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str], *, several: bool) -> list[Line]:
+    """One run: a colour a metric. Several: a colour a run, and the second metric dashed."""
+    lines = []
+    for run, colour in zip(runs, colours, strict=True):
+        for number, (name, label) in enumerate(chart.metrics.items()):
+            points = points_of(run.steps, name, chart.factor)
+            marks = [] if chart.counter else points_of(run.evaluations, f"eval_{name}", chart.factor)
+            if not finite(points) and not finite(marks):
+                continue
+            hue = colour if several or len(chart.metrics) == 1 else PAIR_COLOURS[number]
+            full = f"{run.name} {label}" if several else label
+            lines.append(Line(full, hue, points, _some(marks), dashed=several and number > 0))
+    return lines
+
+
+def _drawn(line: Line, chart: Chart, frame: Frame, bins: int) -> str:
+    name, style = escape(line.label, quote=True), f'style="--c:{line.colour}"'
+    dash = " dashed" if line.dashed else ""
+    parts = []
+    if len(line.points) >= SMOOTH_FROM and not chart.exact:
+        parts.append(f'<path class="raw" {style} d="{frame.path(thinned(line.points, bins))}"/>')
+        trend = frame.path(smoothed(line.points, bins, median=chart.median))
+        parts.append(f'<path class="line{dash}" {style} data-name="{name}" d="{trend}"/>')
+    elif line.points:
+        path = frame.path(thinned(line.points, bins))
+        parts.append(f'<path class="line{dash}" {style} data-name="{name}" d="{path}"/>')
+    alone = [(step, value) for step, value in line.points if value is not None]
+    if len(alone) == 1:  # no line to see
+        ((only, height),) = alone
+        parts.append(f'<circle class="dot" {style} cx="{frame.x(only):.1f}" cy="{frame.y(height):.1f}" r="3.2"/>')
+    lost = sorted({round(frame.x(step)) for step, value in line.points if value is None})
+    if lost:
+        marks = "".join(f"M{x} {TOP}v5" for x in lost)
+        parts.append(f'<path class="lost" d="{marks}"><title>not finite</title></path>')
+    for step, value in line.marks:
+        if value is not None:
+            parts.append(f'<circle class="mark" {style} cx="{frame.x(step):.1f}" cy="{frame.y(value):.1f}" r="3"/>')
+    return "".join(parts)
+
+
+def _some(marks: list[Point]) -> list[Point]:
+    if len(marks) <= MAX_MARKS:
+        return marks
+    return [marks[round(place * (len(marks) - 1) / (MAX_MARKS - 1))] for place in range(MAX_MARKS)]
+
+
+def _reading(chart: Chart, lines: Sequence[Line]) -> str:
+    """What the lines do, in words, for one run."""
+    parts = []
+    for line in lines:
+        start, end = ends(line.points or line.marks, exact=chart.exact)
+        label = f"{line.label} " if len(chart.metrics) > 1 else ""
+        top = max(finite(line.points), default=0.0)
+        peak = chart.exact and top > max(start or 0.0, end or 0.0)
+        highest = f", highest {short(top, chart.unit, 3)}" if peak else ""
+        parts.append(f"{label}{short(start, chart.unit, 3)} → {short(end, chart.unit, 3)}{highest}")
+    return " · ".join(parts)
+
+
+def _key(chart: Chart, lines: Sequence[Line], several: bool) -> str:
+    items = []
+    for number, label in enumerate(chart.metrics.values()):
+        colour = "currentColor" if several else PAIR_COLOURS[number]
+        style = "dashed" if several and number else "solid"
+        items.append(f'<span><i style="border-top:2px {style} {colour}"></i>{escape(label)}</span>')
+    return f'<p class="key">{"".join(items)}</p>' if lines else ""

@@ -1,0 +1,227 @@
+"""The sections of a report that come from profile.json (steps of several losses timed beside each other) and demo.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from synpo_fast.report.captions import said_markup
+from synpo_fast.report.charts import short
+from synpo_fast.report.data import number_in
+from synpo_fast.report.frames import frames_markup
+from synpo_fast.report.style import series_colour
+
+MAX_EXAMPLES = 6
+MAX_STACKED = 4  # columns of a table whose rows have their name above them on a phone
+NAMES = {"warm_up": "warm-up", "synpo": "SynPO", "dpo": "DPO", "after": "after SynPO"}
+
+
+def profile_markup(profile: Mapping[str, Any]) -> str:
+    """A bar of stages for each way to train, drawn to one scale, and the figures."""
+    ways = [way for way in _list(profile.get("ways")) if isinstance(way, dict)]
+    if not ways and isinstance(profile.get("stages"), dict):
+        ways = [{"name": "this run", "stages": profile["stages"]}]
+    if not ways:
+        return '<p class="note">profile.json names no ways of training.</p>'
+    timed = [way for way in ways if way.get("skipped") is None]
+    names = list({name: None for way in timed for name in _dict(way.get("stages"))})
+    parts = [_bars(timed, names), _ways_table(timed), _explained(profile, ways), _stages_table(timed, names)]
+    return "".join(parts) + _environment(profile)
+
+
+def demo_markup(demo: Mapping[str, Any], folder: Path) -> str:
+    """Accuracy before and after, by attribute, NLL of held-out truth, and examples."""
+    parts = []
+    rows = {"all attributes": demo.get("accuracy"), **_by_attribute(demo)}
+    tables = [
+        ("Exact-attribute accuracy on unseen videos", rows, True),
+        ("NLL of held-out true captions", {"NLL": demo.get("nll")}, False),
+    ]
+    for title, found, share in tables:
+        good = {name: value for name, value in found.items() if isinstance(value, dict)}
+        if good:
+            parts.append(f"<h3>{title}</h3>{_table_of(good, share)}")
+    for example in [row for row in _list(demo.get("examples")) if isinstance(row, dict)][:MAX_EXAMPLES]:
+        parts.append(_example(example, folder))
+    seconds = {str(name): number_in(value) for name, value in _dict(demo.get("seconds")).items()}
+    times = ", ".join(
+        f"{escape(NAMES.get(name, name))} {short(value)} s" for name, value in seconds.items() if value is not None
+    )
+    speeds = {str(name): number_in(value) for name, value in _dict(demo.get("pairs_per_s")).items()}
+    rates = ", ".join(f"{escape(NAMES.get(name, name))} {short(rate)}" for name, rate in speeds.items())
+    notes = [f"Pairs a second in training, median: {rates}." if rates else "", f"Time: {times}." if times else ""]
+    return "".join(parts) + "".join(f'<p class="note">{note}</p>' for note in notes if note)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """head and rows hold markup; the first cell of a row is its name."""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
+    )
+    columns = len(head) - 1
+    if columns > MAX_STACKED:  # too many to stand side by side on a phone: they scroll
+        kind = " ".join(word for word in kind.split() if word != "stack")
+    return (
+        f'<div class="scroll"><table class="{kind}" style="--columns:{columns}"><thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _bars(ways: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    spans = [{name: _middle(_dict(way.get("stages")).get(name)) or 0.0 for name in names} for way in ways]
+    longest = max((sum(span.values()) for span in spans), default=0.0)
+    if longest <= 0:
+        return ""
+    rows = []
+    for way, span in zip(ways, spans, strict=True):
+        pieces = "".join(
+            f'<span style="width:{100 * seconds / longest:.3f}%;background:{series_colour(number)}" '
+            f'title="{escape(name)} {_duration(seconds)}"></span>'
+            for number, (name, seconds) in enumerate(span.items())
+        )
+        rows.append(f'<div>{_name(way)}</div><div class="bar" role="img" aria-label="{_spoken(span)}">{pieces}</div>')
+    key = "".join(
+        f'<span><b class="swatch" style="background:{series_colour(number)}"></b>{escape(name)}</span>'
+        for number, name in enumerate(names)
+    )
+    return f'<div class="card"><div class="bars">{"".join(rows)}</div><p class="key" style="margin-top:10px">{key}</p></div>'
+
+
+def _ways_table(ways: Sequence[dict[str, Any]]) -> str:
+    # The ratio first: it is what a profile is made for, and on a phone the columns at the right are out of sight.
+    head = ["", "ratio", "one step", "spread", "tokens/s", "peak memory", "FLOPs"]
+    rows = []
+    for way in ways:
+        rows.append(
+            [
+                _name(way),
+                _with_spread(way.get("ratio"), lambda ratio: short(ratio, "x", 3)),
+                _duration(_middle(way.get("seconds"))),
+                _spread(way.get("seconds"), _duration),
+                short(_middle(way.get("tokens_per_s"))),
+                _memory(number_in(way.get("peak_memory_bytes"))),
+                short(_middle(way.get("flops"))),
+            ]
+        )
+    return f'<div class="card">{table(head, rows, "numbers several")}</div>'
+
+
+def _explained(profile: Mapping[str, Any], ways: Sequence[dict[str, Any]]) -> str:
+    """What was measured, what the ratio is, what it could be at most, and which ways were left out."""
+    batch, limit = _dict(profile.get("batch")), _dict(profile.get("limit"))
+    facts = [f"{short(number_in(profile.get('rounds')))} rounds"] if "rounds" in profile else []
+    for name, what in (("pairs", "pairs"), ("prompt_tokens", "prompt tokens"), ("response_tokens", "response tokens")):
+        facts += [f"{short(number_in(batch[name]), digits=3)} {what}"] if name in batch else []
+    lines = [", ".join(facts) + " a step. Spread: lowest to highest round."] if facts else []
+    if isinstance(profile.get("ratio_base"), str):
+        lines.append(f"Ratio: time of {profile['ratio_base']} over the way's own, round by round.")
+    shared, apart = (short(number_in(limit.get(name)), digits=3) for name in ("dpo_over_synpo_shared", "unshared"))
+    if limit:
+        lines.append(
+            f"Passes of the language model alone predict {shared} for SynPO, {apart} without sharing the prefix."
+        )
+    for way in ways:
+        seconds = number_in(way.get("amortised_s"))
+        if seconds is not None:
+            lines.append(
+                f"{way.get('name')}: log-probs made beforehand, {_duration(seconds)} a step, once a training run."
+            )
+        if way.get("skipped") is not None:
+            lines.append(f"{way.get('name')}: not measured, {way['skipped']}.")
+    return "".join(f'<p class="note">{escape(line)}</p>' for line in lines)
+
+
+def _stages_table(ways: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    rows = [
+        [escape(name), *(_with_spread(_dict(way.get("stages")).get(name), _duration) for way in ways)] for name in names
+    ]
+    inner = table(["stage", *map(_name, ways)], rows, "numbers several")
+    return f"<details><summary>Every stage, median and spread</summary>{inner}</details>"
+
+
+def _environment(profile: Mapping[str, Any]) -> str:
+    facts = _dict(profile.get("environment"))
+    text = " · ".join(f"{name} {value}" for name, value in facts.items() if isinstance(value, (str, int, float)))
+    return f'<p class="note">{escape(text)}</p>' if text else ""
+
+
+def _by_attribute(demo: Mapping[str, Any]) -> dict[str, Any]:
+    """attribute -> way -> accuracy, whichever of the two the file groups by first."""
+    found = _dict(demo.get("per_attribute"))
+    ways = _dict(demo.get("accuracy"))
+    if ways and set(found) <= set(ways):
+        names = list({name: None for value in found.values() for name in _dict(value)})
+        return {name: {way: _dict(found[way]).get(name) for way in found} for name in names}
+    return found
+
+
+def _table_of(rows: Mapping[str, Mapping[str, Any]], share: bool) -> str:
+    columns = list({name: None for row in rows.values() for name in row})
+    cells = {name: [number_in(row.get(column)) for column in columns] for name, row in rows.items()}
+    fractions = share and all(value is None or abs(value) <= 1 for row in cells.values() for value in row)
+
+    def shown(value: float | None) -> str:
+        if value is None or not share:
+            return short(value)
+        return f"{100 * value if fractions else value:.1f} %"
+
+    body = [[escape(str(name)), *map(shown, row)] for name, row in cells.items()]
+    head = ["", *(escape(NAMES.get(column, str(column).replace("_", " "))) for column in columns)]
+    return f'<div class="card">{table(head, body, "numbers")}</div>'
+
+
+def _example(example: Mapping[str, Any], folder: Path) -> str:
+    video = example.get("video")
+    frames = frames_markup(str(folder / video), None) if isinstance(video, str) else ""
+    names = [name for name in example if name != "video"]
+    items = [(NAMES.get(name, str(name)), example[name], "var(--c0)" if name == "after" else "") for name in names]
+    title = f"<h3>{escape(video)}</h3>" if isinstance(video, str) else ""
+    return f'<article class="card video"><div class="frames">{frames}</div><div>{title}{said_markup(items)}</div></article>'
+
+
+def _middle(value: Any) -> float | None:
+    return number_in(value.get("median") if isinstance(value, dict) else value)
+
+
+def _spread(value: Any, shown: Any = short) -> str:
+    low, high = (number_in(_dict(value).get(name)) for name in ("low", "high"))
+    return "–" if low is None or high is None else f"{shown(low)} to {shown(high)}"
+
+
+def _with_spread(value: Any, shown: Any = short) -> str:
+    spread = _spread(value, shown)
+    middle = shown(_middle(value))
+    return middle if "to" not in spread else f'{middle}<br><span class="soft">{spread}</span>'
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return short(None)
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _memory(size: float | None) -> str:
+    if size is None or size < 2**30:
+        return short(None if size is None else size / 2**20, " MiB", 3)
+    return short(size / 2**30, " GiB", 3)
+
+
+def _spoken(span: Mapping[str, float]) -> str:
+    return escape(", ".join(f"{name} {_duration(seconds)}" for name, seconds in span.items() if seconds))
+
+
+def _name(way: Mapping[str, Any]) -> str:
+    return escape(str(way.get("name", "unnamed")))
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

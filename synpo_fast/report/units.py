@@ -1,0 +1,73 @@
+"""The units of a run's numbers, from its config: what may share an axis or a row with another run's, and what may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+from synpo_fast.losses import LOSSES
+from synpo_fast.losses.units import LOGPS_UNITS, SFT, logps_unit, loss_unit, reward_unit
+from synpo_fast.report.data import RunRecord, number_in
+
+LOSS, GRADIENT, REWARD, LOGPS, PULL = "loss", "gradient", "reward", "logps", "pull"  # what a number is made of
+UNKNOWN = "unit not known"
+
+
+def unit_of(run: RunRecord, quantity: str) -> str:
+    """quantity: one of those above, or "" for a number that means the same in every run, which needs no unit here."""
+    if not quantity:
+        return ""
+    name = run.config.get("loss_type")
+    if not isinstance(name, str) or (name != SFT and name not in LOSSES):
+        return UNKNOWN
+    if quantity in (LOSS, GRADIENT):
+        loss = loss_unit(name, _options(run, name), auxiliary_nll=number_in(run.config.get("auxiliary_nll")) or 0.0)
+        return loss if quantity == LOSS else f"of the {'NLL' if name == SFT else loss}"
+    if name == SFT:
+        return LOGPS_UNITS["mean"]
+    if quantity == LOGPS:
+        return logps_unit(name)
+    return reward_unit(name, _options(run, name)) if quantity == REWARD else f"{name}, of {LOSSES[name].reward}"
+
+
+def by_unit(
+    runs: Sequence[RunRecord], colours: Sequence[str], quantity: str
+) -> list[tuple[str, list[RunRecord], list[str]]]:
+    """(unit, runs, their colours) of each unit, in the order of the runs. A run whose unit is not known stands alone."""
+    found: dict[tuple[str, int], tuple[str, list[RunRecord], list[str]]] = {}
+    for number, (run, colour) in enumerate(zip(runs, colours, strict=True)):
+        unit = unit_of(run, quantity)
+        _, members, hues = found.setdefault((unit, number if unit == UNKNOWN else -1), (unit, [], []))
+        members.append(run)
+        hues.append(colour)
+    return list(found.values())
+
+
+def with_units(label: str, cells: Sequence[str], units: Sequence[str], shown: Callable[[str], bool]) -> list[str]:
+    """A table's row of several runs: the unit stands beside the label where all share one, else in each cell with a number."""
+    used = {unit for unit, cell in zip(units, cells, strict=True) if shown(cell)}
+    if len(used) == 1 and UNKNOWN not in used:
+        return [label + unit_markup(used.pop()), *cells]
+    return [
+        label,
+        *(cell + (unit_markup(unit) if shown(cell) else "") for unit, cell in zip(units, cells, strict=True)),
+    ]
+
+
+def unit_markup(unit: str) -> str:
+    return f'<span class="unit">{escape(unit)}</span>' if unit else ""
+
+
+def _options(run: RunRecord, name: str) -> dict[str, Any]:
+    """The loss's options that the config sets, numbers as numbers; the loss knows the others."""
+    if name not in LOSSES:
+        return {}
+    found: dict[str, Any] = {}
+    for option, default in LOSSES[name].options.items():
+        value = run.config.get(option)
+        if isinstance(default, str):
+            found[option] = value if isinstance(value, str) else None
+        else:
+            found[option] = number_in(value)
+    return found

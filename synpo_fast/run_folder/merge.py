@@ -1,0 +1,70 @@
+"""`synpo-fast merge ADAPTER OUT`: base model + adapter -> one model folder."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from synpo_fast.errors import MissingPackage, UserError
+from synpo_fast.terminal.printable import printable
+
+
+def main(argv: Sequence[str]) -> int:
+    """0: OUT is there, and whole. 1: it could not be written. 2: a mistake in the call."""
+    parser = argparse.ArgumentParser(prog="synpo-fast merge", description=__doc__)
+    parser.add_argument("adapter", type=Path, help="a checkpoint folder of a run with use_peft=true")
+    parser.add_argument("out", type=Path, help="where the merged model goes: a new folder, or an empty one")
+    parser.add_argument("--model_name_or_path", help="the base model; default: the one the adapter names")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 of the saved weights; the sum is done in float32")
+    arguments = parser.parse_args(argv)
+    try:
+        if not (arguments.adapter / "adapter_config.json").is_file():
+            raise UserError(
+                f"{arguments.adapter} holds no adapter_config.json: give a checkpoint-N folder with an adapter"
+            )
+        with _new_folder(arguments.out) as partial:
+            from synpo_fast.run_folder.model_files import merge_adapter
+
+            merge_adapter(
+                arguments.adapter,
+                partial,
+                model_name_or_path=arguments.model_name_or_path,
+                dtype=arguments.dtype or "float32",
+            )
+    except (UserError, MissingPackage) as error:
+        print(f"synpo-fast merge: error: {printable(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"synpo-fast merge: {arguments.out} could not be written: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes it at the end: a merge that fails leaves nothing. Tried before a model is loaded."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give a new folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} exists and is not empty: give a new folder")
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        partial.mkdir(parents=True)
+        (partial / ".writable").touch()
+        (partial / ".writable").unlink()
+    except FileExistsError as error:
+        raise UserError(
+            f"{partial} is left over from a merge that was cut off, or still at work: delete it first"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror} ({error.filename})") from error
+    try:
+        yield partial
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,120 @@
+"""The files of a checkpoint that others load: an adapter for peft, or a whole model for transformers, and what goes with it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from synpo_fast.errors import UserError
+from synpo_fast.models.loading import DTYPES
+from synpo_fast.models.lora import load_adapter_model, save_adapter
+from synpo_fast.models.low_precision import cast_as_loaded
+from synpo_fast.models.policy import Policy
+from synpo_fast.training.engine import Engine
+
+# What transformers' processors are made of, besides the tokenizer: copied as they are, since loading one needs torchvision.
+PROCESSOR_FILES = (
+    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.jinja",
+    "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+def fp32_weights(optimizer_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All that trains, from what Engine.optimizer_state returned: the optimiser's own weights, not rounded to 16 bits."""
+    suffix = ".master"
+    return {name.removesuffix(suffix): value for name, value in optimizer_state.items() if name.endswith(suffix)}
+
+
+def whole_weights(engine: Engine) -> dict[str, Tensor]:
+    """Weights by name, on rank 0's CPU; {} on the others. All ranks call it: ZeRO-3 gathers one parameter at a time."""
+    weights: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        with engine.gathered([parameter]):
+            if engine.rank == 0:
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    if engine.rank == 0:
+        buffers = {name: buffer.detach().cpu() for name, buffer in _persistent_buffers(engine.module)}
+        weights.update(buffers)
+    return weights
+
+
+def save_model_files(policy: Policy, folder: Path, weights: dict[str, Tensor], *, adapter: bool, source: str) -> None:
+    """`weights` as whole_weights or, for an adapter, fp32_weights returns them. `source`: where the model came from, for its
+    processor's files."""
+    if adapter:
+        save_adapter(policy, folder, weights)
+    else:
+        model: Any = policy.model
+        prefix = "policy.model."
+        model.save_pretrained(
+            str(folder), state_dict={name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+        )
+    policy.tokenizer.save_pretrained(str(folder))
+    copy_processor_files(source, folder)
+
+
+def names_beside_weights(policy: Policy, *, adapter: bool, source: str) -> set[str]:
+    """The names of the files that save_model_files writes beside weights."""
+    model: Any = policy.model
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        policy.tokenizer.save_pretrained(place)
+        copy_processor_files(source, folder)
+        names = {file.name for file in folder.iterdir() if file.is_file()}
+    if adapter:
+        return names | {"adapter_config.json"}
+    return names | {"config.json"} | ({"generation_config.json"} if model.can_generate() else set())
+
+
+def fetch_processor_files(source: str) -> None:
+    """Asks the hub once, when a run starts: a checkpoint is to wait for no network."""
+    for name in PROCESSOR_FILES:
+        _processor_file(source, name, local_only=False)
+
+
+def copy_processor_files(source: str, folder: Path) -> None:
+    for name in PROCESSOR_FILES:
+        found = None if (folder / name).exists() else _processor_file(source, name, local_only=True)
+        if found is not None:
+            shutil.copyfile(found, folder / name)
+
+
+def _processor_file(source: str, name: str, *, local_only: bool) -> str | None:
+    if source.startswith("tiny:"):
+        return None
+    from transformers.utils import cached_file
+
+    return cached_file(
+        source,
+        name,
+        local_files_only=local_only,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def merge_adapter(adapter: Path, out: Path, *, model_name_or_path: str | None = None, dtype: str | None = None) -> None:
+    """Base model + adapter -> one model in `out`, the sum done in fp32: in bf16 a small update would vanish in rounding."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    model, tokenizer, base = load_adapter_model(adapter, model_name_or_path, torch.float32)
+    merged = model.merge_and_unload()
+    if dtype is not None:
+        merged = cast_as_loaded(merged, DTYPES[dtype])
+    merged.save_pretrained(str(out))
+    tokenizer.save_pretrained(str(out))
+    copy_processor_files(base, out)
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those that a state_dict holds, at every stage: ZeRO shards parameters alone."""
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer

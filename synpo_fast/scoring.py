@@ -1,0 +1,222 @@
+"""From pairs to tokens, and from tokens to the log-probs of their responses."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synpo_fast.data.pair import Pair
+from synpo_fast.data.pair_frames import pair_frames
+from synpo_fast.data.text_markers import marked_pairs, special_tokens
+from synpo_fast.data.video.sampling import FrameSampling
+from synpo_fast.errors import UserError
+from synpo_fast.models.families.registry import Family, VideoInputs
+from synpo_fast.models.families.video_frames import VideoProcessing
+from synpo_fast.models.policy import Policy, Sample
+
+DEFAULT_SAMPLING = FrameSampling(fps=0.5, min_frames=8, max_frames=16)  # as SynPO was trained
+
+
+class TooLong(ValueError):
+    """A pair with more tokens than max_tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPair:
+    """sample.responses: chosen, then rejected if `preference`, then the ground truth if `has_ground_truth`."""
+
+    sample: Sample
+    id: str
+    preference: bool
+    has_ground_truth: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its video's tensors, beside which the tokens are nothing."""
+        return 0 if self.sample.video is None else self.sample.video.num_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class PairEncoder:
+    """Turns pairs into tokens and pixels. It holds what that takes of a policy, weights not included, and can be pickled.
+
+    max_tokens bounds the prompt with its longest response. with_ground_truth: a pair's ground truth, where there is one,
+    is encoded as a further response.
+    """
+
+    family: Family
+    config: Any
+    tokenizer: Any
+    processing: VideoProcessing | None = None
+    max_tokens: int | None = None
+    with_ground_truth: bool = False
+    bound_name: str = "max_tokens"
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no eos_token: a response could not end")
+
+    @classmethod
+    def of(
+        cls,
+        policy: Policy,
+        *,
+        max_tokens: int | None = None,
+        with_ground_truth: bool = False,
+        bound_name: str = "max_tokens",
+    ) -> "PairEncoder":
+        """bound_name: what whoever sets max_tokens calls it, for messages."""
+        parts = (policy.family, policy.base.config, policy.tokenizer, policy.processing)
+        return cls(*parts, max_tokens, with_ground_truth, bound_name)
+
+    def __call__(self, pair: Pair, frames: Tensor | None, seconds_per_frame: float | None = None) -> EncodedPair:
+        """frames: uint8 [T, H, W, 3] as chosen, None for a text pair; seconds_per_frame: between two of them.
+
+        Nothing is ever cut: a cut response is another response, and a cut video is not that video. Raises TooLong for a
+        pair that is too long, ValueError for one whose responses are the same tokens or whose texts hold special tokens.
+        """
+        return self.with_video(pair, None if frames is None else self.video_inputs(pair, frames, seconds_per_frame))
+
+    def with_video(self, pair: Pair, video: VideoInputs | None) -> EncodedPair:
+        """The same for a video that was encoded before."""
+        self._check_texts(pair)
+        prompt = self.family.prompt_ids(self.tokenizer, pair.prompt, None if video is None else video.token_ids)
+        preference = pair.loss == "preference"
+        has_ground_truth = self.with_ground_truth and pair.ground_truth is not None
+        texts = [pair.chosen, *([pair.rejected] if preference else [])]
+        if has_ground_truth and pair.ground_truth is not None:
+            texts.append(pair.ground_truth)
+        responses = tuple(self._response_ids(text) for text in texts)
+        if preference and responses[0] == responses[1]:
+            raise ValueError(
+                f"pair {pair.id!r}: chosen and rejected are the same tokens, so there is nothing to prefer"
+            )
+        self._check_length(pair, len(prompt), max(len(response) for response in responses))
+        return EncodedPair(Sample(tuple(prompt), responses, video, pair.id), pair.id, preference, has_ground_truth)
+
+    def video_facts(self) -> str:
+        """A digest of what decides, beside the frames, a video's pixels and tokens: the family, its processing, the vocabulary,
+        and what becomes of a small video, which depends on the config. (The config's text changes when a model is saved.)"""
+        facts: list[Any] = [self.family.name, sorted(self.tokenizer.get_vocab().items())]
+        if self.family.placeholder_token:
+            processing = self.processing or self.family.processing(self.config)
+            frames = torch.arange(12 * 50 * 70 * 3).remainder(251).to(torch.uint8).view(12, 50, 70, 3)
+            video = self.family.video_inputs(
+                self.config,
+                self.tokenizer,
+                frames,
+                seconds_per_frame=1.37,
+                processing=replace(processing, max_tokens=None),
+            )
+            assert video.frames is not None
+            shapes = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in sorted(video.tensors.items())}
+            made = [video.token_ids, video.placeholder_id, video.seconds_per_grid, shapes, list(video.frames.shape)]
+            facts += [repr(processing), repr(video.recipe), made]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def video_inputs(self, pair: Pair, frames: Tensor, seconds_per_frame: float | None) -> VideoInputs:
+        try:
+            return self.family.video_inputs(
+                self.config, self.tokenizer, frames, seconds_per_frame=seconds_per_frame, processing=self.processing
+            )
+        except ValueError as error:
+            raise ValueError(f"pair {pair.id!r}: {error}") from error
+
+    def _response_ids(self, text: str) -> tuple[int, ...]:
+        return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id)
+
+    @cached_property
+    def _special_tokens(self) -> re.Pattern[str]:
+        return special_tokens(self.tokenizer, self.family.placeholder_token, *self.family.video_markers)
+
+    def _check_texts(self, pair: Pair) -> None:
+        """The tokenizer would end a response at such a token, or take it for room of a video that is not there."""
+        for _, what in marked_pairs([pair], self._special_tokens):
+            raise UserError(
+                f"pair {pair.id!r} has {what}, a special token of the model's tokenizer. "
+                "It would not be read as text: take it out"
+            )
+
+    def _check_length(self, pair: Pair, prompt: int, response: int) -> None:
+        if self.max_tokens is not None and prompt + response > self.max_tokens:
+            raise TooLong(
+                f"pair {pair.id!r} needs {prompt + response} tokens ({prompt} of them prompt and video), "
+                f"more than {self.bound_name}={self.max_tokens}; raise it, sample fewer frames, or drop such pairs"
+            )
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """samples[i] has the responses (chosen, rejected) of pair kept[i]; the others were too long."""
+
+    samples: list[Sample]
+    kept: list[int]
+    dropped: list[int]
+
+
+def encode_pairs(
+    policy: Policy,
+    pairs: Sequence[Pair],
+    *,
+    video_root: str | Path | None = None,
+    sampling: FrameSampling = DEFAULT_SAMPLING,
+    max_tokens: int | None = None,
+    drop_too_long: bool = False,
+) -> EncodedPairs:
+    """Tokens of every pair; a pair above max_tokens raises TooLong, or with drop_too_long is left out and counted."""
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, Pair):
+            raise UserError(f"pairs[{index}]: expected Pair, got {type(pair).__name__}")
+    encoder = PairEncoder.of(policy, max_tokens=max_tokens)
+    samples, kept, dropped = [], [], []
+    for index, pair in enumerate(pairs):
+        try:
+            encoded = encoder(pair, *pair_frames(pair, sampling, video_root=video_root))
+        except TooLong:
+            if not drop_too_long:
+                raise
+            dropped.append(index)
+            continue
+        samples.append(encoded.sample)
+        kept.append(index)
+    return EncodedPairs(samples, kept, dropped)
+
+
+def encode_pair(
+    policy: Policy,
+    pair: Pair,
+    *,
+    video_root: str | Path | None = None,
+    sampling: FrameSampling = DEFAULT_SAMPLING,
+) -> Sample:
+    """The prompt with its video's placeholders, and its responses closed by EOS."""
+    return PairEncoder.of(policy)(pair, *pair_frames(pair, sampling, video_root=video_root)).sample
+
+
+def score_pairs(
+    policy: Policy,
+    pairs: Sequence[Pair],
+    *,
+    video_root: str | Path | None = None,
+    sampling: FrameSampling = DEFAULT_SAMPLING,
+    share_prefix: bool = True,
+    pack: bool = True,
+) -> list[tuple[Tensor, Tensor]]:
+    """For each pair (chosen_logps, rejected_logps): 1-D fp32, one value per response token, EOS included, with autograd.
+
+    Videos given by path, or as clips, are decoded here, frames chosen by `sampling`: by default one every two seconds, at
+    least 8 and at most 16. An "sft" pair has no rejected response: its rejected_logps is empty. Raises ValueError for a text
+    that holds a special token of the model's tokenizer, as training does.
+    """
+    encoded = encode_pairs(policy, pairs, video_root=video_root, sampling=sampling)
+    scored = []
+    for chosen, *rejected in policy(encoded.samples, share_prefix=share_prefix, pack=pack):
+        scored.append((chosen, rejected[0] if rejected else chosen.new_empty(0)))
+    return scored

@@ -1,0 +1,1 @@
+"""What a command prints: progress, notices and text that is safe to print."""

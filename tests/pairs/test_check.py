@@ -1,0 +1,224 @@
+"""`synpo-fast pairs`, as a command, on folders with good, missing and broken videos; and what a report counts."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from synpo_fast.cli import main
+from synpo_fast.pairs.check import check_manifest, histogram
+from synpo_fast.pairs.cli import report_text
+from synpo_fast.testing.clips import write_clip
+
+GOOD = {"prompt": "What moves in it?", "chosen": "A small red ball.", "rejected": "A dog."}
+
+
+def command(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-m", "synpo_fast.cli", "pairs", *map(str, arguments)]
+    return subprocess.run(call, capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.fixture
+def inside(capsys):
+    """The same without a process of its own, which takes seconds to start."""
+
+    def run(*arguments):
+        try:
+            status = main(["pairs", *map(str, arguments)])
+        except SystemExit as exit:
+            status = exit.code
+        output = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, status, output.out, output.err)
+
+    return run
+
+
+def manifest(tmp_path, *rows):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """good.mp4 lasts 1.2 s; renamed.mp4 is a text; short.mp4 lost its end, and with it the table of its frames."""
+    root = tmp_path_factory.mktemp("videos")
+    write_clip(root / "good.mp4", codec="h264", num_frames=30, width=64, height=48)
+    (root / "renamed.mp4").write_text("not a video")
+    (root / "short.mp4").write_bytes((root / "good.mp4").read_bytes()[:1000])
+    (root / "empty.mp4").touch()
+    return root
+
+
+def found(report):
+    return {finding.what: finding.examples for finding in report.findings}
+
+
+def test_a_clean_manifest(tmp_path, videos):
+    path = manifest(tmp_path, {**GOOD, "video": "good.mp4"}, {**GOOD, "prompt": "Else?", "video": "good.mp4"})
+    run = command("check", path, "--video_root", videos, "--decode", "--num_workers", 1)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "1 different videos, all looked at" in run.stdout and run.stdout.endswith("\nclean\n")
+
+
+def test_broken_videos_are_named_with_their_pairs(tmp_path, videos):
+    names = ["good.mp4", "renamed.mp4", "gone.mp4", "short.mp4", "empty.mp4", "gone.mp4"]
+    path = manifest(tmp_path, *({**GOOD, "prompt": f"q{i}", "video": name} for i, name in enumerate(names)))
+    run = command("check", path, "--video_root", videos, "--num_workers", 2, "--json")
+    assert run.returncode == 1, run.stderr
+    report = json.loads(run.stdout)
+    assert (report["num_pairs"], report["num_videos"], report["clean"]) == (6, 5, False)
+    (finding,) = (finding for finding in report["findings"] if finding["is_problem"])
+    assert finding["what"] == "videos that can not be used"
+    reasons = dict(example.split(": ", 1) for example in finding["examples"])
+    assert reasons.keys() == {"renamed.mp4", "gone.mp4", "short.mp4", "empty.mp4"}
+    assert reasons["gone.mp4"].endswith("(2 pairs)") and reasons["renamed.mp4"].endswith("(1 pair)")
+
+
+def test_mistakes_in_the_call_exit_with_2(tmp_path, videos, inside):
+    path = manifest(tmp_path, GOOD)
+    for arguments in [
+        ("check",),
+        ("check", tmp_path / "none.jsonl"),
+        ("check", path, "--video_root", tmp_path / "none"),
+        ("check", path, "--decode"),
+        ("import", "--format", "nope", path, tmp_path / "out.jsonl"),
+        ("import", "--format", "trl", path, path),  # it exists
+        ("import", "--format", "trl", path, tmp_path / "out.parquet"),
+        ("import", "--format", "trl", tmp_path / "none.jsonl", tmp_path / "out.jsonl"),
+    ]:
+        run = command(*arguments) if arguments[-1] == "--decode" else inside(*arguments)
+        assert run.returncode == 2 and "error: " in run.stderr and "Traceback" not in run.stderr, arguments
+    assert [file.name for file in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_bad_rows_and_files_are_problems(tmp_path):
+    report = check_manifest(manifest(tmp_path, GOOD, {"prompt": "q"}))
+    assert (report.num_rows, report.num_pairs, report.clean) == (2, 1, False)
+    assert "pairs.jsonl:2: 'chosen' and 'rejected' missing" in found(report)["bad rows"][0]
+    report = check_manifest(manifest(tmp_path))
+    assert not report.clean and "has no rows" in found(report)["the file is not a manifest"][0]
+    assert "not clean" in report_text(report)
+
+
+def test_clips_are_held_against_their_videos(tmp_path, videos):
+    spans = [{}, {"start": 0.5, "end": 1.25}, {"end": 1.5}, {"start": 1.3}]  # of 1.2 s; a tenth of one is rounding
+    rows = [
+        {**GOOD, "id": f"{i}", "prompt": f"q{i}", "clips": [{"path": "good.mp4", **span}]}
+        for i, span in enumerate(spans)
+    ]
+    report = check_manifest(manifest(tmp_path, *rows), video_root=videos)
+    (late,) = found(report).values()
+    assert late == ["2: good.mp4 from 0 to 1.5 s of 1.200", "3: good.mp4 from 1.3 to its end s of 1.200"]
+
+
+def test_pairs_are_compared(tmp_path):
+    video = {"video": "v.mp4"}
+    rows = [
+        {**GOOD, **video, "id": "a"},
+        {**GOOD, **video, "id": "again"},
+        {**GOOD, **video, "id": "other rejected", "rejected": "A cat."},
+        {**GOOD, "video": "w.mp4", "id": "other video"},
+        {**GOOD, **video, "id": "against", "chosen": "A dog.", "rejected": "A cow."},
+        {**GOOD, "id": "text", "chosen": "Yes", "rejected": " yes "},
+        {**GOOD, "id": "scores", "prompt": "q", "chosen_score": 1, "rejected_score": 2.5},
+        {**GOOD, "id": "tie", "prompt": "r", "chosen_score": 2, "rejected_score": 2},
+        {**GOOD, "id": "sft", "prompt": "s", "rejected": "", "loss": "sft"},
+    ]
+    report = check_manifest(manifest(tmp_path, *rows))
+    assert not report.videos_checked and (report.num_videos, report.num_sft, report.num_text_pairs) == (2, 1, 4)
+    assert found(report) == {
+        "pairs given more than once": ["a, again"],
+        "texts both chosen and rejected, for one video and prompt": [
+            "against chooses what a rejects",
+            "against chooses what again rejects",
+        ],
+        "chosen and rejected differ in case and spaces only": ["text"],
+        "rejected has the higher score": ["scores: chosen 1, rejected 2.5"],
+        "one chosen text against several rejected ones": ["a, again, other rejected"],
+        "the same texts for different videos": ["a, again, other video"],
+    }
+    notes = [finding.what for finding in report.findings if not finding.is_problem]
+    assert notes == ["one chosen text against several rejected ones", "the same texts for different videos"]
+    assert report.score_gaps == [-1.5, 0]
+
+
+def test_notes_alone_are_clean(tmp_path):
+    report = check_manifest(manifest(tmp_path, GOOD, {**GOOD, "rejected": "A cat."}))
+    assert report.clean and report.findings and "clean" in report_text(report)
+
+
+def test_lengths_and_length_bias(tmp_path):
+    texts = [("one", "two words"), ("two words", "one"), ("now three words", "one"), ("a", "b")]
+    rows = [{"prompt": " ".join(["w"] * n), "chosen": c, "rejected": r} for n, (c, r) in enumerate(texts, 1)]
+    report = check_manifest(manifest(tmp_path, *rows))
+    assert (
+        report.words["chosen"]["max"] == 3 and report.words["prompt"]["min"] == 1 and report.words["prompt"]["max"] == 4
+    )
+    assert report.words["rejected"]["median"] == 1 and report.chosen_longer == 0.5
+    assert "chosen is the longer one in 50.0% of pairs" in report_text(report)
+
+
+@pytest.mark.parametrize(
+    ("values", "steps"),
+    [
+        ([0.0, 0.5, 3.9], [1, 1, 1, 1]),
+        ([-0.5, 0.5], [1, 1]),
+        ([7.0], [1]),
+        ([0, 24.0], [2] * 13),
+        ([0, 1e6], [1e5] * 11),
+    ],
+)
+def test_histogram(values, steps):
+    bins = histogram(values)
+    assert [high - low for low, high, _ in bins] == steps
+    assert sum(count for _, _, count in bins) == len(values)
+    assert all(any(low <= value < high for low, high, count in bins if count) for value in values)
+
+
+def test_import_then_check(tmp_path, inside):
+    """Rows refused: nothing is written and the status is 1, unless bad rows are allowed."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    row = {"video": "v.mp4", "task_type": "t", "question": "<video>\nQ", "chosen": "A", "rejected": "B", "extra": 1}
+    rows.write_text("\n".join(map(json.dumps, [row, {**row, "question": "R"}, {**row, "rejected": None}])))
+    run = inside("import", "--format", "auto", rows, out, "--allow_bad")
+    assert run.returncode == 2 and "longvpo takes 2 of 3 rows" in run.stderr
+    run = inside("import", "--format", "longvpo", rows, out)
+    assert run.returncode == 1 and not out.exists()
+    for line in (
+        "read 3 rows as longvpo: 2 pairs",
+        "     1  no rejected",
+        f"  {rows}:3: no rejected",
+        "wrote nothing",
+        "extra (2",
+    ):
+        assert line in run.stdout
+    run = inside("import", "--format", "longvpo", rows, out, "--allow_bad")
+    assert run.returncode == 0 and f"wrote 2 pairs to {out}" in run.stdout
+    assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == ["Q", "R"]
+    assert inside("import", "--format", "longvpo", rows, out, "--allow_bad", "--force").returncode == 0
+    assert inside("check", out).returncode == 0
+
+
+def test_import_keeps_wide_score_gaps(tmp_path, inside):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+    scores = [{"score_chosen": 9, "score_rejected": 5}, {"score_chosen": 8, "score_rejected": 5}, {}]
+    rows.write_text("\n".join(json.dumps({**row, **some}) for some in scores))
+    run = inside("import", "--format", "trl", rows, out, "--min_score_gap", 4)
+    assert run.returncode == 0 and len(out.read_text().splitlines()) == 1
+    assert "dropped 1 pairs with a score gap below 4" in run.stdout and "dropped 1 pairs without scores" in run.stdout
+    run = inside("import", "--format", "trl", rows, out, "--force", "--min_score_gap", 40)
+    assert run.returncode == 1 and "no pairs are left" in run.stdout and len(out.read_text().splitlines()) == 1
+
+
+def test_the_docs_name_every_option_and_no_other(inside):
+    docs = Path(__file__).resolve().parents[2] / "docs" / "manifest.md"
+    named = set(re.findall(r"--[a-z_]+", docs.read_text(encoding="utf-8")))
+    helps = [inside(name, "--help").stdout for name in ("import", "check")]
+    assert named == set(re.findall(r"--[a-z_]+", " ".join(helps))) - {"--help"}
