@@ -15,8 +15,8 @@ if TYPE_CHECKING:
         FusedLinearSynPOLoss,
     )
     from synpo_fast.losses import LOSSES
-    from synpo_fast.models import score_pairs
     from synpo_fast.ops.linear_logprobs import fused_linear_logprobs
+    from synpo_fast.scoring import score_pairs
 
 __version__ = "0.1.0"
 
@@ -27,7 +27,7 @@ _PLACES = {
     "FusedLinearSynPOLoss": "synpo_fast.fused",
     "LOSSES": "synpo_fast.losses",
     "fused_linear_logprobs": "synpo_fast.ops.linear_logprobs",
-    "score_pairs": "synpo_fast.models",
+    "score_pairs": "synpo_fast.scoring",
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synpo_fast.data.encoded import EncodedPair, TooLong
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.pair_frames import pair_frames
 from synpo_fast.data.text_markers import marked_pairs, special_tokens
@@ -22,25 +23,6 @@ from synpo_fast.models.families.video_frames import VideoProcessing
 from synpo_fast.models.policy import Policy, Sample
 
 DEFAULT_SAMPLING = FrameSampling(fps=0.5, min_frames=8, max_frames=16)  # as SynPO was trained
-
-
-class TooLong(ValueError):
-    """A pair with more tokens than max_tokens."""
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedPair:
-    """sample.responses: chosen, then rejected if `preference`, then the ground truth if `has_ground_truth`."""
-
-    sample: Sample
-    id: str
-    preference: bool
-    has_ground_truth: bool
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of its video's tensors, beside which the tokens are nothing."""
-        return 0 if self.sample.video is None else self.sample.video.num_bytes
 
 
 @dataclass(frozen=True, eq=False)

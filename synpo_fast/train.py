@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:
     # Started by its path: Python has put this folder first on sys.path, where our own modules would be found as top-level
@@ -22,7 +23,13 @@ if not __package__:
 from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.terminal.console import hide_notes_to_developers, print_to_a_pipe, say, say_mistake
 from synpo_fast.terminal.printable import PrintableFormatter, printable
-from synpo_fast.training.stopping import Interrupted, Stopper
+from synpo_fast.terminal.stopping import Interrupted, Stopper
+
+if TYPE_CHECKING:
+    import torch
+
+    from synpo_fast.config.train_config import TrainConfig
+    from synpo_fast.training.run_state import RunState
 
 FAILED, MISTAKE = 1, 2
 UNEXPECTED = (
@@ -77,7 +84,7 @@ def _main(arguments: list[str], stopper: Stopper, asks_for_help: bool, only_prin
         hide_notes_to_developers()
     from synpo_fast.run_folder.overwriting import check_inputs_stay
     from synpo_fast.terminal.said_once import SaidByAnotherProcess, lost_another_process
-    from synpo_fast.training.start import FORESEEN, run_training
+    from synpo_fast.training.start import FORESEEN
 
     try:
         check_inputs_stay(config, config_file=file_of_config(arguments))
@@ -102,6 +109,33 @@ def _main(arguments: list[str], stopper: Stopper, asks_for_help: bool, only_prin
         print(UNEXPECTED, file=sys.stderr)
         return FAILED
     return stopper.status if state.stopped_early else 0
+
+
+def run_training(config: TrainConfig, stopper: Stopper | None = None) -> RunState:
+    """Trains, writes the report, and returns where the run stands at its end; with config.profile it measures instead.
+
+    Every process of a launch calls it. Raises UserError, MissingPackage, TrainingStopped or CheckpointError with one line that
+    says all, or SaidByAnotherProcess in place of an error that another process of the launch raises, too.
+    """
+    from synpo_fast.training.start import process_group
+
+    with process_group(config) as device:
+        return run_in_group(config, device, stopper)
+
+
+def run_in_group(config: TrainConfig, device: torch.device, stopper: Stopper | None = None) -> RunState:
+    """run_training in a process group that is there already."""
+    if config.profile:
+        # Imported only here, because torch's FLOP counter imports triton, which training on a CPU does without.
+        from synpo_fast.profiling.profile import profile_in_group
+        from synpo_fast.training.run_state import RunState
+
+        profile_in_group(config, device)
+        return RunState()
+    from synpo_fast.report.write import write_report
+    from synpo_fast.training.start import train_in_group
+
+    return train_in_group(config, device, stopper, write_report=write_report)
 
 
 def _status(error: Exception) -> int:

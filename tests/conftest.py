@@ -62,7 +62,7 @@ def group():
 def in_one_process(group):
     """Runs a training in this process; returns its RunState."""
     from synpo_fast.config.train_config import TrainConfig
-    from synpo_fast.training.start import train_in_group
+    from synpo_fast.train import run_in_group
 
     torch.set_num_threads(1)  # as the processes that runs are compared with: sums in another order have other bits
-    return lambda values: train_in_group(TrainConfig(**values), group)
+    return lambda values: run_in_group(TrainConfig(**values), group)

@@ -13,24 +13,40 @@ HEAVY = (
     "triton", "deepspeed", "nvidia.dali", "transformers", "matplotlib", "peft", "trl", "liger_kernel", "numpy.testing",
     "av", "datasets", "tensorboard",
 )  # fmt: skip
-# What a layer may import of the others. Modules in no layer (cli, train, demo) may import anything.
-EVERYWHERE = {"errors"}  # a class or two, in reach of every layer
-MAY_IMPORT = {
-    "ops": {"ops"},
-    "losses": {"losses", "ops"},
-    "fused": {"ops", "losses"},
-    "models": {"models", "ops", "data"},  # of data only what a pair is
-    "data": {"data", "ops", "models", "printable"},
-    "references": {"references", "models", "ops"},
-    "training": {"training", "references", "losses", "data", "models", "ops", "printable"},
-    "integrations": {"integrations", "fused", "losses", "ops", "models"},
+# The folders and modules of synpo_fast/ from the lowest to the highest. A module imports its own folder and lower lines only, and
+# beside it nothing on its own line: data and models know nothing of each other, nor report of profiling.
+LAYERS: list[set[str]] = [
+    {"errors"},
+    {"terminal", "testing"},
+    {"ops"},
+    {"losses"},
+    {"fused", "config"},
+    {"data", "models"},
+    {"references", "scoring", "run_folder", "integrations", "pairs"},
+    {"training"},
+    {"report", "profiling"},
+    {"train", "demo"},
+    {"cli", "__init__"},
+]
+# What DESIGN.md forbids beside: pairs never needs the trainer's options, integrations only what an own trainer needs, ...
+FORBIDDEN = {
+    "losses": {"terminal"},
+    "fused": {"terminal", "errors"},
+    "integrations": {"config", "terminal", "data"},
+    "references": {"config", "data"},
+    "scoring": {"config", "terminal"},
+    "data": {"config", "losses", "fused"},
+    "models": {"config", "losses", "fused", "terminal"},
+    "pairs": {"config", "losses", "fused"},
 }
+# Loading one of them costs time or needs an extra, so one file owns each.
 OWNERS = {
     "deepspeed": {"training/engine.py"},
     "peft": {"models/lora.py"},
     "nvidia": {"data/video/decode_dali.py"},
     "matplotlib": set(),  # the report draws its own charts
 }
+MOST_FILES = 20
 
 
 def test_importing_the_package_loads_nothing_heavy():
@@ -55,18 +71,39 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
+def layer_of(name: str) -> int:
+    found = [index for index, layer in enumerate(LAYERS) if name in layer]
+    assert len(found) == 1, f"synpo_fast/{name} stands in {len(found)} lines of LAYERS: give it one"
+    return found[0]
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_go_one_way(path):
+def test_no_import_runs_upward(path):
     relative = path.relative_to(PACKAGE)
-    layer = relative.parts[0].removesuffix(".py")
+    own = relative.parts[0].removesuffix(".py")
     imported = imported_modules(path)
-    if layer in MAY_IMPORT:
-        for name in imported:
-            if name.startswith("synpo_fast."):
-                assert name.split(".")[1] in MAY_IMPORT[layer] | EVERYWHERE, f"{relative} imports {name}"
+    for name in imported:
+        if not name.startswith("synpo_fast."):
+            continue
+        other = name.split(".")[1]
+        if other != own:
+            assert layer_of(other) < layer_of(own), f"{relative} imports {name}, which stands above it or beside it"
+            assert other not in FORBIDDEN.get(own, ()), f"{relative} imports {name}"
     for package, owners in OWNERS.items():
         if any(name.split(".")[0] == package for name in imported):
             assert str(relative) in owners, f"{relative} imports {package}, which belongs to {owners}"
+
+
+@pytest.mark.parametrize("place", ["synpo_fast", "benchmarks", "tests", "examples", "docs"])
+def test_no_folder_holds_too_many_files(place):
+    for folder in [ROOT / place, *(ROOT / place).rglob("*/")]:
+        count = len(list(folder.glob("*.py")))
+        assert count <= MOST_FILES, f"{folder.relative_to(ROOT)} holds {count} Python files"
+
+
+def test_the_training_folder_stays_one_story():
+    num_lines = sum(len(path.read_text().splitlines()) for path in (PACKAGE / "training").glob("*.py"))
+    assert num_lines < 3000
 
 
 def test_no_module_shadows_the_standard_library():

@@ -6,12 +6,13 @@ import re
 import pytest
 import torch
 
+from synpo_fast.data.encoded import TooLong
 from synpo_fast.data.pair import Clip, Pair
 from synpo_fast.data.video.decode import decode_frames
 from synpo_fast.data.video.sampling import FrameSampling
 from synpo_fast.errors import UserError
-from synpo_fast.models import encode_pair, load_policy, score_pairs
-from synpo_fast.scoring import PairEncoder, TooLong
+from synpo_fast.models import load_policy
+from synpo_fast.scoring import PairEncoder, encode_pair, score_pairs
 from synpo_fast.testing.clips import write_clip
 
 

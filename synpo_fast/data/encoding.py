@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
+from synpo_fast.data.encoded import EncodedPair, Encoder, FindStored, TooLong
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.pair_frames import pair_frames
 from synpo_fast.data.video.sampling import FrameSampling
 from synpo_fast.data.video_key import video_key
-from synpo_fast.models.feature_cache import StoredVideos
-from synpo_fast.scoring import EncodedPair, PairEncoder, TooLong
 
 
 @dataclass(frozen=True)
@@ -38,18 +37,18 @@ class PairReader:
 
     What is not an error of the data is raised: a mistake in the set-up or in the code.
 
-    facts: video_key.reading_facts; with them every video gets a key. stored: where features may be found by that key: such a
-    video is not decoded.
+    facts: video_key.reading_facts; with them every video gets a key. find_stored: looks up a video's features by that key: a
+    video with stored features is not decoded.
     """
 
-    encoder: PairEncoder
+    encoder: Encoder
     sampling: FrameSampling
     video_root: str | Path | None
     backend: str
     device: torch.device
     deadline_s: float
     facts: str | None = None
-    stored: StoredVideos | None = None
+    find_stored: FindStored | None = None
 
     def __call__(self, pair: Pair) -> EncodedPair | BadPair:
         deadline = time.monotonic() + self.deadline_s
@@ -65,9 +64,9 @@ class PairReader:
 
     def _read(self, pair: Pair, deadline: float) -> EncodedPair:
         key = self._key(pair)
-        if key is not None and self.stored is not None:
+        if key is not None and self.find_stored is not None:
             # With its features in hand: that file may be gone before the pair's turn.
-            found = self.stored.find(key)
+            found = self.find_stored(key)
             if found is not None:
                 return self.encoder.with_video(pair, found)
         frames, seconds = pair_frames(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from synpo_fast.data.encoded import EncodedPair, Encoder, FindStored
 from synpo_fast.data.encoding import BadPair, PairReader, ReadInThread, ReadOnDemand
 from synpo_fast.data.order import epoch_order, num_steps, step_positions
 from synpo_fast.data.pair import Pair
@@ -25,8 +26,6 @@ from synpo_fast.data.video.sampling import FrameSampling
 from synpo_fast.data.video_key import reading_facts
 from synpo_fast.data.workers.worker_pool import WorkerLost, WorkerPool
 from synpo_fast.data.workers.worker_process import WorkerProcess
-from synpo_fast.models.feature_cache import StoredVideos
-from synpo_fast.scoring import EncodedPair, PairEncoder
 
 PREFETCH_BYTES = 2 << 30
 WORKER_SLACK_S = 5.0  # a worker is stopped that much later than the decoder stops by itself
@@ -56,8 +55,8 @@ class PairLoader:
 
     backend: of decode_frames. device: where frames are decoded and made into pixels; a CUDA device needs num_workers=0.
     keyed: videos get a key by which feature caches and precomputed references know them (video_key.py), made where they are
-    read; without it their content is hashed when it is asked for. feature_folder: of a FeatureCache that is the policy's
-    feature_store. A video whose features lie there comes with them and is not decoded.
+    read; without it their content is hashed when it is asked for. find_stored: looks up stored features by that key
+    (StoredVideos.find); a video that is found comes with its features and is not decoded.
     deadline_s: for one pair. A worker that takes longer is stopped, and the pair tried once more in a fresh one.
     started: workers that are there already, of EarlyWorkers.
 
@@ -67,7 +66,7 @@ class PairLoader:
     def __init__(
         self,
         pairs: Sequence[Pair],
-        encoder: PairEncoder,
+        encoder: Encoder,
         *,
         sampling: FrameSampling,
         pairs_per_step: int,
@@ -83,7 +82,7 @@ class PairLoader:
         device: str | torch.device = "cpu",
         deadline_s: float = 30.0,
         keyed: bool = False,
-        feature_folder: str | Path | None = None,
+        find_stored: FindStored | None = None,
         started: Sequence[WorkerProcess] = (),
     ) -> None:
         if not pairs:
@@ -107,9 +106,9 @@ class PairLoader:
         self.prefetch_steps = prefetch_steps
         self.steps_per_epoch = num_steps(len(pairs), world_size=world_size, pairs_per_rank=pairs_per_step)
         reader = PairReader(encoder, sampling, video_root, backend, device, deadline_s)
-        if keyed or feature_folder is not None:
-            stored = None if feature_folder is None else StoredVideos(Path(feature_folder))
-            reader = replace(reader, facts=reading_facts(encoder, sampling, backend, device), stored=stored)
+        if keyed or find_stored is not None:
+            facts = reading_facts(encoder, sampling, backend, device)
+            reader = replace(reader, facts=facts, find_stored=find_stored)
         self._source: WorkerPool | ReadInThread | ReadOnDemand
         if num_workers:
             # A little later than the decoder's own deadline, whose message says more.

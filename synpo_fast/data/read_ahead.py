@@ -18,9 +18,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.data.encoding import BadPair
 from synpo_fast.data.pair import Pair
-from synpo_fast.scoring import EncodedPair
 
 RECENT = 64  # pairs whose largest is the guess for the next one
 

@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synpo_fast.data.encoded import Encoder
 from synpo_fast.data.pair import Clip, Pair
 from synpo_fast.data.video.decode import available_backends
 from synpo_fast.data.video.sampling import FrameSampling
 from synpo_fast.data.video.video_path import image_files, resolve_video
 from synpo_fast.ops import native_library
-from synpo_fast.scoring import PairEncoder
 
 FORMAT = 1  # raise it when the same file and settings come to give other pixels or other tokens
 
 
-def reading_facts(encoder: PairEncoder, sampling: FrameSampling, backend: str, device: torch.device) -> str:
+def reading_facts(encoder: Encoder, sampling: FrameSampling, backend: str, device: torch.device) -> str:
     """A digest of what is made of a file, whichever it is. Reads the whole vocabulary: call it once."""
     return _digest(
         FORMAT,

@@ -2,6 +2,5 @@
 
 from synpo_fast.models.loading import load_policy
 from synpo_fast.models.policy import Policy, Sample
-from synpo_fast.scoring import EncodedPairs, encode_pair, encode_pairs, score_pairs
 
-__all__ = ["EncodedPairs", "Policy", "Sample", "encode_pair", "encode_pairs", "load_policy", "score_pairs"]
+__all__ = ["Policy", "Sample", "load_policy"]

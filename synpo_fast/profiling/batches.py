@@ -14,12 +14,12 @@ from typing import Any
 import torch.distributed as dist
 
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.data.encoding import BadPair, quoted
 from synpo_fast.data.loader import PairLoader, StepBatch
 from synpo_fast.errors import UserError
 from synpo_fast.models.batching import micro_batches
 from synpo_fast.models.policy import Sample
-from synpo_fast.scoring import EncodedPair
 
 MOST_BATCHES = 4  # in memory with their pixels, and used again when there are more rounds
 

@@ -33,6 +33,7 @@ from synpo_fast.terminal.progress import Progress
 from synpo_fast.training.run_data import RunData, read_data, train_loader
 from synpo_fast.training.run_model import build_engine, build_model, checkpoints_activations
 from synpo_fast.training.run_state import versions
+from synpo_fast.training.start import check_options_on
 
 FILE = "profile.json"
 
@@ -43,6 +44,7 @@ def profile_in_group(config: TrainConfig, device: torch.device) -> dict[str, Any
     Raises TrainingStopped if two ways to the same loss differ, since their times would mean nothing, or if memory runs out.
     """
     folder, rank = Path(config.output_dir), dist.get_rank()
+    check_options_on(device, config)
     _check_folder(folder)
     # As what it is on this device: the predicted ratios depend on it.
     config = replace(config, gradient_checkpointing=checkpoints_activations(config, device))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from synpo_fast.errors import UserError
 from synpo_fast.models.loading import DTYPES
 from synpo_fast.models.lora import load_adapter_model, save_adapter
 from synpo_fast.models.low_precision import cast_as_loaded
 from synpo_fast.models.policy import Policy
-from synpo_fast.training.engine import Engine
 
 # What transformers' processors are made of, besides the tokenizer: copied as they are, since loading one needs torchvision.
 PROCESSOR_FILES = (
@@ -31,22 +30,10 @@ def fp32_weights(optimizer_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removesuffix(suffix): value for name, value in optimizer_state.items() if name.endswith(suffix)}
 
 
-def whole_weights(engine: Engine) -> dict[str, Tensor]:
-    """Weights by name, on rank 0's CPU; {} on the others. All ranks call it: ZeRO-3 gathers one parameter at a time."""
-    weights: dict[str, Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        with engine.gathered([parameter]):
-            if engine.rank == 0:
-                weights[name] = parameter.detach().to("cpu", copy=True)
-    if engine.rank == 0:
-        buffers = {name: buffer.detach().cpu() for name, buffer in _persistent_buffers(engine.module)}
-        weights.update(buffers)
-    return weights
-
-
 def save_model_files(policy: Policy, folder: Path, weights: dict[str, Tensor], *, adapter: bool, source: str) -> None:
-    """`weights` as whole_weights or, for an adapter, fp32_weights returns them. `source`: where the model came from, for its
-    processor's files."""
+    """Writes adapter or model, tokenizer and processor files. weights: from Engine.whole_weights, or for an adapter fp32_weights.
+
+    source: the model's folder or hub name, whose processor files are copied."""
     if adapter:
         save_adapter(policy, folder, weights)
     else:
@@ -110,11 +97,3 @@ def merge_adapter(adapter: Path, out: Path, *, model_name_or_path: str | None = 
     merged.save_pretrained(str(out))
     tokenizer.save_pretrained(str(out))
     copy_processor_files(base, out)
-
-
-def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Those that a state_dict holds, at every stage: ZeRO shards parameters alone."""
-    for prefix, owner in module.named_modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            if name not in owner._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer

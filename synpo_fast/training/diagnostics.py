@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.losses.segments import geometric_mean, segment_mean, segment_sum
-from synpo_fast.scoring import EncodedPair
 from synpo_fast.training.pair_module import PairModule, pair_logprobs
 
 Numbers = dict[str, float]

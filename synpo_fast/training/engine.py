@@ -12,7 +12,6 @@ plain fp32 at stage 0 it is done here.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import socket
@@ -20,23 +19,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from synpo_fast.config.deepspeed_config import deepspeed_config
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.training.fp32_parameters import keep_from_casting
 from synpo_fast.training.optimizer import MOMENTS, AdamW
-
-# Entries of DeepSpeed's config that follow from this trainer's options.
-OURS = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "managed_gradient_accumulation",
-    "optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "steps_per_print",
-)  # fmt: skip
 
 LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default
 
@@ -203,6 +196,17 @@ class Engine:
         with context:
             yield
 
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Weights by name, on rank 0's CPU; {} on the others. All ranks call it: ZeRO-3 gathers one parameter at a time."""
+        weights: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            with self.gathered([parameter]):
+                if self.rank == 0:
+                    weights[name] = parameter.detach().to("cpu", copy=True)
+        if self.rank == 0:
+            weights |= {name: buffer.detach().cpu() for name, buffer in _persistent_buffers(self.module)}
+        return weights
+
     def optimizer_state(self) -> dict[str, Tensor]:
         """Adam's moments and the fp32 weights (masters, where a model is 16-bit): whole, on the CPU, on rank 0; {} on the others.
 
@@ -275,62 +279,6 @@ def restore_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
                 parameter.copy_(_entry(dict(state), f"{name}.master", parameter))
 
 
-def deepspeed_config(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's own config: what follows from the options, then the entries of the user's file."""
-    zero: dict[str, Any] = {"stage": config.zero_stage}
-    if config.zero_stage in (1, 2):
-        zero |= {"overlap_comm": False, "reduce_scatter": True}
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's counters only
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,  # stage 0: Engine clips
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1 << 60,
-    }
-    if config.zero_stage:
-        ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    if dtype == torch.bfloat16:
-        ours["bf16"] = {"enabled": True, "check_grad_overflow": True}
-    elif dtype == torch.float16:
-        ours["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
-    return _merged(ours, _user_entries(config.deepspeed))
-
-
-def _user_entries(file: str | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    try:
-        entries = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:  # not UTF-8, or not JSON
-        raise UserError(f"deepspeed={file!r} can not be read as JSON: {error}") from error
-    clash = [name for name in OURS if name in entries and entries[name] != "auto"]
-    if clash or "stage" in entries.get("zero_optimization", {}):
-        raise UserError(
-            f"deepspeed={file!r} sets {', '.join(clash) or 'zero_optimization.stage'}, which this trainer sets from its own "
-            "options (zero_stage, bf16, max_grad_norm, per_device_train_batch_size, ...): take it out"
-        )
-    if entries.get("data_types", {}).get("buffer_dtype") is not None:
-        raise UserError(
-            f"deepspeed={file!r} sets data_types.buffer_dtype, which would round rotary frequencies: positions of long "
-            "prompts would be wrong. Take it out"
-        )
-    return {name: value for name, value in entries.items() if name not in OURS}
-
-
-def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for name, value in more.items():
-        if isinstance(value, dict) and isinstance(result.get(name), dict):
-            value = _merged(result[name], value)
-        result[name] = value
-    return result
-
-
 def _entry(state: dict[str, Tensor], name: str, parameter: Any) -> Tensor:
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     if name not in state and name.endswith(".master"):
@@ -342,6 +290,14 @@ def _entry(state: dict[str, Tensor], name: str, parameter: Any) -> Tensor:
         found = "missing" if name not in state else f"of shape {tuple(state[name].shape)}"
         raise UserError(f"the checkpoint's {name} is {found}, expected {shape}: it belongs to another model or adapter")
     return state[name]
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those that a state_dict holds, at every stage: ZeRO shards parameters alone."""
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def _is_finite(value: float) -> bool:

@@ -23,13 +23,14 @@ import torch
 import torch.distributed as dist
 
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.data.encoding import BadPair, quoted
 from synpo_fast.data.loader import PairLoader, StepBatch
 from synpo_fast.models.batching import micro_batches, packed_tokens
 from synpo_fast.models.feature_cache import FeatureCache
 from synpo_fast.run_folder.checkpoint import CheckpointError, folder_of
-from synpo_fast.scoring import EncodedPair
 from synpo_fast.terminal.progress import Progress
+from synpo_fast.terminal.stopping import Stopper
 from synpo_fast.training.best_model import judge
 from synpo_fast.training.diagnostics import reward_gradient_norms
 from synpo_fast.training.engine import Engine, StepOutcome
@@ -40,7 +41,6 @@ from synpo_fast.training.out_of_memory import out_of_memory_message, tokens_of
 from synpo_fast.training.run_model import checkpoints_activations
 from synpo_fast.training.run_state import RunState, Saver
 from synpo_fast.training.stand_in import agree_on_forwards
-from synpo_fast.training.stopping import Stopper
 from synpo_fast.training.unusable_pairs import OUT_OF_MEMORY, advice, first_of_all_ranks, listed_in
 
 MicroBatches = list[tuple[list[EncodedPair], float]]  # with weight 1, or 0 for one that stands in

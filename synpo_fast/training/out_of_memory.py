@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.models.batching import packed_tokens
-from synpo_fast.scoring import EncodedPair
 
 
 def tokens_of(pair: EncodedPair) -> str:

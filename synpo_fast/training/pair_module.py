@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.errors import UserError
 from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss
 from synpo_fast.losses.metric_sums import metric_sums
@@ -25,7 +26,6 @@ from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.models.shared_features import videos_encoded_once
 from synpo_fast.ops.host_copy import to_device
 from synpo_fast.references import AdapterOff, FrozenCopy, PreviousRound, Reference
-from synpo_fast.scoring import EncodedPair
 
 Sums = dict[str, Tensor]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.data.encoded import EncodedPair, FindStored
 from synpo_fast.data.encoding import BadPair, PairReader
 from synpo_fast.data.hold_out import files_of, hold_out
 from synpo_fast.data.loader import WORKER_SLACK_S, PairLoader
@@ -24,8 +25,9 @@ from synpo_fast.data.video_key import reading_facts, video_key
 from synpo_fast.data.workers.early_workers import EarlyWorkers
 from synpo_fast.data.workers.worker_process import WorkerProcess
 from synpo_fast.errors import UserError
+from synpo_fast.models.feature_cache import StoredVideos
 from synpo_fast.models.policy import Policy
-from synpo_fast.scoring import EncodedPair, PairEncoder
+from synpo_fast.scoring import PairEncoder
 from synpo_fast.terminal.console import say
 from synpo_fast.training.start_checks import check_videos
 
@@ -144,7 +146,7 @@ def train_loader(
         device=config.video_device,
         deadline_s=READ_SECONDS,
         keyed=True,
-        feature_folder=config.feature_cache,
+        find_stored=_find_stored(config),
         started=started,
     )
 
@@ -175,9 +177,13 @@ def ordered_loader(
         device=config.video_device,
         deadline_s=READ_SECONDS,
         keyed=True,
-        feature_folder=config.feature_cache,
+        find_stored=_find_stored(config),
         started=started,
     )
+
+
+def _find_stored(config: TrainConfig) -> FindStored | None:
+    return None if config.feature_cache is None else StoredVideos(Path(config.feature_cache)).find
 
 
 def read_some(config: TrainConfig, data: RunData, policy: Policy, count: int) -> list[tuple[Pair, EncodedPair]]:

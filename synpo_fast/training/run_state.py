@@ -18,7 +18,7 @@ from synpo_fast.data.encoding import BadPair
 from synpo_fast.errors import UserError
 from synpo_fast.run_folder.best_files import put_best
 from synpo_fast.run_folder.checkpoint import CheckpointError, folder_of, write_checkpoint
-from synpo_fast.run_folder.model_files import fp32_weights, save_model_files, whole_weights
+from synpo_fast.run_folder.model_files import fp32_weights, save_model_files
 from synpo_fast.run_folder.start_choice import step_of_line
 from synpo_fast.training.best_model import BestSoFar
 from synpo_fast.training.engine import Engine
@@ -78,7 +78,7 @@ class Saver:
         """All ranks call it; rank 0 writes. Raises CheckpointError on every rank if it could not."""
         optimizer_state = engine.optimizer_state()
         # An adapter is saved in fp32, as peft's users have it; a whole model in the type it trains in, as large as it was.
-        weights = fp32_weights(optimizer_state) if self.config.use_peft else whole_weights(engine)
+        weights = fp32_weights(optimizer_state) if self.config.use_peft else engine.whole_weights()
         keeps_best = self.config.load_best_model_at_end
         problem = [self.failure]
         if engine.rank == 0 and self.failure is None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from synpo_fast.scoring import EncodedPair
+from synpo_fast.data.encoded import EncodedPair
 
 
 def agree_on_forwards(

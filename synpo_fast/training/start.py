@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from synpo_fast.config.deepspeed_config import deepspeed_config
 from synpo_fast.config.sources import dump_config
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.hold_out import num_files
@@ -33,8 +34,9 @@ from synpo_fast.run_folder.start_choice import Start, choose_start, note_origin,
 from synpo_fast.terminal.console import hide_bars_of_libraries, say
 from synpo_fast.terminal.progress import Progress
 from synpo_fast.terminal.said_once import SaidByAnotherProcess, first_to_say
+from synpo_fast.terminal.stopping import Interrupted, Stopper
 from synpo_fast.training.best_model import check_held_out, goes_on
-from synpo_fast.training.engine import Engine, deepspeed_config, restore_weights, start_distributed, stop_distributed
+from synpo_fast.training.engine import Engine, restore_weights, start_distributed, stop_distributed
 from synpo_fast.training.evaluation_loop import Evaluator
 from synpo_fast.training.loop import Run, TrainingStopped, train
 from synpo_fast.training.metrics import MetricsLog
@@ -51,7 +53,6 @@ from synpo_fast.training.run_data import (
 )
 from synpo_fast.training.run_model import build_engine, build_model, training_dtype
 from synpo_fast.training.run_state import NUMBER_OF_PAIRS, RunState, Saver, check_same_run
-from synpo_fast.training.stopping import Interrupted, Stopper
 from synpo_fast.training.text_checks import check_texts
 from synpo_fast.training.unusable_pairs import none_was_used, said_at_the_end
 
@@ -62,8 +63,9 @@ logger = logging.getLogger(__name__)
 FORESEEN = (UserError, MissingPackage, TrainingStopped, CheckpointError)
 
 
-def run_training(config: TrainConfig, stopper: Stopper | None = None) -> RunState:
-    """Trains, and returns where the run stands at its end. Every process of a launch calls it.
+@contextmanager
+def process_group(config: TrainConfig) -> Iterator[torch.device]:
+    """The processes of a launch, joined, and this one's device. Every process enters it.
 
     Raises SaidByAnotherProcess in place of an error that another process of the launch raises, too.
     """
@@ -72,7 +74,7 @@ def run_training(config: TrainConfig, stopper: Stopper | None = None) -> RunStat
     if not config.verbose:
         hide_bars_of_libraries()
     try:
-        return train_in_group(config, device, stopper)
+        yield device
     except FORESEEN as error:
         if not first_to_say(str(error)):
             raise SaidByAnotherProcess(error) from error
@@ -81,29 +83,42 @@ def run_training(config: TrainConfig, stopper: Stopper | None = None) -> RunStat
         stop_distributed()
 
 
-def train_in_group(config: TrainConfig, device: torch.device, stopper: Stopper | None = None) -> RunState:
-    """The same in a process group that is there already."""
-    stopper = stopper or Stopper()
+def check_options_on(device: torch.device, config: TrainConfig) -> None:
+    """Raises UserError for options that do not fit this device, and for entries DeepSpeed cannot take."""
     if config.video_device == "cuda" and device.type != "cuda":
         raise UserError("video_device=cuda, but this run is on the CPU: there is no GPU, or use_cpu is set")
+    deepspeed_config(config, training_dtype(config, device))
+
+
+def train_in_group(
+    config: TrainConfig,
+    device: torch.device,
+    stopper: Stopper | None = None,
+    *,
+    write_report: Callable[[list[Path]], Path] | None = None,
+) -> RunState:
+    """Trains, and returns where the run stands at its end. Every process of a group calls it.
+
+    write_report: makes the page of the run's folder, and returns its file; called at the end if config.report asks for it.
+    """
+    stopper = stopper or Stopper()
+    check_options_on(device, config)
     loaders: list[PairLoader] = []
     try:
-        deepspeed_config(config, training_dtype(config, device))  # what is wrong with them is said here
-        if config.profile:
-            # Here, because torch's FLOP counter imports triton, which training on a CPU does without.
-            from synpo_fast.profiling.profile import profile_in_group
-
-            profile_in_group(config, device)
-            return RunState()
         with _output_of_one_run(config) as start:
-            return _train(config, device, start, loaders, stopper)
+            return _train(config, device, start, loaders, stopper, write_report)
     finally:
         for loader in loaders:
             loader.close()
 
 
 def _train(
-    config: TrainConfig, device: torch.device, start: Start, loaders: list[PairLoader], stopper: Stopper
+    config: TrainConfig,
+    device: torch.device,
+    start: Start,
+    loaders: list[PairLoader],
+    stopper: Stopper,
+    write_report: Callable[[list[Path]], Path] | None,
 ) -> RunState:
     data = check_texts(config, read_data(config))
     warn_of_schedule(config, data, dist.get_world_size())
@@ -130,8 +145,8 @@ def _train(
         run.progress.close()
         run.log.close()
     problem = None if state.stopped_early else _put_best(run)
-    if config.report and dist.get_rank() == 0 and state.step:
-        _write_report(run)
+    if write_report is not None and config.report and dist.get_rank() == 0 and state.step:
+        _write_report(run, write_report)
     store = run.engine.module.policy.feature_store
     if isinstance(store, FeatureCache):
         run.progress.say(f"feature_cache: {store.hits} of {store.hits + store.misses} videos were found there")
@@ -195,10 +210,8 @@ def _evaluates_first(run: Run) -> bool:
     return run.evaluator is not None and run.config.eval_on_start and run.state.step == 0
 
 
-def _write_report(run: Run) -> None:
-    """The run is done and saved: a page that can not be written is said, and is no reason to fail."""
-    from synpo_fast.report.write import write_report
-
+def _write_report(run: Run, write_report: Callable[[list[Path]], Path]) -> None:
+    """The run is done and saved: a page that cannot be written is said, and is no reason to fail."""
     try:
         run.progress.say(f"report: {write_report([Path(run.config.output_dir)])}")
     except (OSError, ValueError) as error:

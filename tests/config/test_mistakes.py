@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from synpo_fast import train
 from synpo_fast.cli import main as command
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data import read_manifest, write_manifest
@@ -21,7 +22,7 @@ from synpo_fast.models.tiny import tiny_model
 from synpo_fast.run_folder.checkpoint import CheckpointError
 from synpo_fast.terminal import said_once
 from synpo_fast.train import main
-from synpo_fast.training import start, start_checks
+from synpo_fast.training import start_checks
 from synpo_fast.training.run_data import read_data
 from tests.world import ROOT, command_line, options
 
@@ -41,7 +42,7 @@ FOR_USERS = [
 
 @pytest.fixture
 def never_started(monkeypatch):
-    monkeypatch.setattr(start, "run_training", lambda *_: pytest.fail("the run was started"))
+    monkeypatch.setattr(train, "run_training", lambda *_: pytest.fail("the run was started"))
 
 
 def told(capsys, values):
@@ -133,7 +134,7 @@ def raises(error):
 
 
 def test_an_error_of_a_library_keeps_its_traceback(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(start, "run_training", raises(ValueError("shapes do not match")))
+    monkeypatch.setattr(train, "run_training", raises(ValueError("shapes do not match")))
     assert main(command_line(options(world, tmp_path / "out"))) == 1
     shown = capsys.readouterr().err
     assert "Traceback (most recent call last)" in shown and "ValueError: shapes do not match" in shown
@@ -142,7 +143,7 @@ def test_an_error_of_a_library_keeps_its_traceback(world, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize(("error", "status"), [(UserError("so"), 2), (CheckpointError("so"), 1)])
 def test_a_foreseen_error_is_one_line(world, tmp_path, monkeypatch, capsys, error, status):
-    monkeypatch.setattr(start, "run_training", raises(error))
+    monkeypatch.setattr(train, "run_training", raises(error))
     assert main(command_line(options(world, tmp_path / "out"))) == status
     assert capsys.readouterr().err.strip().splitlines()[1:] in (
         [f"synpo-fast train: {word}so"] for word in ("", "error: ")
@@ -176,7 +177,7 @@ def test_processes_that_met_say_a_mistake_once(monkeypatch):
 
 
 def test_a_mistake_that_another_process_says_is_not_said_here(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(start, "run_training", raises(said_once.SaidByAnotherProcess(UserError("so"))))
+    monkeypatch.setattr(train, "run_training", raises(said_once.SaidByAnotherProcess(UserError("so"))))
     assert main(command_line(options(world, tmp_path / "out"))) == 2
     assert "so" not in capsys.readouterr().err
 

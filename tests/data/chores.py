@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synpo_fast.data.encoded import EncodedPair, TooLong
 from synpo_fast.data.pair import Pair
 from synpo_fast.models.families.registry import VideoInputs
 from synpo_fast.models.policy import Sample
-from synpo_fast.scoring import EncodedPair, TooLong
 
 
 def do(item: tuple[str, Any]) -> Any:

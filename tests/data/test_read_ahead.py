@@ -7,13 +7,13 @@ from concurrent.futures import Future
 import pytest
 import torch
 
+from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.data.encoding import BadPair
 from synpo_fast.data.loader import PairLoader
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.video.sampling import FrameSampling
 from synpo_fast.models.families.registry import VideoInputs
 from synpo_fast.models.policy import Sample
-from synpo_fast.scoring import EncodedPair
 from tests.data.chores import LightEncoder
 
 

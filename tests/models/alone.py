@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from synpo_fast.data import Pair
-from synpo_fast.models import Policy, Sample, encode_pairs
+from synpo_fast.models import Policy, Sample
+from synpo_fast.scoring import encode_pairs
 
 VIDEO_FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "video_llama_3")
 FAMILIES = (*VIDEO_FAMILIES, "text")

@@ -138,7 +138,7 @@ def test_a_folder_of_images_is_known_by_each_of_them(policy, root):
 def test_what_is_stored_comes_without_pixels_and_gives_the_same_log_probs(name, root, tmp_path, decoded):
     policy = load_policy(f"tiny:{name}")
     cache = cache_of(policy, tmp_path / "features")
-    reader = reader_of(policy, root, StoredVideos(cache.folder))
+    reader = reader_of(policy, root, StoredVideos(cache.folder).find)
     pairs = [pair_of("0.mp4"), pair_of("1.mp4", id="p1")]
     first = [reader(pair).sample for pair in pairs]
     assert decoded == ["p", "p1"] and all(sample.video.features is None for sample in first)
@@ -171,7 +171,7 @@ def test_a_file_holds_the_features_of_its_video_alone(policy, root, tmp_path):
 
 def test_a_replaced_video_is_not_found(policy, root, tmp_path, decoded):
     cache = cache_of(policy, tmp_path / "features")
-    reader = reader_of(policy, root, StoredVideos(cache.folder))
+    reader = reader_of(policy, root, StoredVideos(cache.folder).find)
     policy([reader(pair_of("0.mp4")).sample])
     assert reader(pair_of("0.mp4")).sample.video.features is not None
     shutil.copyfile(root / "2.mp4", root / "0.mp4")
@@ -196,7 +196,7 @@ def test_a_video_that_changes_while_it_is_read_gets_no_key_of_the_old_one(policy
 
 def test_features_that_vanish_or_are_damaged_are_made_again(policy, root, tmp_path, decoded, caplog):
     cache = cache_of(policy, tmp_path / "features")
-    reader = reader_of(policy, root, StoredVideos(cache.folder))
+    reader = reader_of(policy, root, StoredVideos(cache.folder).find)
     expected = policy([reader(pair_of("0.mp4")).sample])
     in_hand = reader(pair_of("0.mp4"))
     (file,) = cache.folder.glob("*.pt")
@@ -220,7 +220,7 @@ def test_workers_find_what_is_there(policy, root, tmp_path):
     policy([reader_of(policy, root)(pair_of("1.mp4")).sample])
     with PairLoader(
         [pair_of(f"{k}.mp4", id=f"p{k}") for k in range(3)], PairEncoder.of(policy), sampling=SAMPLING, video_root=root,
-        pairs_per_step=3, num_workers=1, shuffle=False, feature_folder=cache.folder,
+        pairs_per_step=3, num_workers=1, shuffle=False, find_stored=StoredVideos(cache.folder).find,
     ) as loader:  # fmt: skip
         (batch,) = loader.steps(0)
     assert [pair.sample.video.features is not None for pair in batch.pairs] == [False, True, False]
@@ -243,7 +243,7 @@ def test_without_a_key_the_content_decides(policy, root):
 
 def test_frames_that_a_pair_brings_are_stored_and_found(policy, root, tmp_path):
     cache = cache_of(policy, tmp_path / "features")
-    reader = reader_of(policy, root, StoredVideos(cache.folder))
+    reader = reader_of(policy, root, StoredVideos(cache.folder).find)
     frames = torch.randint(0, 256, (2, 40, 30, 3), dtype=torch.uint8)
     expected = policy([reader(pair_of(frames)).sample])
     sample = reader(pair_of(frames.clone())).sample

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synpo_fast.data import Pair
-from synpo_fast.models import Policy, Sample, encode_pairs, load_policy, score_pairs
+from synpo_fast.models import Policy, Sample, load_policy
 from synpo_fast.models.attention import SEGMENTS
 from synpo_fast.models.lora import add_lora
+from synpo_fast.scoring import encode_pairs, score_pairs
 from tests.models.alone import FAMILIES, VIDEO_FAMILIES, alone, encoded, gradients, plain_attention, some_pairs
 
 

@@ -59,7 +59,7 @@ class Watched:
 
 def watch(values, group) -> Watched:
     """A profile in this process, with spies on what is computed. `moved`: whether a trained weight changed."""
-    from synpo_fast.training.start import train_in_group
+    from synpo_fast.train import run_in_group
 
     current, steps, moved = [""], [], []
 
@@ -96,7 +96,7 @@ def watch(values, group) -> Watched:
         spied(Policy, "hidden_states", note_row)
         spied(Qwen25VL, "encode_videos", note_videos)
         patch.setattr(Bench, "run", run_and_compare)
-        state = train_in_group(TrainConfig(**values), group)
+        state = run_in_group(TrainConfig(**values), group)
     record = json.loads((Path(values["output_dir"]) / "profile.json").read_text())
     return Watched(record, steps, state, moved[0])
 

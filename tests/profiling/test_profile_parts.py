@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.data.loader import StepBatch
 from synpo_fast.models.layout import SampleLengths, plan_rows
 from synpo_fast.models.policy import Sample
@@ -35,7 +36,6 @@ from synpo_fast.profiling.stage_clock import (
     timed_stages,
 )
 from synpo_fast.profiling.variants import Way, ways_of
-from synpo_fast.scoring import EncodedPair
 from synpo_fast.training.loop import TrainingStopped
 from tests.world import ROOT, environment
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.data.loader import PairLoader
 from synpo_fast.data.pair import Pair
 from synpo_fast.losses import LOSSES
@@ -22,7 +23,7 @@ from synpo_fast.models import Policy, load_policy
 from synpo_fast.models.families.registry import FAMILIES, VideoFeatures, VideoInputs
 from synpo_fast.models.lora import add_lora
 from synpo_fast.references import AdapterOff, FrozenCopy, Reference
-from synpo_fast.scoring import DEFAULT_SAMPLING, EncodedPair, PairEncoder
+from synpo_fast.scoring import DEFAULT_SAMPLING, PairEncoder
 from synpo_fast.training.metrics import add_sums
 from synpo_fast.training.pair_module import PairModule
 

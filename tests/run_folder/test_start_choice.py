@@ -29,11 +29,11 @@ from tests.world import environment, options, train_command
 def finished(world, tmp_path_factory, group):
     """A run of 4 steps with checkpoints 2 and 4. Tests work on copies."""
     from synpo_fast.config.train_config import TrainConfig
-    from synpo_fast.training.start import train_in_group
+    from synpo_fast.train import run_in_group
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("finished") / "run"
-    train_in_group(TrainConfig(**options(world, folder, **SMALL)), group)
+    run_in_group(TrainConfig(**options(world, folder, **SMALL)), group)
     return folder
 
 

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.train import run_in_group
 from synpo_fast.training.engine import start_distributed, stop_distributed
-from synpo_fast.training.start import train_in_group
 
 if __name__ == "__main__":
     (file,) = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     for values in json.loads(Path(file).read_text()):
         config = TrainConfig(**values)
-        train_in_group(config, start_distributed(config))
+        run_in_group(config, start_distributed(config))
     stop_distributed()

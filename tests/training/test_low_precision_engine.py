@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from synpo_fast.config.deepspeed_config import deepspeed_config
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.models import load_policy
 from synpo_fast.models.families.registry import FAMILIES
 from synpo_fast.models.lora import add_lora
 from synpo_fast.models.tiny import tiny_model
-from synpo_fast.run_folder.model_files import save_model_files, whole_weights
-from synpo_fast.training.engine import deepspeed_config
+from synpo_fast.run_folder.model_files import save_model_files
 from synpo_fast.training.pair_module import PairModule
 from synpo_fast.training.run_model import RunModel, build_engine
 from tests.models.test_low_precision import SIZES, SLACK, composite_logps, long_sample, theirs
@@ -174,7 +174,7 @@ def test_frozen_parameters_that_are_declared_stay_in_fp32(newline_in_fp32, group
     assert engine.step(1e-2).applied
     assert torch.equal(policy.base.model.image_newline, before)
     # A checkpoint of full fine-tuning holds it, in its type.
-    save_model_files(policy, tmp_path, whole_weights(engine), adapter=False, source="tiny:x")
+    save_model_files(policy, tmp_path, engine.whole_weights(), adapter=False, source="tiny:x")
     again = load_policy(str(tmp_path), dtype=torch.bfloat16, device="cpu")
     assert torch.equal(again.base.model.image_newline, before)
 

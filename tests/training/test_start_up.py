@@ -162,3 +162,9 @@ def test_the_time_left_is_that_of_steps_alone(capsys):
         progress.note({"eval_loss": 0.5})  # however long it took
     left = [line.rsplit("left ", 1)[1] for line in capsys.readouterr().err.splitlines() if "left" in line]
     assert left == ["?", "3:08", "4:39"]
+
+
+def test_attention_and_its_reason(world, tmp_path, in_one_process, capsys):
+    in_one_process(options(world, tmp_path / "out", max_steps=1))
+    lines = capsys.readouterr().err.splitlines()
+    assert "attention: synpo_fast_segments, because synpo_fast_varlen needs a CUDA device, got cpu" in lines

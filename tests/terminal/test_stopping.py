@@ -15,10 +15,10 @@ import pytest
 
 from synpo_fast.run_folder.checkpoint import CheckpointError, newest_checkpoint, what_is_broken
 from synpo_fast.terminal.progress import Progress
+from synpo_fast.terminal.stopping import Interrupted, Stopper, is_broken, launcher_links
 from synpo_fast.training import start
 from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.metrics import MetricsLog, read_metrics
-from synpo_fast.training.stopping import Interrupted, Stopper, is_broken, launcher_links
 from tests.world import environment, options, train_command
 
 LONG = {"max_steps": 100_000, "save_steps": 0, "report": False}
@@ -95,7 +95,8 @@ def test_while_a_model_is_loaded_it_just_ends(world, tmp_path, blocked):
     """Outside of training there is nothing to save. A call that does not come back to Python is not waited for."""
     wait = "ctypes.CDLL(None).sleep(600)" if blocked else "time.sleep(600)"
     code = (
-        "import sys, time, ctypes; from synpo_fast.training import start, stopping; from synpo_fast.train import main\n"
+        "import sys, time, ctypes; from synpo_fast.terminal import stopping\n"
+        "from synpo_fast.training import start; from synpo_fast.train import main\n"
         "stopping.PATIENCE_S = 2\n"
         f"def load(*_):\n    print('at the model', flush=True)\n    while True: {wait}\n"
         "start.build_model = load\n"
