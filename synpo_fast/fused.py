@@ -94,7 +94,7 @@ class FusedLinearPreferenceLoss(nn.Module):
 
     @property
     def needs_reference(self) -> bool:
-        return LOSSES[self.loss].needs_reference and not self.options.get("reference_free", False)
+        return LOSSES[self.loss].reads_reference(self.options)
 
     def forward(
         self,

@@ -5,19 +5,20 @@ Each loss takes `PairLogprobs` (dpo: and one for the reference) and returns a `L
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 
+from synpo_fast.losses.cpo import VARIANTS as CPO_VARIANTS
 from synpo_fast.losses.cpo import cpo
+from synpo_fast.losses.dpo import VARIANTS as DPO_VARIANTS
 from synpo_fast.losses.dpo import dpo
-from synpo_fast.losses.nll import AuxiliaryNLL, nll
+from synpo_fast.losses.nll import REDUCES, AuxiliaryNLL, nll
 from synpo_fast.losses.orpo import orpo
 from synpo_fast.losses.pair import LossOutput, PairLogprobs
 from synpo_fast.losses.simpo import simpo
-from synpo_fast.losses.synpo import synpo, synpo_token_coefficients
+from synpo_fast.losses.spec import LossSpec
+from synpo_fast.losses.synpo import LINKS, synpo, synpo_token_coefficients
 
 __all__ = [
     "LOSSES",
@@ -37,28 +38,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class LossSpec:
-    """One loss: what to call, what it needs, and what it reads.
-
-    needs_reference: a second `PairLogprobs` must be given (dpo: unless reference_free).
-    reads: whether the contrast reads the sum or the mean of a response's log-probs (dpo's ipo variant: the mean). The
-        metrics logps/chosen and logps/rejected are the same sums or means.
-    reward, reward_unit: what the metrics rewards/... are, as a formula, and what they are measured in (units.py).
-    has_nll: the loss includes an NLL on the chosen response.
-    options: keyword options with their defaults.
-    """
-
-    function: Callable[..., LossOutput]
-    needs_reference: bool
-    reads: Literal["sum", "mean"]
-    reward: str
-    reward_unit: str
-    has_nll: bool
-    options: dict[str, float | str | bool]
-    formula: str
-
-
 LOSSES: dict[str, LossSpec] = {
     "synpo": LossSpec(
         function=synpo,
@@ -67,8 +46,8 @@ LOSSES: dict[str, LossSpec] = {
         reward="G",
         reward_unit="probability",
         has_nll=False,
-        options={"alpha": 30.0, "beta": 0.2, "link": "sigmoid"},
         formula="-link(alpha*(G+ - G-)) - beta*A+",
+        choices={"link": LINKS},
     ),
     "dpo": LossSpec(
         function=dpo,
@@ -77,8 +56,8 @@ LOSSES: dict[str, LossSpec] = {
         reward="beta*r",
         reward_unit="beta·nats over the reference",
         has_nll=False,
-        options={"beta": 0.1, "variant": "sigmoid", "label_smoothing": 0.0, "reference_free": False},
         formula="-logsigmoid(beta*(r+ - r-))",
+        choices={"variant": DPO_VARIANTS},
     ),
     "simpo": LossSpec(
         function=simpo,
@@ -87,7 +66,6 @@ LOSSES: dict[str, LossSpec] = {
         reward="beta*m",
         reward_unit="beta·nats a token",
         has_nll=False,
-        options={"beta": 2.0, "gamma": 0.5, "label_smoothing": 0.0},
         formula="-logsigmoid(beta*(m+ - m-) - gamma)",
     ),
     "orpo": LossSpec(
@@ -97,8 +75,8 @@ LOSSES: dict[str, LossSpec] = {
         reward="beta*m",
         reward_unit="beta·nats a token",
         has_nll=True,
-        options={"beta": 0.1, "nll_reduce": "batch_token_mean"},
         formula="NLL+ - beta*logsigmoid(log(odds+/odds-))",
+        choices={"nll_reduce": REDUCES},
     ),
     "cpo": LossSpec(
         function=cpo,
@@ -107,14 +85,8 @@ LOSSES: dict[str, LossSpec] = {
         reward="beta*S",
         reward_unit="beta·nats a response",
         has_nll=True,
-        options={
-            "beta": 0.1,
-            "variant": "sigmoid",
-            "label_smoothing": 0.0,
-            "nll_weight": 1.0,
-            "nll_reduce": "batch_token_mean",
-        },
         formula="-logsigmoid(beta*(S+ - S-)) + nll_weight*NLL+",
+        choices={"variant": CPO_VARIANTS, "nll_reduce": REDUCES},
     ),
 }
 
@@ -164,7 +136,7 @@ def check_options(name: str, *, auxiliary: AuxiliaryNLL | None = None, **options
     responses = [(logps[:2], logps[1:]), (logps[1:], logps[:2]), (logps[:2], logps[:2])]
     policy = PairLogprobs.from_pairs(responses, ground_truth=[logps] * len(responses))
     reference = None
-    if LOSSES[name].needs_reference and not options.get("reference_free"):
+    if LOSSES[name].reads_reference(options):
         reference = PairLogprobs.from_pairs([(y.detach() - 0.1, z.detach() + 0.1) for y, z in responses])
     loss = preference_loss(name, policy, reference, auxiliary=auxiliary, **options).losses.mean()
     loss.backward()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from synpo_fast.losses.checks import check_choice, check_label_smoothing, check_number
-from synpo_fast.losses.nll import nll
+from synpo_fast.losses.nll import REDUCES, nll
 from synpo_fast.losses.pair import LossOutput, PairLogprobs, preference_output
 from synpo_fast.losses.segments import segment_sum
 
@@ -42,6 +42,7 @@ def cpo(
     check_number("beta", beta, above=0.0)
     check_number("nll_weight", nll_weight, at_least=0.0)
     check_choice("variant", variant, VARIANTS)
+    check_choice("nll_reduce", nll_reduce, REDUCES)
     check_label_smoothing(label_smoothing, variant)
     chosen_logps = segment_sum(policy.chosen, policy.chosen_offsets)
     rejected_logps = segment_sum(policy.rejected, policy.rejected_offsets)

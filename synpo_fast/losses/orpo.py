@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synpo_fast.losses.checks import check_number
-from synpo_fast.losses.nll import nll
+from synpo_fast.losses.checks import check_choice, check_number
+from synpo_fast.losses.nll import REDUCES, nll
 from synpo_fast.losses.pair import LossOutput, PairLogprobs, preference_output
 from synpo_fast.losses.segments import segment_mean
 
@@ -33,6 +33,7 @@ def orpo(policy: PairLogprobs, *, beta: float = 0.1, nll_reduce: str = "batch_to
     Raises ValueError if beta < 0 or nll_reduce is unknown.
     """
     check_number("beta", beta, at_least=0.0)
+    check_choice("nll_reduce", nll_reduce, REDUCES)
     chosen_logps = segment_mean(policy.chosen, policy.chosen_offsets)
     rejected_logps = segment_mean(policy.rejected, policy.rejected_offsets)
     log_odds_ratio = _log_odds(chosen_logps) - _log_odds(rejected_logps)

@@ -32,10 +32,13 @@ def reward_unit(name: str, options: Options | None = None) -> str:
     """The unit of rewards/chosen, rewards/rejected and rewards/margins. A reward that is multiplied by beta names its beta:
     under another beta the same log-probs give other rewards."""
     spec = _spec(name)
-    if not spec.reward_unit.startswith("beta"):
-        return spec.reward_unit
+    unit = spec.reward_unit
+    if spec.needs_reference and not spec.reads_reference(options or {}):
+        unit = f"beta·{LOGPS_UNITS[spec.reads]}"
+    if not unit.startswith("beta"):
+        return unit
     beta = (options or {}).get("beta")
-    return f"{spec.reward_unit}, beta={spec.options['beta'] if beta is None else beta:g}"
+    return f"{unit}, beta={spec.options['beta'] if beta is None else beta:g}"
 
 
 def logps_unit(name: str) -> str:

@@ -66,8 +66,8 @@ def _options(run: RunRecord, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for option, default in LOSSES[name].options.items():
         value = run.config.get(option)
-        if isinstance(default, str):
-            found[option] = value if isinstance(value, str) else None
+        if isinstance(default, str | bool):
+            found[option] = value if isinstance(value, type(default)) else None
         else:
             found[option] = number_in(value)
     return found

@@ -50,6 +50,9 @@ def test_one_line_for_people():
     assert said("dpo", {"beta": 0.5}) == (
         "rewards are beta*r (beta·nats over the reference, beta=0.5), log-probs sums (nats a response)"
     )
+    assert said("dpo", {"reference_free": True}) == (
+        "rewards are beta*r (beta·nats a response, beta=0.1), log-probs sums (nats a response)"
+    )
     assert said("sft") == "loss in nats a token"
     with pytest.raises(ValueError, match="unknown loss 'kto', expected one of synpo"):
         said("kto")
