@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from dataclasses import MISSING, Field, fields
-from pathlib import Path
 from typing import Any
 
+from synpo_fast.config.option import facts_of
 from synpo_fast.config.sources import recipe_names
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.losses import LOSSES
 
 USAGE = """\
 usage: deepspeed [--num_gpus N] synpo_fast/train.py [--recipe NAME] [--config FILE] [--name value ...]
@@ -41,17 +41,11 @@ def markdown() -> str:
 
 
 def groups() -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """(title, [(name, default, text)]) in the order of config.py, whose comments are the titles."""
-    source = Path(__file__).with_name("train_config.py").read_text(encoding="utf-8")
-    body = source[source.index("class TrainConfig") : source.index("def __post_init__")]
-    found: list[tuple[str, list[tuple[str, str, str]]]] = []
-    by_name = {item.name: item for item in fields(TrainConfig)}
-    for title, name in re.findall(r"^    # (.+)$|^    (\w+):", body, re.M):
-        if title:
-            found.append((title, []))
-        else:
-            found[-1][1].append((name, _default(by_name[name]), _text(by_name[name])))
-    return found
+    """(title, [(name, default, text)]) in the order of options.py."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for item in fields(TrainConfig):
+        found.setdefault(facts_of(item).group, []).append((item.name, _default(item), _text(item)))
+    return list(found.items())
 
 
 def _default(item: Field[Any]) -> str:
@@ -64,5 +58,20 @@ def _default(item: Field[Any]) -> str:
 
 
 def _text(item: Field[Any]) -> str:
-    choices = item.metadata["choices"]
-    return item.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+    facts = facts_of(item)
+    if facts.of_loss:
+        return _of_losses(item.name, facts.text)
+    return facts.text + (f" ({', '.join(facts.choices)})" if facts.choices else "")
+
+
+def _of_losses(name: str, text: str) -> str:
+    """Which losses take this option, the words they take for it, and its help text."""
+    choices = {loss: spec.choices.get(name, ()) for loss, spec in LOSSES.items() if name in spec.options}
+    who = "all but sft" if len(choices) == len(LOSSES) else ", ".join(choices)
+    parts = []
+    if len(set(choices.values())) > 1:
+        who = "; ".join(f"{loss}: {', '.join(words)}" for loss, words in choices.items())
+    elif words := next(iter(choices.values())):
+        parts.append(f"{', '.join(words[:-1])} or {words[-1]}")
+    parts += [text] if text else []
+    return f"option of the loss ({who}){': ' if parts else ''}{'; '.join(parts)}"

@@ -15,17 +15,16 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from synpo_fast.config.option import facts_of
+from synpo_fast.config.options import LOSS_OPTIONS
 from synpo_fast.config.other_names import ALIASES, HINTS
-from synpo_fast.config.train_config import LOSS_OPTIONS, TrainConfig
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import UserError
 from synpo_fast.terminal.console import say
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 OPTIONS = {item.name: item for item in fields(TrainConfig)}
 TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
-PATHS = (
-    "model_name_or_path", "train_file", "eval_file", "video_root", "feature_cache", "deepspeed", "output_dir", "resume"
-)  # fmt: skip
 OF_A_LOSS = (*LOSS_OPTIONS, "auxiliary_nll", "auxiliary_target", "reference")
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -90,9 +89,8 @@ def _by_our_names(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def _with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """A model's name is one of the hub's unless there is such a folder."""
     absolute = dict(values)
-    for name in PATHS:
-        value = values.get(name)
-        if not value or (name == "resume" and value == "auto"):
+    for name, value in values.items():
+        if not value or not facts_of(OPTIONS[name]).is_path or (name == "resume" and value == "auto"):
             continue
         path = os.path.expanduser(value)
         if name != "model_name_or_path" or os.path.isdir(path):

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from synpo_fast.config.train_config import LOSS_OPTIONS, TrainConfig
+from synpo_fast.config.options import LOSS_OPTIONS
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import UserError
 from synpo_fast.profiling.batches import ProfiledStep, every_rank, read_steps
 from synpo_fast.profiling.bench import WARM_UP, Bench

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from synpo_fast.config.train_config import LOSS_OPTIONS, REFERENCES, TrainConfig
+from synpo_fast.config.options import LOSS_OPTIONS, REFERENCES
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.losses import LOSSES
 from synpo_fast.models.attention import SEGMENTS, VARLEN
 from synpo_fast.models.policy import Logps, Policy, Sample

@@ -112,12 +112,10 @@ class PairModule(nn.Module):
 
 
 def loss_options(config: TrainConfig) -> dict[str, Any]:
-    """The options that were set. An NLL inside a loss is taken pair by pair: a mean over a micro-batch's tokens would make
-    the loss depend on how a step is split."""
-    options = dict(config.loss_options)
-    if "nll_reduce" in LOSSES.get(config.loss_type, LOSSES["synpo"]).options:
-        options["nll_reduce"] = "token_mean"
-    return options
+    """The options that were set. An NLL inside a loss is taken pair by pair unless nll_reduce is set: a mean over a micro-batch's
+    tokens would make the loss depend on how a step is split."""
+    has_nll = config.loss_type in LOSSES and LOSSES[config.loss_type].has_nll
+    return {"nll_reduce": "token_mean", **config.loss_options} if has_nll else config.loss_options
 
 
 def pair_logprobs(pairs: Sequence[EncodedPair], logps: Logps, *, all_sft: bool = False) -> PairLogprobs:

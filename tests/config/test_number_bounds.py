@@ -5,8 +5,10 @@ from dataclasses import fields
 
 import pytest
 
+from synpo_fast.config.option import facts_of
+from synpo_fast.config.options import LOSS_OPTIONS
 from synpo_fast.config.sources import TYPES, resolve_config
-from synpo_fast.config.train_config import LOSS_OPTIONS, TrainConfig
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.losses import LOSSES, AuxiliaryNLL, check_options
 from synpo_fast.train import main
 
@@ -63,7 +65,7 @@ def test_what_is_not_finite_is_refused_by_name(name, value):
 
 @pytest.mark.parametrize("item", BOUNDED, ids=lambda item: item.name)
 def test_beyond_a_bound_is_refused_and_within_it_is_not(item):
-    bounds = item.metadata["bounds"]
+    bounds = facts_of(item).bounds
     assert {"above", "at_least"} & set(bounds), f"{item.name} has no lower bound"
     whole = "int" in str(item.type)
     for kind, bound in bounds.items():

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from synpo_fast.config.options import LOSS_OPTIONS
 from synpo_fast.config.other_names import ALIASES, HINTS
 from synpo_fast.config.sources import dump_config, resolve_config
-from synpo_fast.config.train_config import LOSS_OPTIONS, TrainConfig
+from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import UserError
 from synpo_fast.run_folder import checkpoint
 from synpo_fast.run_folder.resume_choice import at_checkpoint

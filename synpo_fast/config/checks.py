@@ -1,0 +1,181 @@
+"""Checks of a config: each value by its own bounds and choices, then the combinations that make no sense.
+
+Every mistake is a UserError of one line that names the values and the way out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from synpo_fast.config.option import facts_of
+from synpo_fast.errors import UserError
+from synpo_fast.losses import LOSSES, AuxiliaryNLL, check_options
+from synpo_fast.losses.checks import check_number
+from synpo_fast.losses.metric_sums import WEIGHTS
+
+if TYPE_CHECKING:
+    from synpo_fast.config.train_config import TrainConfig
+
+REPORTERS = ("tensorboard", "wandb")
+EVALUATED = ("loss", *(name for name in WEIGHTS if not name.startswith("logits/")))  # the trainer makes no logits
+
+
+def check_config(config: TrainConfig) -> None:
+    _check_values(config)
+    for check in (
+        _check_numbers,
+        _check_needed,
+        _check_loss,
+        _check_reference,
+        _check_start,
+        _check_memory,
+        _check_best,
+    ):
+        check(config)
+
+
+def _check_values(config: TrainConfig) -> None:
+    """Each value by itself."""
+    for item in fields(config):
+        value, facts = getattr(config, item.name), facts_of(item)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            widest = {"below": 2**63} if isinstance(value, int) else {}  # what torch can count
+            try:
+                check_number(item.name, value, **widest | facts.bounds)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+        if facts.choices and value not in facts.choices:
+            raise UserError(f"{item.name} must be one of {', '.join(facts.choices)}, got {value!r}")
+    for name in config.report_to:
+        if name not in REPORTERS:
+            raise UserError(f"report_to takes {', '.join(REPORTERS)} or none, got {name!r}")
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    if config.max_steps == 0:
+        raise UserError("max_steps must be above 0, or -1 to go by num_train_epochs, got 0")
+    if config.min_pixels is not None and config.max_pixels is not None and config.min_pixels > config.max_pixels:
+        raise UserError(f"min_pixels={config.min_pixels} is above max_pixels={config.max_pixels}")
+    if config.min_frames > config.max_frames:
+        raise UserError(f"min_frames={config.min_frames} is above max_frames={config.max_frames}")
+    if config.learning_rate * config.weight_decay >= 1:
+        raise UserError(
+            f"learning_rate={config.learning_rate} x weight_decay={config.weight_decay} is 1 or more: each step multiplies "
+            "weights by 1 minus that, and none would be left of them"
+        )
+
+
+def _check_needed(config: TrainConfig) -> None:
+    if config.use_peft and not config.lora_target_modules:
+        raise UserError("lora_target_modules is empty: name the layers that get an adapter, or set use_peft=false")
+    if not config.model_name_or_path:
+        raise UserError("model_name_or_path is missing: a hub name, a folder, or tiny:qwen2_5_vl to try things out")
+    if not config.train_file:
+        raise UserError("train_file is missing: the manifest of pairs (synpo-fast pairs import makes one)")
+    if config.eval_file and config.eval_split:
+        raise UserError(f"give eval_file or eval_split, not both, got {config.eval_file!r} and {config.eval_split}")
+    if config.eval_steps and not (config.eval_file or config.eval_split):
+        raise UserError(
+            f"eval_steps={config.eval_steps}, but no pairs are held out: set eval_file or eval_split, or leave eval_steps at 0"
+        )
+
+
+def _check_loss(config: TrainConfig) -> None:
+    known = LOSSES[config.loss_type].options if config.loss_type in LOSSES else {}
+    for name in config.loss_options:
+        if name not in known:
+            raise UserError(f"loss_type={config.loss_type} has no option {name}; it has {', '.join(known) or 'none'}")
+    if config.loss_type == "sft" and config.auxiliary_nll:
+        raise UserError("loss_type=sft is an NLL already: leave auxiliary_nll at 0")
+    if config.loss_type in LOSSES:
+        try:
+            auxiliary = AuxiliaryNLL(config.auxiliary_target, config.auxiliary_nll) if config.auxiliary_nll else None
+            check_options(config.loss_type, auxiliary=auxiliary, **config.loss_options)
+        except ValueError as error:
+            raise UserError(f"loss_type={config.loss_type}: {error}") from error
+    if config.auxiliary_target != "chosen" and not config.auxiliary_nll:
+        raise UserError(
+            f"auxiliary_target={config.auxiliary_target} has no effect while auxiliary_nll is 0: set its weight"
+        )
+
+
+def _check_reference(config: TrainConfig) -> None:
+    if config.reference != "auto" and not config.needs_reference:
+        why = " with reference_free=true" if config.reference_free else ""
+        raise UserError(
+            f"loss_type={config.loss_type}{why} reads no reference: leave reference at auto, got {config.reference}"
+        )
+    if not config.needs_reference:
+        return
+    if config.reference_kind == "adapter_off" and not config.use_peft:
+        raise UserError("reference=adapter_off needs use_peft=true; else take frozen_copy or precomputed")
+    if config.reference_kind == "frozen_copy" and config.zero_stage == 3:
+        raise UserError(
+            "reference=frozen_copy would hold a whole model on every device, which zero_stage=3 is there to avoid: "
+            "take adapter_off (with use_peft) or precomputed"
+        )
+
+
+def _check_start(config: TrainConfig) -> None:
+    if not config.output_dir:
+        raise UserError("output_dir is missing: the folder for checkpoints and metrics")
+    if config.resume and config.overwrite_output_dir:
+        raise UserError("resume keeps what overwrite_output_dir would delete: choose one")
+    if config.profile and (config.resume or config.overwrite_output_dir):
+        raise UserError(
+            "profile measures the model as training begins and deletes nothing: leave resume and "
+            "overwrite_output_dir unset"
+        )
+    if config.profile and config.reference_free:
+        raise UserError("profile compares with dpo's references: leave reference_free unset")
+    if config.diagnostics and config.loss_type == "sft":
+        raise UserError("diagnostics compare chosen and rejected rewards: loss_type=sft has none")
+
+
+def _check_memory(config: TrainConfig) -> None:
+    """Types of the weights, ZeRO's stages, and what trains."""
+    if config.fp16 and config.bf16:
+        raise UserError("bf16 and fp16 are both set: choose one")
+    if config.zero_stage == 0 and (config.fp16 or config.bf16):
+        raise UserError(
+            "zero_stage=0 keeps no fp32 master weights for bf16 or fp16: use 1, which on one device costs nothing"
+        )
+    if config.diagnostics and config.zero_stage == 3:
+        raise UserError("diagnostics need whole gradients, which zero_stage=3 does not keep: use stage 2 or below")
+    if config.zero_stage == 3 and config.row_tokens is not None:
+        raise UserError("zero_stage=3 needs the same number of rows on every device: leave row_tokens unset")
+    if config.zero_stage == 3 and config.feature_cache:
+        raise UserError("zero_stage=3 needs the vision tower run on every device alike: leave feature_cache unset")
+    if config.oom_policy == "skip" and (config.zero_stage > 1 or config.offload_optimizer):
+        raise UserError(
+            f"oom_policy=skip needs zero_stage 0 or 1 without offload_optimizer, got {config.zero_stage}: above it processes "
+            "exchange gradients or weights within a micro-batch, which one that ran out of memory cannot take part in"
+        )
+    if config.offload_optimizer and config.zero_stage == 0:
+        raise UserError("offload_optimizer needs zero_stage 1, 2 or 3")
+    if config.use_peft and not config.freeze_vision:
+        raise UserError(
+            "freeze_vision=false has no effect beside an adapter, which trains alone: set use_peft=false too"
+        )
+    if config.feature_cache and not config.freeze_vision:
+        raise UserError("feature_cache needs freeze_vision=true: a tower that trains has no lasting features")
+
+
+def _check_best(config: TrainConfig) -> None:
+    why = config.compares_evaluations
+    if not why:
+        for name in ("metric_for_best_model", "greater_is_better"):
+            if getattr(config, name) is not None:
+                raise UserError(f"{name} has no effect without load_best_model_at_end or early_stopping_patience")
+        return
+    if not config.eval_file and not config.eval_split:
+        raise UserError(f"{why} compares evaluations, which need held-out pairs: give eval_file or eval_split")
+    if not config.eval_steps:
+        raise UserError(f"{why} compares evaluations, and eval_steps=0 makes one, at the end: set eval_steps")
+    compared = [name for name in EVALUATED if config.loss_type != "sft" or name in ("loss", "nll_loss")]
+    if config.best_metric.removeprefix("eval_") not in compared:
+        raise UserError(
+            f"metric_for_best_model is {config.metric_for_best_model!r}, expected a number that evaluation of "
+            f"loss_type={config.loss_type} writes: {', '.join(compared)}"
+        )

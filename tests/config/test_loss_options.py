@@ -1,0 +1,102 @@
+"""Every option that a loss takes can be given to the trainer, reaches the loss, and is refused beside a loss without it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from synpo_fast.config.option_help import groups
+from synpo_fast.config.options import LOSS_OPTIONS
+from synpo_fast.config.sources import TYPES, resolve_config
+from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.losses import LOSSES, PairLogprobs, preference_loss
+from synpo_fast.training.pair_module import PairModule
+
+NEEDED = {"model_name_or_path": "tiny:text", "train_file": "pairs.jsonl", "output_dir": "out"}
+OPTIONS_OF_LOSSES = [(loss, name) for loss, spec in LOSSES.items() for name in spec.options]
+PAIRS = [SimpleNamespace(preference=True, has_ground_truth=False)] * 2
+LOGPS = [  # lengths differ, so that sums, means of responses and means of tokens do
+    [torch.tensor([-0.5, -1.0, -0.3]), torch.tensor([-2.0, -0.7])],
+    [torch.tensor([-0.2]), torch.tensor([-0.4, -0.6, -1.5, -0.1])],
+]
+REFERENCE = [[values * 1.3 - 0.1 for values in pair] for pair in LOGPS]
+
+
+def of_the_trainer(config):
+    """The losses of two pairs as the trainer computes them under this config."""
+    reference = REFERENCE if config.needs_reference else None
+    return PairModule(nn.Identity(), config).loss_of_logps(PAIRS, LOGPS, reference).losses
+
+
+def of_the_loss(loss, **options):
+    """The same from the loss itself. The trainer takes the NLL inside a loss pair by pair unless it is told otherwise."""
+    spec = LOSSES[loss]
+    if spec.has_nll:
+        options = {"nll_reduce": "token_mean", **options}
+    reference = None
+    if spec.needs_reference and not options.get("reference_free"):
+        reference = PairLogprobs.from_pairs(REFERENCE)
+    return preference_loss(loss, PairLogprobs.from_pairs(LOGPS), reference, **options).losses
+
+
+def other_values(loss, name):
+    """Values that are not the default and that the loss accepts."""
+    spec = LOSSES[loss]
+    default = spec.options[name]
+    if isinstance(default, bool):
+        return [not default]
+    if isinstance(default, str):
+        return [word for word in spec.choices[name] if word != default]
+    taken = []
+    for value in (default + 0.25, default - 0.25, default / 2):
+        try:
+            of_the_loss(loss, **{name: value})
+        except ValueError:
+            continue
+        taken.append(value)
+    return taken
+
+
+@pytest.mark.parametrize(("loss", "name"), OPTIONS_OF_LOSSES)
+def test_an_option_reaches_its_loss(loss, name):
+    default = of_the_trainer(TrainConfig(**NEEDED, loss_type=loss))
+    torch.testing.assert_close(default, of_the_loss(loss), rtol=0, atol=0)
+    values, changed = other_values(loss, name), False
+    assert values
+    for value in values:
+        words = [f"--{key}={word}" for key, word in {**NEEDED, "loss_type": loss, name: value}.items()]
+        found = of_the_trainer(resolve_config(words))
+        torch.testing.assert_close(found, of_the_loss(loss, **{name: value}), rtol=0, atol=0)
+        changed |= not torch.equal(found, default)
+    assert changed
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_option_of_another_loss_is_refused(loss):
+    known = LOSSES[loss].options
+    for name in set(LOSS_OPTIONS) - set(known):
+        value = next(spec.options[name] for spec in LOSSES.values() if name in spec.options)
+        with pytest.raises(ValueError, match=f"^loss_type={loss} has no option {name}; it has {', '.join(known)}$"):
+            TrainConfig(**NEEDED, loss_type=loss, **{name: value})
+
+
+def test_options_py_has_a_line_for_every_option_of_a_loss_and_no_other():
+    assert set(LOSS_OPTIONS) == {name for _, name in OPTIONS_OF_LOSSES}, "add a line to synpo_fast/config/options.py"
+    for loss, name in OPTIONS_OF_LOSSES:
+        assert TYPES[name] == type(LOSSES[loss].options[name]) | None, f"{name} of {loss}"
+        assert getattr(TrainConfig(**NEEDED), name) is None
+
+
+@pytest.mark.parametrize(("loss", "name"), OPTIONS_OF_LOSSES)
+def test_the_words_an_option_takes_are_those_its_loss_takes(loss, name):
+    spec = LOSSES[loss]
+    if not isinstance(spec.options[name], str):
+        assert name not in spec.choices
+        return
+    words = spec.choices[name]
+    assert spec.options[name] in words
+    with pytest.raises(ValueError, match=f"expected one of {', '.join(map(repr, words))}$"):
+        of_the_loss(loss, **{name: "nonsense"})
+    text = {option: text for _, options in groups() for option, _, text in options}[name]
+    assert loss in text and all(word in text for word in words)
