@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import interleave, median_ratio, peak_extra_memory, summarise
 from benchmarks.head.providers import Step, Unavailable
+from synpo_fast.profiling.peak_memory import peak_extra_memory
+from synpo_fast.profiling.rounds import interleave, median_ratio, summarise
 
 # Judges a step's result: (errors by name, reason it is wrong or None).
 Judge = Callable[[Any], tuple[dict[str, float], str | None]]

@@ -28,7 +28,7 @@ import torch
 if __package__ in (None, ""):  # started by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.common import environment, format_seconds, format_table, interleave, write_json
+from benchmarks.common import environment, format_seconds, format_table, write_json
 from benchmarks.contest import Options, Row, attempt, judge_row, row_record
 from benchmarks.decoding.cases import (
     BASELINE,
@@ -41,6 +41,7 @@ from benchmarks.decoding.cases import (
     why_wrong,
 )
 from benchmarks.decoding.cold import first_frames, first_table
+from synpo_fast.profiling.rounds import interleave
 
 
 def run_case(case: Case, names: Sequence[str], folder: Path, options: Options) -> dict[str, Any]:

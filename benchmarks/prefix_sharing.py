@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.common import environment, format_seconds, interleave, median_ratio, summarise, write_json
-from benchmarks.flops import count_flops
+from benchmarks.common import environment, format_seconds, write_json
 from synpo_fast.losses import PairLogprobs, synpo
 from synpo_fast.models import Policy, Sample, load_policy
 from synpo_fast.models.lora import add_lora
+from synpo_fast.profiling.counted_flops import count_flops
+from synpo_fast.profiling.rounds import interleave, median_ratio, summarise
 
 
 def make_policy(hidden_size: int, layers: int, vocabulary: int, lora_r: int) -> Policy:

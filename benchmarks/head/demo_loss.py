@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
-from benchmarks.common import environment, format_bytes, format_seconds, interleave, median_ratio, summarise
-from benchmarks.memory import peak_extra_memory
+from benchmarks.common import environment, format_bytes, format_seconds
 from synpo_fast import FusedLinearSynPOLoss
 from synpo_fast.losses import PairLogprobs, synpo
+from synpo_fast.profiling.peak_memory import peak_extra_memory
+from synpo_fast.profiling.rounds import interleave, median_ratio, summarise
 
 IGNORED = -100
 

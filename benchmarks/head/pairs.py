@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import format_bytes, format_error, format_seconds, format_table, median_ratio
+from benchmarks.common import format_bytes, format_error, format_seconds, format_table
 from benchmarks.contest import Options, run_contest
 from benchmarks.head.problem import (
     DTYPES,
@@ -30,6 +30,7 @@ from benchmarks.head.problem import (
 from benchmarks.head.providers.base import Step
 from benchmarks.head.providers.torch_only import gemm_floor
 from benchmarks.head.shapes import SHAPES, Shape
+from synpo_fast.profiling.rounds import median_ratio
 
 BETA, GAMMA = 2.0, 0.5
 PEER, OWN = "liger-simpo", "synpo-simpo"

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import median_interval, median_ratio
 from benchmarks.contest import Options, run_contest
-from benchmarks.flops import count_flops
 from benchmarks.head.providers import Step
 from benchmarks.steps import FIRST
 from benchmarks.steps.agreement import errors, find_truth, why_wrong
 from benchmarks.steps.cost import expected_flops, head_flops, tokens_of, tokens_only_limit, unit_costs
 from benchmarks.steps.way import Forward, StepResult, Way, full_step
 from benchmarks.steps.workload import Workload
+from synpo_fast.profiling.counted_flops import count_flops
+from synpo_fast.profiling.rounds import median_interval, median_ratio
 
 GEMM = "gemm"
 # Square products large enough for the machine's full rate.

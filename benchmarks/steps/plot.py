@@ -19,10 +19,11 @@ from typing import Any
 if __package__ in (None, ""):  # started by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from benchmarks.common import ROUNDS_FOR_AN_INTERVAL, format_bytes, format_seconds
+from benchmarks.common import format_bytes, format_seconds
 from benchmarks.head.plot import OURS_COLOUR, PEER_COLOUR, QUIET, _clean, _spread, machine_line
 from benchmarks.steps import FIRST, GAINS
 from benchmarks.steps.cost import tokens_only_limit
+from synpo_fast.profiling.rounds import ROUNDS_FOR_AN_INTERVAL
 
 SAVED, COST, LIMIT_COLOUR = "#f3d9cb", "#c9c9c9", "#3c3c3c"
 SWEEP_COLOURS = {

@@ -96,7 +96,9 @@ def run_demo(out: Path, settings: Settings) -> dict[str, Any]:
     with clock.step("evaluation", f"captions of {settings.num_unseen} unseen videos, by each of the three"):
         results = evaluate_all(out, settings, model, {"warm_up": None, "synpo": synpo, "dpo": dpo})
     results["seconds"] = clock.seconds
-    results["step"] = {way["name"]: {key: way[key] for key in ("seconds", "ratio", "skipped")} for way in speed["ways"]}
+    results["step"] = {
+        variant["name"]: {key: variant[key] for key in ("seconds", "ratio", "skipped")} for variant in speed["variants"]
+    }
     results["settings"] = asdict(settings)
     (out / "demo.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     print(summary(results), flush=True)

@@ -1,6 +1,6 @@
 """The steps that a profile measures: the first ones of training, held in memory, and how long they take to read.
 
-Waiting for data can not be watched while ways of training take turns: with every batch used many times, the next one is always
+Waiting for data cannot be watched while variants take turns: with every batch used many times, the next one is always
 there. So the reading is timed by itself, before anything else runs. With workers a step waits for what its reading
 takes longer than its computing, and without them for all of it.
 """
@@ -14,11 +14,9 @@ from typing import Any
 import torch.distributed as dist
 
 from synpo_fast.config.train_config import TrainConfig
-from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.data.encoding import BadPair, quoted
 from synpo_fast.data.loader import PairLoader, StepBatch
 from synpo_fast.errors import UserError
-from synpo_fast.models.batching import micro_batches
 from synpo_fast.models.policy import Sample
 
 MOST_BATCHES = 4  # in memory with their pixels, and used again when there are more rounds
@@ -26,10 +24,9 @@ MOST_BATCHES = 4  # in memory with their pixels, and used again when there are m
 
 @dataclass(frozen=True, eq=False)
 class ProfiledStep:
-    """This rank's part of a step: its micro-batches with their weights, as the training loop makes them. The counts are of
-    all ranks. reading_s: how long this rank reads for it."""
+    """batch: this rank's part of a step. The counts are of all ranks. reading_s: how long this rank reads for it."""
 
-    micros: list[tuple[list[EncodedPair], float]]
+    batch: StepBatch
     pairs: int
     responses: int
     prompt_tokens: int
@@ -38,15 +35,16 @@ class ProfiledStep:
 
     @property
     def samples(self) -> list[Sample]:
-        """Of this rank, each once."""
-        return [pair.sample for micro, weight in self.micros if weight for pair in micro]
+        """This rank's, each once."""
+        return [pair.sample for pair in self.batch.pairs]
 
     def wait_s(self, computing_s: float, reads_ahead: bool) -> float:
         return max(0.0, self.reading_s - computing_s) if reads_ahead else self.reading_s
 
 
 def read_steps(config: TrainConfig, loader: PairLoader) -> list[ProfiledStep]:
-    """The first steps of training that every rank has pairs for. Where reading is slow to start is left out."""
+    """The first steps of training that every rank has pairs for. The very first is left out where there are
+    others: its reading is slow to start."""
     wanted = min(config.profile, MOST_BATCHES)
     batches: list[StepBatch] = []
     waits: list[float] = []
@@ -66,7 +64,7 @@ def read_steps(config: TrainConfig, loader: PairLoader) -> list[ProfiledStep]:
     steps = []
     for batch in batches[-wanted:]:
         # Who reads ahead does it unevenly: of their reading only the mean says something.
-        steps.append(_profiled_step(config, batch, mean if config.reads_ahead else batch.wait_s))
+        steps.append(_profiled_step(batch, mean if config.reads_ahead else batch.wait_s))
     return steps
 
 
@@ -77,21 +75,13 @@ def _epochs(loader: PairLoader) -> Iterator[StepBatch]:
         epoch += 1
 
 
-def _profiled_step(config: TrainConfig, batch: StepBatch, reading_s: float) -> ProfiledStep:
-    groups = micro_batches(
-        [pair.sample for pair in batch.pairs],
-        max_pairs=config.per_device_train_batch_size,
-        max_tokens=config.max_batch_tokens,
-    )
-    micros = [([batch.pairs[index] for index in group], 1.0) for group in groups]
+def _profiled_step(batch: StepBatch, reading_s: float) -> ProfiledStep:
     prompt = sum(len(pair.sample.prompt) for pair in batch.pairs)
     response = sum(len(response) for pair in batch.pairs for response in pair.sample.responses)
     responses = sum(len(pair.sample.responses) for pair in batch.pairs)
-    ranks = every_rank((len(batch.pairs), responses, prompt, response, len(micros)))
-    most = max(rank[4] for rank in ranks)
-    micros += [([batch.pairs[0]], 0.0) for _ in range(most - len(micros))]
+    ranks = every_rank((len(batch.pairs), responses, prompt, response))
     total = [sum(rank[place] for rank in ranks) for place in range(4)]
-    return ProfiledStep(micros, total[0], total[1], total[2], total[3], reading_s)
+    return ProfiledStep(batch, total[0], total[1], total[2], total[3], reading_s)
 
 
 def every_rank(value: Any) -> list[Any]:

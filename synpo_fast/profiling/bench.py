@@ -1,64 +1,73 @@
-"""The rounds of a profile: steps in turn, timed, their losses compared; and what each way costs in memory and FLOPs."""
+"""The rounds of a profile: steps in turn, timed, their losses compared; and what each variant costs in memory and FLOPs."""
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.data.encoding import quoted
 from synpo_fast.profiling.batches import ProfiledStep, every_rank
 from synpo_fast.profiling.counted_flops import count_flops, visible_products
 from synpo_fast.profiling.peak_memory import peak_of_step
+from synpo_fast.profiling.rounds import round_order
 from synpo_fast.profiling.stage_clock import WAIT, StageClock, StageTimes, timed_stages
-from synpo_fast.profiling.variants import Way, WaySwitch, memory_for
+from synpo_fast.profiling.variants import Variant, VariantSwitch, memory_for
 from synpo_fast.terminal.progress import Progress
 from synpo_fast.training.engine import Engine
 from synpo_fast.training.loop import TrainingStopped
-from synpo_fast.training.metrics import add_sums, means_of, summed_over_ranks
+from synpo_fast.training.metrics import means_of, summed_over_ranks
+from synpo_fast.training.step import Stepper
 
 WARM_UP = 2  # rounds; kernels are compiled and buffers made in the first
-# How far two ways to the same loss may differ, in the mean over a step's pairs.
+# How far two variants with the same loss may differ, in the mean over a step's pairs.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 @dataclass(eq=False)
 class Bench:
-    """One engine, the steps to take with it, and the ways to take them in."""
+    """One engine, the steps to take with it, and the variants to take of each."""
 
     config: TrainConfig
     engine: Engine
-    switch: WaySwitch
-    ways: list[Way]
+    switch: VariantSwitch
+    variants: list[Variant]
     steps: list[ProfiledStep]
     device: torch.device
+    stepper: Stepper = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stepper = Stepper(self.config, self.engine, self.device)
 
     @property
-    def measured(self) -> list[Way]:
-        return [way for way in self.ways if way.skipped is None]
+    def measured(self) -> list[Variant]:
+        return [variant for variant in self.variants if variant.skipped is None]
 
     def run(self, progress: Progress) -> tuple[dict[str, list[StageTimes]], dict[str, float]]:
-        """Times of every way in every round, and its loss in the first.
+        """Times of every variant in every round, and its loss in the first.
 
         Raises TrainingStopped if losses disagree or memory runs out.
         """
         clock = StageClock(self.device)
-        times: dict[str, list[StageTimes]] = {way.name: [] for way in self.measured}
+        times: dict[str, list[StageTimes]] = {variant.name: [] for variant in self.measured}
         first: dict[str, float] = {}
         with timed_stages(clock, self.engine):
             for index in range(-WARM_UP, self.config.profile):
                 step = self.steps[index % len(self.steps)]
                 losses: dict[str, float] = {}
                 with _no_collection():
-                    for way in turned(self.measured, index):
-                        losses[way.name], taken = self._timed_step(way, step, self.config.seed + index + WARM_UP, clock)
+                    for variant in round_order(self.measured, index):
+                        losses[variant.name], taken = self._timed_step(
+                            variant, step, self.config.seed + index + WARM_UP, clock
+                        )
                         if index >= 0:
-                            times[way.name].append(taken)
+                            times[variant.name].append(taken)
                 self.check(losses)
                 if index == 0:
                     first = losses
@@ -66,33 +75,29 @@ class Bench:
                     progress.say(f"round {index + 1}/{self.config.profile}")
         return times, first
 
-    def _timed_step(self, way: Way, step: ProfiledStep, seed: int, clock: StageClock) -> tuple[float, StageTimes]:
-        self.switch.use(way)
+    def _timed_step(
+        self, variant: Variant, step: ProfiledStep, seed: int, clock: StageClock
+    ) -> tuple[float, StageTimes]:
+        self.switch.use(variant)
         clock.start()
-        with memory_for(way.name):
+        with memory_for(variant.name):
             loss = self.take(step, seed)
         times = clock.stop()
         wait = step.wait_s(times.seconds, self.config.reads_ahead)
         return loss, StageTimes(times.seconds + wait, {**times.stages, WAIT: wait})
 
     def take(self, step: ProfiledStep, seed: int) -> float:
-        """One optimiser step as training/loop.py takes it, but at learning rate 0. Returns the loss over all ranks."""
-        engine = self.engine
-        torch.manual_seed(seed)
-        sums: dict[str, torch.Tensor] = {}
-        for micro, weight in step.micros:
-            loss, more = engine.forward(micro, weight * engine.world_size / step.pairs)
-            engine.backward(loss)
-            if weight:
-                add_sums(sums, more)
-        engine.step(0.0)
-        return means_of(summed_over_ranks(sums, self.device))["loss"]
+        """One optimiser step of training, but at learning rate 0. Returns the loss over all ranks."""
+        taken = self.stepper.take(step.batch, seed=seed, learning_rate=0.0)
+        if taken.batch is not step.batch:  # oom_policy=skip took it without some of its pairs
+            raise torch.OutOfMemoryError(quoted(taken.batch.bad))
+        return means_of(summed_over_ranks(taken.sums, self.device))["loss"]
 
     def check(self, losses: Mapping[str, float]) -> None:
-        """Raises TrainingStopped unless ways that must have one loss have it. Every rank sees the same losses."""
+        """Raises TrainingStopped unless variants that must have one loss have it. Every rank sees the same losses."""
         allowed = TOLERANCES[self.engine.dtype]
-        for loss_type in sorted({way.loss_type for way in self.measured}):
-            same = {way.name: losses[way.name] for way in self.measured if way.loss_type == loss_type}
+        for loss_type in sorted({variant.loss_type for variant in self.measured}):
+            same = {variant.name: losses[variant.name] for variant in self.measured if variant.loss_type == loss_type}
             expected = math.log(2) if loss_type == "dpo" and self._dpo_starts_at_log_2() else next(iter(same.values()))
             if not all(abs(loss - expected) <= allowed for loss in same.values()):
                 found = ", ".join(f"{name} {loss:.6f}" for name, loss in same.items())
@@ -102,20 +107,20 @@ class Bench:
 
     def _dpo_starts_at_log_2(self) -> bool:
         """Policy and reference are one model, so it does unless the loss has other terms or another form."""
-        every = all(pair.preference for step in self.steps for micro, _ in step.micros for pair in micro)
+        every = all(pair.preference for step in self.steps for pair in step.batch.pairs)
         form = self.config.variant if self.config.loss_type == "dpo" else None
         return every and self.engine.module.auxiliary is None and form in (None, "sigmoid")
 
-    def costs(self, way: Way) -> dict[str, Any]:
+    def costs(self, variant: Variant) -> dict[str, Any]:
         """All ranks call it. Memory is that of the rank that needs most, FLOPs are those of all."""
         policies = [self.engine.module.policy, self.switch.references.copy]
-        self.switch.use(way)
+        self.switch.use(variant)
 
         def take() -> float:
             return self.take(self.steps[0], self.config.seed)
 
-        with memory_for(way.name):
-            peak = self._held_bytes(way) + peak_of_step(take, self.device)
+        with memory_for(variant.name):
+            peak = self._held_bytes(variant) + peak_of_step(take, self.device)
             with visible_products([policy for policy in policies if policy is not None]):
                 take()
                 flops = count_flops(take)
@@ -123,32 +128,27 @@ class Bench:
         return {
             "peak_memory_bytes": max(rank[0] for rank in ranks),
             "flops": sum(rank[1] for rank in ranks),
-            "amortised_s": self.switch.references.precompute_s[way.shared] if way.reference == "precomputed" else None,
+            "amortised_s": self.switch.references.precompute_s[variant.shared]
+            if variant.reference == "precomputed"
+            else None,
         }
 
-    def _held_bytes(self, way: Way) -> int:
-        """What lies in memory between steps, without a copy of the model that this way does not need."""
+    def _held_bytes(self, variant: Variant) -> int:
+        """Bytes held between steps, without a copy of the model that this variant does not need."""
         copy = self.switch.references.copy_bytes
         if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device) - (0 if way.reference == "frozen_copy" else copy)
+            return torch.cuda.memory_allocated(self.device) - (0 if variant.reference == "frozen_copy" else copy)
         optimizer, module = self.engine.optimizer, self.engine.module
         tensors = [*module.parameters(), *module.buffers()]
         tensors += [parameter for group in optimizer.param_groups for parameter in group["params"]]
         tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return sum(storages.values()) + (copy if way.reference == "frozen_copy" else 0)
-
-
-def turned(ways: Sequence[Way], index: int) -> list[Way]:
-    """Every second round backwards, turned by a place every two: nobody always follows the same neighbour."""
-    turn = index // 2 % len(ways)
-    order = [*ways[turn:], *ways[:turn]]
-    return order[::-1] if index % 2 else order
+        return sum(storages.values()) + (copy if variant.reference == "frozen_copy" else 0)
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Python's collector would stop one way or another."""
+    """Keeps Python's collector from stopping whichever variant runs when it is due."""
     gc.collect()
     gc.disable()
     try:

@@ -1,8 +1,8 @@
 """`--profile N`: what a step of this run costs, beside DPO's on the same batches, engine and weights.
 
 Nothing is trained. Model, adapter, data and engine are those of the run; every step has learning rate 0, so weights stay as they
-are, and the losses that must be equal are compared before a time is shown. A round takes one step in each way (variants.py),
-in an order that turns from round to round; a clock (stage_clock.py) says where each step's time went.
+are, and the losses that must be equal are compared before a time is shown. A round takes one step of each variant
+(variants.py), in an order that turns from round to round; a clock (stage_clock.py) says where each step's time went.
 
 Written is profile.json, and nothing else: no checkpoint, and a run that lies in the folder stays as it is.
 """
@@ -25,9 +25,9 @@ from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import UserError
 from synpo_fast.profiling.batches import ProfiledStep, every_rank, read_steps
 from synpo_fast.profiling.bench import WARM_UP, Bench
-from synpo_fast.profiling.record import baseline_of, limit, table, way_record
+from synpo_fast.profiling.record import baseline_of, limit, table, variant_record
 from synpo_fast.profiling.stage_clock import StageTimes
-from synpo_fast.profiling.variants import WaySwitch, make_references, ways_of
+from synpo_fast.profiling.variants import VariantSwitch, make_references, variants_of
 from synpo_fast.run_folder.checkpoint import check_writable
 from synpo_fast.run_folder.superseded import set_aside
 from synpo_fast.terminal.progress import Progress
@@ -42,7 +42,7 @@ FILE = "profile.json"
 def profile_in_group(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """Every rank calls it; rank 0 writes and shows. Returns what profile.json holds.
 
-    Raises TrainingStopped if two ways to the same loss differ, since their times would mean nothing, or if memory runs out.
+    Raises TrainingStopped if two variants with the same loss differ, since their times would mean nothing, or if memory runs out.
     """
     folder, rank = Path(config.output_dir), dist.get_rank()
     check_options_on(device, config)
@@ -52,7 +52,7 @@ def profile_in_group(config: TrainConfig, device: torch.device) -> dict[str, Any
     progress = Progress(shows=rank == 0, bar=False, first_step=0, num_steps=config.profile, every=1)
     bench = _build(config, read_data(config), device)
     progress.say(
-        f"profile: {config.profile} rounds after {WARM_UP} to warm up, {len(bench.measured)} ways, "
+        f"profile: {config.profile} rounds after {WARM_UP} to warm up, {len(bench.measured)} variants, "
         f"{len(bench.steps)} batches, {bench.engine.world_size} process{'es' * (bench.engine.world_size > 1)} on {device.type}"
     )
     times, losses = bench.run(progress)
@@ -82,19 +82,19 @@ def _check_folder(folder: Path) -> None:
 
 
 def _build(config: TrainConfig, data: RunData, device: torch.device) -> Bench:
-    """As start.py does, but with the references of all ways: before the engine, which may shard the model."""
+    """Builds the run as start.py does, but with the references of all variants: before the engine, which may shard the model."""
     # Built for a loss that reads no reference, or the run's own would be made, and written into its folder.
     unset: dict[str, Any] = dict.fromkeys(LOSS_OPTIONS)
     model = build_model(replace(config, loss_type="synpo", reference="auto", **unset), data, device, checkpoint=None)
-    # Some ways leave the cache out: their videos must come with pixels.
+    # Some variants leave the cache out: their videos must come with pixels.
     with train_loader(
         replace(config, feature_cache=None), data, model.policy, dist.get_rank(), dist.get_world_size()
     ) as loader:
         steps = read_steps(config, loader)
     references = make_references(config, model.policy, [step.samples for step in steps])
     engine = build_engine(config, model)
-    ways = ways_of(config, copied=references.copy is not None)
-    return Bench(config, engine, WaySwitch(config, model.module, references), ways, steps, device)
+    variants = variants_of(config, copied=references.copy is not None)
+    return Bench(config, engine, VariantSwitch(config, model.module, references), variants, steps, device)
 
 
 def _record(bench: Bench, times: Mapping[str, list[StageTimes]], losses: Mapping[str, float]) -> dict[str, Any]:
@@ -103,17 +103,19 @@ def _record(bench: Bench, times: Mapping[str, list[StageTimes]], losses: Mapping
     used = [bench.steps[index % len(bench.steps)] for index in range(config.profile)]
     batch = _batch_facts(used, len(bench.steps))
     tokens = [step.prompt_tokens + step.response_tokens for step in used]
-    ways = []
-    for way in bench.ways:
-        costs = {} if way.skipped is not None else {"loss": losses[way.name], **bench.costs(way)}
-        ways.append(way_record(way, times.get(way.name, []), times[base] if base else None, tokens, costs))
+    variants = []
+    for variant in bench.variants:
+        costs = {} if variant.skipped is not None else {"loss": losses[variant.name], **bench.costs(variant)}
+        variants.append(
+            variant_record(variant, times.get(variant.name, []), times[base] if base else None, tokens, costs)
+        )
     return {
         "environment": _environment(bench),
         "rounds": config.profile,
         "batch": batch,
         "limit": limit(config, batch["prompt_tokens"], batch["response_tokens"], batch["responses"] / batch["pairs"]),
         "ratio_base": base,
-        "ways": ways,
+        "variants": variants,
         "config": {name: value for name, value in asdict(config).items() if name != "local_rank"},
     }
 

@@ -3,8 +3,8 @@
 The spread is the whole range, since rounds are no independent draws: the speed of a shared machine wanders over minutes, and an
 interval that takes rounds for draws is too narrow to hold what the next profile finds.
 
-A way's ratio is the time of the slowest baseline (DPO with the adapter off, without the gains of sharing) over its own, round by
-round, so that a machine that slows down slows both. The limit beside it counts forward passes of the language model per token:
+A variant's ratio is the time of the slowest baseline (DPO with the adapter off, without the gains of sharing) over its own, round
+by round, so that a machine that slows down slows both. The limit beside it counts forward passes of the language model per token:
 
     shared     d 2(P + C) / (s (P + 2C))            d, s: passes of DPO and of SynPO; P prompt and C response tokens of a pair
     unshared   d / s
@@ -20,16 +20,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.profiling.rounds import Spread, ratios_by_round, spread
 from synpo_fast.profiling.stage_clock import STAGES, StageTimes
-from synpo_fast.profiling.variants import Way
+from synpo_fast.profiling.variants import Variant
 
 # The first of them that was measured is what ratios are against.
 BASELINES = ("dpo-adapter-off-unshared", "dpo-frozen-copy-unshared", "dpo-precomputed-unshared")
-Spread = dict[str, float]
-
-
-def spread(values: Sequence[float]) -> Spread:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def stage_spreads(times: Sequence[StageTimes]) -> dict[str, Spread]:
@@ -58,18 +54,18 @@ def limit(
     }
 
 
-def way_record(
-    way: Way,
+def variant_record(
+    variant: Variant,
     times: Sequence[StageTimes],
     base: Sequence[StageTimes] | None,
     tokens: Sequence[int],
     costs: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """costs: loss, peak_memory_bytes, flops and amortised_s of a way that was measured."""
-    record: dict[str, Any] = {"name": way.name, "loss_type": way.loss_type, "reference": way.reference}
-    record |= {"shared": way.shared, "skipped": way.skipped}
+    """costs: loss, peak_memory_bytes, flops and amortised_s of a variant that was measured."""
+    record: dict[str, Any] = {"name": variant.name, "loss_type": variant.loss_type, "reference": variant.reference}
+    record |= {"shared": variant.shared, "skipped": variant.skipped}
     measured = ("seconds", "stages", "stages_over_step", "tokens_per_s", "ratio")
-    if way.skipped is not None:
+    if variant.skipped is not None:
         return record | dict.fromkeys((*measured, "peak_memory_bytes", "flops", "loss", "amortised_s"))
     seconds = [each.seconds for each in times]
     record["seconds"] = {**spread(seconds), "samples": seconds}
@@ -78,39 +74,46 @@ def way_record(
     record["tokens_per_s"] = statistics.median(count / second for count, second in zip(tokens, seconds, strict=True))
     record["ratio"] = None
     if base is not None:
-        record["ratio"] = spread([other.seconds / own for other, own in zip(base, seconds, strict=True)])
+        record["ratio"] = spread(ratios_by_round([each.seconds for each in base], seconds))
     return record | dict(costs)
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """What a person wants to see: the ways, then where their time goes."""
-    ways = [way for way in record["ways"] if way["skipped"] is None]
+    """The table on the screen: the variants, then where their time goes."""
+    variants = [variant for variant in record["variants"] if variant["skipped"] is None]
     lines = [_title(record), ""]
-    rows = [["way", "step", "", "ratio", "", "limit", "tokens/s", "peak memory", "GFLOP", "loss"]]
-    for way in ways:
+    rows = [["variant", "step", "", "ratio", "", "limit", "tokens/s", "peak memory", "GFLOP", "loss"]]
+    for variant in variants:
         rows.append(
             [
-                way["name"],
-                *_cells(way["seconds"], "{:.4g} s"),
-                *(["-", ""] if way["ratio"] is None else _cells(way["ratio"], "{:.2f}x")),
-                _limit_cell(record, way),
-                f"{way['tokens_per_s']:.0f}",
-                f"{way['peak_memory_bytes'] / 2**20:,.0f} MiB",
-                _gflop(way["flops"]),
-                f"{way['loss_type']} {way['loss']:.5f}",  # the numbers of two losses are no quantities of one kind
+                variant["name"],
+                *_cells(variant["seconds"], "{:.4g} s"),
+                *(["-", ""] if variant["ratio"] is None else _cells(variant["ratio"], "{:.2f}x")),
+                _limit_cell(record, variant),
+                f"{variant['tokens_per_s']:.0f}",
+                f"{variant['peak_memory_bytes'] / 2**20:,.0f} MiB",
+                _gflop(variant["flops"]),
+                f"{variant['loss_type']} {variant['loss']:.5f}",  # the numbers of two losses are no quantities of one kind
             ]
         )
     lines += [*_aligned(rows), "", "milliseconds by stage of the median step"]
-    stages = [stage for stage in STAGES if any(way["stages"][stage]["median"] > 0 for way in ways)]
-    rows = [["way", *stages]]
-    rows += [[way["name"], *(f"{way['stages'][stage]['median'] * 1e3:.1f}" for stage in stages)] for way in ways]
+    stages = [stage for stage in STAGES if any(variant["stages"][stage]["median"] > 0 for variant in variants)]
+    rows = [["variant", *stages]]
+    rows += [
+        [variant["name"], *(f"{variant['stages'][stage]['median'] * 1e3:.1f}" for stage in stages)]
+        for variant in variants
+    ]
     lines += _aligned(rows)
-    for way in ways:
-        if way["amortised_s"] is not None:
+    for variant in variants:
+        if variant["amortised_s"] is not None:
             lines.append(
-                f"{way['name']}: log-probs made beforehand, {way['amortised_s']:.4g} s a step, once a training run"
+                f"{variant['name']}: log-probs made beforehand, {variant['amortised_s']:.4g} s a step, once a training run"
             )
-    lines += [f"{way['name']}: not measured, {way['skipped']}" for way in record["ways"] if way["skipped"] is not None]
+    lines += [
+        f"{variant['name']}: not measured, {variant['skipped']}"
+        for variant in record["variants"]
+        if variant["skipped"] is not None
+    ]
     return "\n".join(lines)
 
 
@@ -119,16 +122,16 @@ def _title(record: Mapping[str, Any]) -> str:
     return (
         f"{record['rounds']} rounds of one step each: {batch['pairs']:.4g} pairs, {batch['prompt_tokens']:.0f} prompt and "
         f"{batch['response_tokens']:.0f} response tokens, prefix/completion {batch['prefix_to_completion']:.2f}\n"
-        f"medians [lowest - highest]; ratio: time of {base} over the way's own, round by round; "
+        f"medians [lowest - highest]; ratio: time of {base} over the variant's own, round by round; "
         "limit: what passes of the language model predict"
     )
 
 
-def _limit_cell(record: Mapping[str, Any], way: Mapping[str, Any]) -> str:
+def _limit_cell(record: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
     """SynPO's two figures are all that the formula speaks of."""
-    if way["loss_type"] == "dpo" or record["ratio_base"] != BASELINES[0]:
+    if variant["loss_type"] == "dpo" or record["ratio_base"] != BASELINES[0]:
         return ""
-    return f"{record['limit']['dpo_over_synpo_shared' if way['shared'] else 'unshared']:.2f}x"
+    return f"{record['limit']['dpo_over_synpo_shared' if variant['shared'] else 'unshared']:.2f}x"
 
 
 def _cells(values: Spread, form: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The ways of taking a step that a profile compares, and how one engine is switched from one to another.
+"""The variants of a step that a profile compares, and how one engine is switched from one to another.
 
     synpo                    the configured loss as configured; synpo if that is one that reads a reference
     dpo-adapter-off          DPO, its reference the model without its adapter
@@ -38,8 +38,8 @@ KINDS = tuple(kind for kind in REFERENCES if kind != "auto")
 
 
 @dataclass(frozen=True)
-class Way:
-    """reference: its kind, or None. shared: the prompt runs once a pair, the tower once a video. skipped: why it can not be
+class Variant:
+    """reference: its kind, or None. shared: the prompt runs once a pair, the tower once a video. skipped: why it cannot be
     measured."""
 
     name: str
@@ -49,25 +49,25 @@ class Way:
     skipped: str | None = None
 
 
-def ways_of(config: TrainConfig, *, copied: bool) -> list[Way]:
+def variants_of(config: TrainConfig, *, copied: bool) -> list[Variant]:
     """copied: whether there is a frozen copy."""
     own = config.loss_type
     if own in LOSSES and LOSSES[own].needs_reference:
         own = "synpo"
-    ways = []
+    variants = []
     for shared in (True, False):
         suffix = "" if shared else "-unshared"
-        ways.append(Way(own + suffix, own, None, shared))
-        ways += [Way(f"dpo-{kind.replace('_', '-')}{suffix}", "dpo", kind, shared) for kind in KINDS]
-    return [replace(way, skipped=_why_impossible(way, config, copied)) for way in ways]
+        variants.append(Variant(own + suffix, own, None, shared))
+        variants += [Variant(f"dpo-{kind.replace('_', '-')}{suffix}", "dpo", kind, shared) for kind in KINDS]
+    return [replace(variant, skipped=_why_impossible(variant, config, copied)) for variant in variants]
 
 
-def _why_impossible(way: Way, config: TrainConfig, copied: bool) -> str | None:
-    if way.reference == "adapter_off" and not config.use_peft:
+def _why_impossible(variant: Variant, config: TrainConfig, copied: bool) -> str | None:
+    if variant.reference == "adapter_off" and not config.use_peft:
         return "use_peft=false: there is no adapter to switch off"
-    if way.reference == "frozen_copy" and config.zero_stage == 3:
+    if variant.reference == "frozen_copy" and config.zero_stage == 3:
         return "zero_stage=3: a copy would hold the whole model on every device"
-    if way.reference == "frozen_copy" and not copied:
+    if variant.reference == "frozen_copy" and not copied:
         return "a copy of the model does not fit the device's memory"
     return None
 
@@ -89,7 +89,7 @@ class ReferenceSet:
 
 
 def make_references(config: TrainConfig, policy: Policy, steps: Sequence[Sequence[Sample]]) -> ReferenceSet:
-    """Before the engine shards or wraps anything. steps: the samples of each step that will be measured."""
+    """Makes all references, before the engine shards or wraps anything. steps: the samples of each step that will be measured."""
     policy.eval()
     by_kind: dict[str, Any] = {}
     copied = None if config.zero_stage == 3 else _copy_that_fits(policy)
@@ -162,25 +162,29 @@ def _precomputed(config: TrainConfig, policy: Policy, every: Sequence[Sample], *
         return _OnDevice(Precomputed(file, weights_key="profile"), policy.device)
 
 
-class WaySwitch:
-    """Makes one module take its steps in one way or another."""
+class VariantSwitch:
+    """Sets one module up for the step of one variant or another."""
 
     def __init__(self, config: TrainConfig, module: PairModule, references: ReferenceSet) -> None:
         self.config, self.module, self.references = config, module, references
         self.store = module.policy.feature_store  # the configured one
 
-    def use(self, way: Way) -> None:
-        assert way.skipped is None, way
-        module, share = self.module, way.shared and self.config.share_prefix
-        module.loss_type, module.options, module.share_prefix = way.loss_type, self._options(way.loss_type), share
-        module.reference = None if way.reference is None else self.references.by_kind[way.reference]
-        if module.reference is not None and way.reference != "precomputed":
+    def use(self, variant: Variant) -> None:
+        assert variant.skipped is None, variant
+        module, share = self.module, variant.shared and self.config.share_prefix
+        module.loss_type, module.options, module.share_prefix = (
+            variant.loss_type,
+            self._options(variant.loss_type),
+            share,
+        )
+        module.reference = None if variant.reference is None else self.references.by_kind[variant.reference]
+        if module.reference is not None and variant.reference != "precomputed":
             module.reference.share_prefix = share
-        module.encodes_once = way.shared
+        module.encodes_once = variant.shared
         for policy in (module.policy, self.references.copy):
             if policy is not None:
-                policy.feature_store = self.store if way.shared else None
-                policy.row_tokens = _row_tokens(self.config, policy, way.shared)
+                policy.feature_store = self.store if variant.shared else None
+                policy.row_tokens = _row_tokens(self.config, policy, variant.shared)
 
     def _options(self, loss_type: str) -> dict[str, Any]:
         """The configured options for the configured loss, and defaults for another."""

@@ -19,15 +19,15 @@ NAMES = {"warm_up": "warm-up", "synpo": "SynPO", "dpo": "DPO", "after": "after S
 
 
 def profile_markup(profile: Mapping[str, Any]) -> str:
-    """A bar of stages for each way to train, drawn to one scale, and the figures."""
-    ways = [way for way in _list(profile.get("ways")) if isinstance(way, dict)]
-    if not ways and isinstance(profile.get("stages"), dict):
-        ways = [{"name": "this run", "stages": profile["stages"]}]
-    if not ways:
-        return '<p class="note">profile.json names no ways of training.</p>'
-    timed = [way for way in ways if way.get("skipped") is None]
-    names = list({name: None for way in timed for name in _dict(way.get("stages"))})
-    parts = [_bars(timed, names), _ways_table(timed), _explained(profile, ways), _stages_table(timed, names)]
+    """A bar of stages for each variant, drawn to one scale, and the figures."""
+    variants = [variant for variant in _list(profile.get("variants", profile.get("ways"))) if isinstance(variant, dict)]
+    if not variants and isinstance(profile.get("stages"), dict):
+        variants = [{"name": "this run", "stages": profile["stages"]}]
+    if not variants:
+        return '<p class="note">profile.json names no variants.</p>'
+    timed = [variant for variant in variants if variant.get("skipped") is None]
+    names = list({name: None for variant in timed for name in _dict(variant.get("stages"))})
+    parts = [_bars(timed, names), _variants_table(timed), _explained(profile, variants), _stages_table(timed, names)]
     return "".join(parts) + _environment(profile)
 
 
@@ -70,19 +70,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") ->
     )
 
 
-def _bars(ways: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    spans = [{name: _middle(_dict(way.get("stages")).get(name)) or 0.0 for name in names} for way in ways]
+def _bars(variants: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    spans = [{name: _middle(_dict(variant.get("stages")).get(name)) or 0.0 for name in names} for variant in variants]
     longest = max((sum(span.values()) for span in spans), default=0.0)
     if longest <= 0:
         return ""
     rows = []
-    for way, span in zip(ways, spans, strict=True):
+    for variant, span in zip(variants, spans, strict=True):
         pieces = "".join(
             f'<span style="width:{100 * seconds / longest:.3f}%;background:{series_colour(number)}" '
             f'title="{escape(name)} {_duration(seconds)}"></span>'
             for number, (name, seconds) in enumerate(span.items())
         )
-        rows.append(f'<div>{_name(way)}</div><div class="bar" role="img" aria-label="{_spoken(span)}">{pieces}</div>')
+        rows.append(
+            f'<div>{_name(variant)}</div><div class="bar" role="img" aria-label="{_spoken(span)}">{pieces}</div>'
+        )
     key = "".join(
         f'<span><b class="swatch" style="background:{series_colour(number)}"></b>{escape(name)}</span>'
         for number, name in enumerate(names)
@@ -90,57 +92,58 @@ def _bars(ways: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     return f'<div class="card"><div class="bars">{"".join(rows)}</div><p class="key" style="margin-top:10px">{key}</p></div>'
 
 
-def _ways_table(ways: Sequence[dict[str, Any]]) -> str:
+def _variants_table(variants: Sequence[dict[str, Any]]) -> str:
     # The ratio first: it is what a profile is made for, and on a phone the columns at the right are out of sight.
     head = ["", "ratio", "one step", "spread", "tokens/s", "peak memory", "FLOPs"]
     rows = []
-    for way in ways:
+    for variant in variants:
         rows.append(
             [
-                _name(way),
-                _with_spread(way.get("ratio"), lambda ratio: short(ratio, "x", 3)),
-                _duration(_middle(way.get("seconds"))),
-                _spread(way.get("seconds"), _duration),
-                short(_middle(way.get("tokens_per_s"))),
-                _memory(number_in(way.get("peak_memory_bytes"))),
-                short(_middle(way.get("flops"))),
+                _name(variant),
+                _with_spread(variant.get("ratio"), lambda ratio: short(ratio, "x", 3)),
+                _duration(_middle(variant.get("seconds"))),
+                _spread(variant.get("seconds"), _duration),
+                short(_middle(variant.get("tokens_per_s"))),
+                _memory(number_in(variant.get("peak_memory_bytes"))),
+                short(_middle(variant.get("flops"))),
             ]
         )
     return f'<div class="card">{table(head, rows, "numbers several")}</div>'
 
 
-def _explained(profile: Mapping[str, Any], ways: Sequence[dict[str, Any]]) -> str:
-    """What was measured, what the ratio is, what it could be at most, and which ways were left out."""
+def _explained(profile: Mapping[str, Any], variants: Sequence[dict[str, Any]]) -> str:
+    """What was measured, what the ratio is, what it could be at most, and which variants were left out."""
     batch, limit = _dict(profile.get("batch")), _dict(profile.get("limit"))
     facts = [f"{short(number_in(profile.get('rounds')))} rounds"] if "rounds" in profile else []
     for name, what in (("pairs", "pairs"), ("prompt_tokens", "prompt tokens"), ("response_tokens", "response tokens")):
         facts += [f"{short(number_in(batch[name]), digits=3)} {what}"] if name in batch else []
     lines = [", ".join(facts) + " a step. Spread: lowest to highest round."] if facts else []
     if isinstance(profile.get("ratio_base"), str):
-        lines.append(f"Ratio: time of {profile['ratio_base']} over the way's own, round by round.")
+        lines.append(f"Ratio: time of {profile['ratio_base']} over the variant's own, round by round.")
     shared, apart = (short(number_in(limit.get(name)), digits=3) for name in ("dpo_over_synpo_shared", "unshared"))
     if limit:
         lines.append(
             f"Passes of the language model alone predict {shared} for SynPO, {apart} without sharing the prefix."
         )
-    for way in ways:
-        seconds = number_in(way.get("amortised_s"))
+    for variant in variants:
+        seconds = number_in(variant.get("amortised_s"))
         if seconds is not None:
             lines.append(
-                f"{way.get('name')}: log-probs made beforehand, {_duration(seconds)} a step, once a training run."
+                f"{variant.get('name')}: log-probs made beforehand, {_duration(seconds)} a step, once a training run."
             )
-        if way.get("skipped") is not None:
-            lines.append(f"{way.get('name')}: not measured, {way['skipped']}.")
+        if variant.get("skipped") is not None:
+            lines.append(f"{variant.get('name')}: not measured, {variant['skipped']}.")
     return "".join(f'<p class="note">{escape(line)}</p>' for line in lines)
 
 
-def _stages_table(ways: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+def _stages_table(variants: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     if not names:
         return ""
     rows = [
-        [escape(name), *(_with_spread(_dict(way.get("stages")).get(name), _duration) for way in ways)] for name in names
+        [escape(name), *(_with_spread(_dict(variant.get("stages")).get(name), _duration) for variant in variants)]
+        for name in names
     ]
-    inner = table(["stage", *map(_name, ways)], rows, "numbers several")
+    inner = table(["stage", *map(_name, variants)], rows, "numbers several")
     return f"<details><summary>Every stage, median and spread</summary>{inner}</details>"
 
 
@@ -151,12 +154,12 @@ def _environment(profile: Mapping[str, Any]) -> str:
 
 
 def _by_attribute(demo: Mapping[str, Any]) -> dict[str, Any]:
-    """attribute -> way -> accuracy, whichever of the two the file groups by first."""
+    """attribute -> model -> accuracy, whichever of the two the file groups by first."""
     found = _dict(demo.get("per_attribute"))
-    ways = _dict(demo.get("accuracy"))
-    if ways and set(found) <= set(ways):
+    models = _dict(demo.get("accuracy"))
+    if models and set(found) <= set(models):
         names = list({name: None for value in found.values() for name in _dict(value)})
-        return {name: {way: _dict(found[way]).get(name) for way in found} for name in names}
+        return {name: {model: _dict(found[model]).get(name) for model in found} for name in names}
     return found
 
 
@@ -215,8 +218,8 @@ def _spoken(span: Mapping[str, float]) -> str:
     return escape(", ".join(f"{name} {_duration(seconds)}" for name, seconds in span.items() if seconds))
 
 
-def _name(way: Mapping[str, Any]) -> str:
-    return escape(str(way.get("name", "unnamed")))
+def _name(variant: Mapping[str, Any]) -> str:
+    return escape(str(variant.get("name", "unnamed")))
 
 
 def _list(value: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from synpo_fast.models.batching import micro_batches
 from synpo_fast.models.generate import greedy_text
 from synpo_fast.training.engine import Engine
 from synpo_fast.training.metrics import add_sums, means_of, summed_over_ranks
-from synpo_fast.training.stand_in import agree_on_forwards
+from synpo_fast.training.step import agree_on_forwards
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Evaluator:
     captioned: Sequence[tuple[Pair, EncodedPair]]
     max_new_tokens: int
     device: torch.device
-    spare: EncodedPair | None = None  # stands in, as in training
+    placeholder: EncodedPair | None = None  # fills up, as in training
     max_tokens: int | None = None  # in one forward
     told: bool = False  # why pairs could not be used: at the first evaluation, since it is the same at each
 
@@ -56,8 +56,8 @@ class Evaluator:
                     for group in groups:
                         add_sums(sums, engine.forward([batch.pairs[index] for index in group], 1.0)[1])
                     for _ in range(most - len(groups)):
-                        assert self.spare is not None
-                        engine.forward([self.spare], 0.0)
+                        assert self.placeholder is not None
+                        engine.forward([self.placeholder], 0.0)
             if stop():
                 return None
             captions = sample_captions(engine, self.captioned, max_new_tokens=self.max_new_tokens)
@@ -78,8 +78,8 @@ class Evaluator:
         """How many forwards this rank has to take part in."""
         if engine.stage < 3:
             return own
-        self.spare = pairs[0] if pairs else self.spare
-        most, _, self.spare = agree_on_forwards(own, len(pairs), self.spare, self.device)
+        self.placeholder = pairs[0] if pairs else self.placeholder
+        most, _, self.placeholder = agree_on_forwards(own, len(pairs), self.placeholder, self.device)
         return most
 
 

@@ -1,13 +1,13 @@
 """The training loop, to be read from top to bottom.
 
 One step: take this rank's pairs, agree with the other ranks on how many micro-batches there are, run each forward and
-backward, step, and note the numbers. There are no callbacks: what happens every so many steps (log, evaluate, save) is an
-`if` in `train`, in the order in which it happens, because a checkpoint must know exactly what was done before it, and a
-reader should, too.
+backward, step (all that is step.py), and note the numbers. There are no callbacks: what happens every so many steps (log,
+evaluate, save) is an `if` in `train`, in the order in which it happens, because a checkpoint must know exactly what was done
+before it, and a reader should, too.
 
 Two things make a resumed run equal the uninterrupted one. What a step draws at random (dropout) is seeded by (seed, step,
 rank), and which pairs it sees follows from its number; so a checkpoint holds no generator and no loader, just weights,
-optimiser and the number. And a pair that can not be read leaves a gap in its own step and moves no other.
+optimiser and the number. And a pair that cannot be read leaves a gap in its own step and moves no other.
 """
 
 from __future__ import annotations
@@ -15,39 +15,34 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from synpo_fast.config.train_config import TrainConfig
-from synpo_fast.data.encoded import EncodedPair
-from synpo_fast.data.encoding import BadPair, quoted
+from synpo_fast.data.encoding import quoted
 from synpo_fast.data.loader import PairLoader, StepBatch
-from synpo_fast.models.batching import micro_batches, packed_tokens
 from synpo_fast.models.feature_cache import FeatureCache
 from synpo_fast.run_folder.checkpoint import CheckpointError, folder_of
 from synpo_fast.terminal.progress import Progress
 from synpo_fast.terminal.stopping import Stopper
 from synpo_fast.training.best_model import judge
-from synpo_fast.training.diagnostics import reward_gradient_norms
-from synpo_fast.training.engine import Engine, StepOutcome
+from synpo_fast.training.engine import Engine
 from synpo_fast.training.evaluation_loop import Evaluator
-from synpo_fast.training.metrics import MetricsLog, Numbers, add_sums, means_of, summed_over_ranks
+from synpo_fast.training.metrics import MetricsLog, Numbers, means_of, summed_over_ranks
 from synpo_fast.training.optimizer import learning_rate_at, warmup_steps
-from synpo_fast.training.out_of_memory import out_of_memory_message, tokens_of
+from synpo_fast.training.out_of_memory import MicroBatchTooLarge, out_of_memory_message
 from synpo_fast.training.run_model import checkpoints_activations
 from synpo_fast.training.run_state import RunState, Saver
-from synpo_fast.training.stand_in import agree_on_forwards
+from synpo_fast.training.step import Stepper, StepTaken, any_rank
 from synpo_fast.training.unusable_pairs import OUT_OF_MEMORY, advice, first_of_all_ranks, listed_in
-
-MicroBatches = list[tuple[list[EncodedPair], float]]  # with weight 1, or 0 for one that stands in
 
 
 class TrainingStopped(RuntimeError):
-    """The run can not go on; the message says why and what to do. Checkpoints that are there stay as they are."""
+    """The run cannot go on; the message says why and what to do. Checkpoints that are there stay as they are."""
 
 
 @dataclass
@@ -64,12 +59,15 @@ class Run:
     progress: Progress
     device: torch.device
     num_steps: int
-    spare: EncodedPair | None = None  # stands in, with weight 0, where this rank has fewer micro-batches than others
+    stepper: Stepper = field(init=False)
     asked_to_stop: bool = field(default=False)  # this rank was
     stopping: bool = field(default=False)  # some rank was: what all agreed on with the last step's numbers
     stopper: Stopper = field(default_factory=Stopper)  # by a signal, or the end of the launcher
     failure: str | None = None  # what this rank could not write
     failing: bool = field(default=False)  # some rank could not: agreed on likewise
+
+    def __post_init__(self) -> None:
+        self.stepper = Stepper(self.config, self.engine, self.device)
 
     @property
     def asked(self) -> bool:
@@ -122,62 +120,20 @@ def _train(run: Run) -> RunState:
 
 
 def train_step(run: Run, batch: StepBatch) -> Numbers:
-    """One optimiser step on all ranks, and its numbers, summed over ranks.
-
-    Nothing is read from the device between the first forward and the last backward: the host runs ahead of a GPU. It waits at
-    the end, for the gradient's norm (whether the step counts depends on it) and for the numbers, which come as one tensor;
-    and, where there are several ranks, at the beginning, to agree on how many forwards there are.
-    """
+    """One optimiser step on all ranks (step.py), and its numbers, summed over ranks: they come from a GPU as one tensor."""
     config, engine, step = run.config, run.engine, run.state.step
     started = time.perf_counter()
-    micros, pairs_in_step = _agree_on_micro_batches(run, batch)
-    numbers: Numbers = {}
-    if config.diagnostics and step % config.diagnostics == 0:
-        numbers |= reward_gradient_norms(engine.module, [micro for micro, weight in micros if weight])
-    sums, too_large = _gradients(run, micros, pairs_in_step)
-    while config.oom_policy == "skip" and _any_rank(run, too_large is not None):
-        # From its beginning, on all ranks: what is left weighs more in the mean, and a backward that broke off left parts behind.
-        engine.discard_gradients()
-        if too_large is not None:
-            batch = _without(run, batch, micros[too_large][0])
-        micros, pairs_in_step = _agree_on_micro_batches(run, batch)
-        sums, too_large = _gradients(run, micros, pairs_in_step)
     rate = _learning_rate(run, step)
-    outcome = engine.step(rate) if micros else StepOutcome(False, 0.0)
-    return numbers | _numbers_of(run, batch, sums, outcome, rate, time.perf_counter() - started)
-
-
-def _gradients(run: Run, micros: MicroBatches, pairs_in_step: int) -> tuple[dict[str, torch.Tensor], int | None]:
-    """Adds up the micro-batches' gradients in the engine. Returns their metric sums, and the place of one that did not fit the
-    memory, after which there was none. Raises TrainingStopped in place of that under oom_policy=stop."""
-    config, engine, step = run.config, run.engine, run.state.step
-    torch.manual_seed(_seed_of(config.seed, step, engine.rank))
-    sums: dict[str, torch.Tensor] = {}
-    for place, (micro, weight) in enumerate(micros):
-        try:
-            loss, more = engine.forward(micro, weight * engine.world_size / max(1, pairs_in_step))
-            if place + 1 < len(micros):  # beside the backward
-                engine.module.policy.begin_copies([pair.sample for pair in micros[place + 1][0]])
-            engine.backward(loss)
-        except torch.OutOfMemoryError as error:
-            if config.oom_policy == "skip" and weight:
-                return {}, place
-            checkpoints = checkpoints_activations(config, run.device)
-            raise TrainingStopped(
-                out_of_memory_message(config, micro, step=step + 1, checkpoints=checkpoints)
-            ) from error
-        if weight:
-            add_sums(sums, more)
-    return sums, None
-
-
-def _without(run: Run, batch: StepBatch, dropped: Sequence[EncodedPair]) -> StepBatch:
-    """The step's pairs but for some that did not fit the memory; they count as pairs that could not be used."""
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
-    gone = {id(pair) for pair in dropped}
-    bad = [BadPair(pair.id, f"{OUT_OF_MEMORY} ({tokens_of(pair)})") for pair in dropped]
-    return replace(batch, pairs=[pair for pair in batch.pairs if id(pair) not in gone], bad=[*batch.bad, *bad])
+    diagnose = bool(config.diagnostics) and step % config.diagnostics == 0
+    try:
+        taken = run.stepper.take(
+            batch, seed=_seed_of(config.seed, step, engine.rank), learning_rate=rate, diagnose=diagnose
+        )
+    except MicroBatchTooLarge as error:
+        checkpoints = checkpoints_activations(config, run.device)
+        message = out_of_memory_message(config, error.micro, step=step + 1, checkpoints=checkpoints)
+        raise TrainingStopped(message) from error
+    return taken.diagnostics | _numbers_of(run, taken, rate, time.perf_counter() - started)
 
 
 def evaluate(run: Run, evaluator: Evaluator) -> bool | None:
@@ -185,7 +141,7 @@ def evaluate(run: Run, evaluator: Evaluator) -> bool | None:
     stop meanwhile: there are no numbers then."""
     state = run.state
     try:
-        numbers = evaluator.evaluate(run.engine, state.step, stop=lambda: _any_rank(run, run.asked))
+        numbers = evaluator.evaluate(run.engine, state.step, stop=lambda: any_rank(run.asked, run.device))
     except torch.OutOfMemoryError as error:
         raise TrainingStopped(
             f"out of memory in the evaluation after step {state.step}. What helps: per_device_eval_batch_size=1 "
@@ -205,7 +161,7 @@ def evaluate(run: Run, evaluator: Evaluator) -> bool | None:
 
 
 def _log(run: Run, numbers: Mapping[str, Any]) -> None:
-    """A line that can not be written ends the run on all ranks: at the next save, or with the next step's numbers."""
+    """A line that cannot be written ends the run on all ranks: at the next save, or with the next step's numbers."""
     try:
         run.log.log(run.state.step, numbers)
     except OSError as error:
@@ -226,27 +182,8 @@ def _evaluate_late(run: Run) -> bool:
     return ends
 
 
-def _agree_on_micro_batches(run: Run, batch: StepBatch) -> tuple[MicroBatches, int]:
-    """This rank's micro-batches with weight 1, filled up with weight 0 to the number of the rank that has most; and how
-    many pairs the step has on all ranks. Empty if no rank has any."""
-    config = run.config
-    groups = micro_batches(
-        [pair.sample for pair in batch.pairs],
-        max_pairs=config.per_device_train_batch_size,
-        max_tokens=config.max_batch_tokens,
-    )
-    micros = [([batch.pairs[index] for index in group], 1.0) for group in groups]
-    if batch.pairs:
-        run.spare = min(batch.pairs, key=lambda pair: packed_tokens(pair.sample))
-    most, pairs_in_step, run.spare = agree_on_forwards(len(micros), len(batch.pairs), run.spare, run.device)
-    assert run.spare is not None or not most
-    micros += [([run.spare], 0.0) for _ in range(most - len(micros)) if run.spare is not None]
-    return micros, pairs_in_step
-
-
-def _numbers_of(
-    run: Run, batch: StepBatch, sums: dict[str, torch.Tensor], outcome: StepOutcome, rate: float, seconds: float
-) -> Numbers:
+def _numbers_of(run: Run, taken: StepTaken, rate: float, seconds: float) -> Numbers:
+    batch, outcome = taken.batch, taken.outcome
     try:
         for bad in batch.bad:
             run.saver.note_bad(bad, batch.epoch, run.state.step + 1)
@@ -260,7 +197,7 @@ def _numbers_of(
     store = run.engine.module.policy.feature_store
     if isinstance(store, FeatureCache):
         local |= {"feature_cache/hits": store.hits, "feature_cache/misses": store.misses}
-    sums = sums | {name: torch.full((), float(value), device=run.device) for name, value in local.items()}
+    sums = taken.sums | {name: torch.full((), float(value), device=run.device) for name, value in local.items()}
     total = summed_over_ranks(sums, run.device)
     run.stopping, run.failing = total["asked_to_stop"] > 0, total["failing"] > 0
     state, ranks = run.state, run.engine.world_size
@@ -374,14 +311,6 @@ def _seed_of(seed: int, step: int, rank: int) -> int:
 def _asked_to_stop(run: Run) -> bool:
     """The same answer on every rank: of several, what they told each other with the step's numbers."""
     return run.asked if run.engine.world_size == 1 else run.stopping
-
-
-def _any_rank(run: Run, value: bool) -> bool:
-    if run.engine.world_size == 1:
-        return value
-    flag = torch.full((), float(value), device=run.device)
-    dist.all_reduce(flag)
-    return bool(flag > 0)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.models.batching import packed_tokens
+
+
+class MicroBatchTooLarge(torch.OutOfMemoryError):
+    """A device ran out of memory in the forward or backward of `micro`."""
+
+    def __init__(self, micro: Sequence[EncodedPair]) -> None:
+        super().__init__(f"out of memory with a micro-batch of {len(micro)} pairs")
+        self.micro = micro
 
 
 def tokens_of(pair: EncodedPair) -> str:

@@ -1,11 +1,8 @@
 """benchmarks/kernels.py: what it writes, what it refuses to show, that its order alternates. No test asserts a time."""
 
 import gc
-import itertools
 import json
-import math
 import os
-import random
 import re
 import sys
 import types
@@ -15,16 +12,7 @@ import pytest
 import torch
 
 from benchmarks import kernels
-from benchmarks.common import (
-    Timing,
-    format_table,
-    interleave,
-    median_interval,
-    median_ratio,
-    round_order,
-    summarise,
-    write_json,
-)
+from benchmarks.common import format_table, write_json
 from benchmarks.contest import Options
 from benchmarks.head import pairs
 from benchmarks.head.problem import (
@@ -40,7 +28,6 @@ from benchmarks.head.problem import (
 from benchmarks.head.providers import DEFAULT, PROVIDERS, Step, peers
 from benchmarks.head.providers.torch_only import eager_valid_rows, gemm_floor
 from benchmarks.head.shapes import Shape, find_shapes
-from benchmarks.memory import peak_extra_memory
 
 CPU = torch.device("cpu")
 OPTIONS = Options(device=CPU, rounds=2, budget_seconds=5.0)
@@ -178,50 +165,7 @@ def test_only_our_own_faults_fail_the_run(cases):
     assert len(kernels.faulty_of_ours(renamed)) == 1
 
 
-def test_the_order_alternates():
-    seen = []
-    names = ["a", "b", "c"]
-    calls = {name: lambda name=name: seen.append(name) for name in names}
-    samples = interleave(calls, rounds=6, device=CPU)
-    rounds = [seen[i : i + 3] for i in range(0, len(seen), 3)]
-    assert len(rounds) == 6 and all(sorted(order) == names for order in rounds)
-    assert rounds == [round_order(names, i) for i in range(6)]
-    assert {order[0] for order in rounds} == set(names)  # everyone goes first at some time
-    assert all(first != second for first, second in itertools.pairwise(rounds))
-    followers = {(order[i], order[i + 1]) for order in rounds for i in range(2)}
-    assert len(followers) == 6  # and follows everyone else
-    assert all(len(times) == 6 for times in samples.values())
-
-
-def test_two_contestants_swap_places():
-    assert {tuple(round_order(["a", "b"], i)) for i in range(4)} == {("a", "b"), ("b", "a")}
-
-
-def test_the_budget_ends_the_rounds_but_not_before_three():
-    samples = interleave({"a": lambda: None}, rounds=50, device=CPU, budget_seconds=0.0, timer=lambda call: 1.0)
-    assert samples == {"a": [1.0, 1.0, 1.0]}
-
-
-@pytest.mark.parametrize("rounds", [5, 7, 8, 11, 20])
-def test_the_interval_holds_the_median_in_nine_of_ten_repetitions(rounds):
-    draw = random.Random(rounds)
-    held = narrower = 0
-    for _ in range(4000):
-        values = [draw.expovariate(1.0) for _ in range(rounds)]
-        low, high = median_interval(values)
-        held += low <= math.log(2) <= high
-        rising = sorted(values)
-        narrower += rising[1] > low
-    assert held / 4000 > 0.9
-    assert (narrower == 0) == (rounds >= 8), "it is no wider than it has to be"
-
-
-def test_summaries():
-    assert summarise([3.0]) == Timing(3.0, 3.0, 3.0, 1)
-    assert summarise([1.0, 2.0, 3.0, 4.0, 100.0]) == Timing(3.0, 2.0, 4.0, 5)
-    assert median_ratio([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]) == 3.0  # by round, not of the medians
-    with pytest.raises(ValueError, match="no samples"):
-        summarise([])
+def test_columns_of_a_table_are_padded():
     assert format_table(["a", "b"], [["long", "x"]]) == "a     b\nlong  x"
 
 
@@ -277,21 +221,6 @@ def test_the_inputs_are_a_language_models():
     assert (upstream < 0).any() and (upstream > 0).any() and upstream.unique().numel() > 200
     again = make_inputs(Shape("wider", 64, 4000), num_rows=512, valid=0.5, dtype=torch.float32, device=CPU)
     assert torch.equal(again.hidden, inputs.hidden) and torch.equal(again.labels, inputs.labels)
-
-
-def test_peak_memory_sees_what_is_freed_inside():
-    num_bytes = 32 * 2**20
-
-    def call():
-        first = torch.ones(num_bytes // 4)
-        second = first + 1
-        return second.sum()
-
-    call()
-    memory = peak_extra_memory(call, CPU)
-    assert 2 * num_bytes <= memory["allocator"] < 2.1 * num_bytes
-    assert memory["peak"] == max(count for view, count in memory.items() if view != "peak")
-    assert memory["peak"] < 3 * num_bytes
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ pytest.importorskip("trl", reason="TRL is what is compared with")
 
 from benchmarks import throughput
 from benchmarks.contest import Options
-from benchmarks.flops import count_flops
 from benchmarks.steps import FIRST, GAINS, WAYS, trl_trainers
 from benchmarks.steps import agreement as agreement_module
 from benchmarks.steps.cost import expected_flops, tokens_only_limit, unit_costs
@@ -20,6 +19,7 @@ from benchmarks.steps.measure import compare
 from benchmarks.steps.presets import PRESETS, Preset, build_policy, qwen25_vl_config, shrunk
 from benchmarks.steps.way import Scores, full_step, use_attention
 from benchmarks.steps.workload import make_samples, make_workload, padded_batch
+from synpo_fast.profiling.counted_flops import count_flops
 
 CPU = torch.device("cpu")
 OPTIONS = Options(CPU, rounds=1, budget_seconds=1.0)

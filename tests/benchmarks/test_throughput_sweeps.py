@@ -10,12 +10,12 @@ pytest.importorskip("peft", reason="the ways train an adapter")
 pytest.importorskip("trl", reason="TRL is what is compared with")
 
 from benchmarks import throughput
-from benchmarks.common import median_interval
 from benchmarks.steps import FIRST, WAYS, largest_batch, sweeps
 from benchmarks.steps import plot as plot_throughput
 from benchmarks.steps.presets import PRESETS, build_policy
 from benchmarks.steps.sweeps import SWEEPS, presets_along
 from benchmarks.steps.workload import MARKERS, make_workload, visual_tokens
+from synpo_fast.profiling.rounds import median_interval
 from tests.benchmarks.test_throughput import CPU, TINY, one_thread  # noqa: F401
 
 

@@ -69,6 +69,6 @@ def test_a_profile_that_fails_says_so_and_one_that_is_there_is_read(tmp_path, mo
     assert command[command.index("--profile") + 1] == "5"
     assert not (tmp_path / "run" / "profile.json").exists(), "the next call has to try again"
 
-    (tmp_path / "run" / "profile.json").write_text(json.dumps({"ways": []}))
-    assert launch.profile(tmp_path / "run", "synpo", {"seed": 0}, 5) == {"ways": []}
+    (tmp_path / "run" / "profile.json").write_text(json.dumps({"variants": []}))
+    assert launch.profile(tmp_path / "run", "synpo", {"seed": 0}, 5) == {"variants": []}
     assert len(commands) == 1

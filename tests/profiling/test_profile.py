@@ -1,7 +1,7 @@
-"""--profile: the ways do what they say, nothing is trained and nothing else is written.
+"""--profile: the variants do what they say, nothing is trained and nothing else is written.
 
-No test looks at how long something took. What the ways compute is counted by spies on the tower and on the language model, and
-compared with counts worked out from the pairs.
+No test looks at how long something took. What the variants compute is counted by spies on the tower and on the language model,
+and compared with counts worked out from the pairs.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.models.families.qwen2_5_vl import Qwen25VL
 from synpo_fast.models.policy import Policy
 from synpo_fast.profiling import bench as profile_bench
-from synpo_fast.profiling import variants as profile_ways
+from synpo_fast.profiling import variants as profile_variants
 from synpo_fast.profiling.bench import WARM_UP, Bench
 from synpo_fast.profiling.record import table
 from synpo_fast.profiling.stage_clock import (
@@ -30,7 +30,7 @@ from synpo_fast.profiling.stage_clock import (
     STAGES,
     VISION,
 )
-from synpo_fast.profiling.variants import KINDS, WaySwitch
+from synpo_fast.profiling.variants import KINDS, VariantSwitch
 from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.run_state import RunState
 from tests.profiling.test_profile_parts import NAMES, PAIRS
@@ -41,7 +41,7 @@ from tests.world import options, run, train_command, with_gaps
 class Seen:
     """What one step had computed: videos given to a tower, and rows and tokens given to a language model."""
 
-    way: str
+    variant: str
     videos: int = 0
     rows: int = 0
     tokens: int = 0
@@ -91,7 +91,7 @@ def watch(values, group) -> Watched:
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        spied(WaySwitch, "use", lambda way: current.__setitem__(0, way.name))
+        spied(VariantSwitch, "use", lambda variant: current.__setitem__(0, variant.name))
         spied(Bench, "take", lambda step, seed: steps.append(Seen(current[0], pairs=step.samples)))
         spied(Policy, "hidden_states", note_row)
         spied(Qwen25VL, "encode_videos", note_videos)
@@ -136,25 +136,29 @@ def test_a_profile_trains_nothing_and_leaves_the_folders_run_as_it_was(profiled,
 
 def test_profile_json_holds_what_the_report_reads(profiled):
     record = profiled[0].record
-    assert [way["name"] for way in record["ways"]] == NAMES
+    assert [variant["name"] for variant in record["variants"]] == NAMES
     assert record["rounds"] == 2 and record["ratio_base"] == "dpo-adapter-off-unshared"
-    for way in record["ways"]:
-        assert way["skipped"] is None and set(way["stages"]) == set(STAGES)
-        assert set(way["seconds"]) == {"median", "low", "high", "samples"} and len(way["seconds"]["samples"]) == 2
-        assert set(way["ratio"]) == {"median", "low", "high"}
-        assert sum(stage["median"] for stage in way["stages"].values()) == pytest.approx(way["seconds"]["median"])
+    for variant in record["variants"]:
+        assert variant["skipped"] is None and set(variant["stages"]) == set(STAGES)
+        assert (
+            set(variant["seconds"]) == {"median", "low", "high", "samples"} and len(variant["seconds"]["samples"]) == 2
+        )
+        assert set(variant["ratio"]) == {"median", "low", "high"}
+        assert sum(stage["median"] for stage in variant["stages"].values()) == pytest.approx(
+            variant["seconds"]["median"]
+        )
         # The host's clock around the step against the borders inside it.
-        assert way["stages_over_step"]["median"] == pytest.approx(1, abs=0.05)
-        assert (way["stages"][REFERENCE]["median"] > 0) == (way["loss_type"] == "dpo")
-        assert all(way["stages"][stage]["median"] > 0 for stage in (VISION, PREFIX, RESPONSES, HEAD, BACKWARD))
-        assert way["peak_memory_bytes"] > 4 * record["environment"]["parameters"]
-        assert (way["amortised_s"] is not None) == (way["reference"] == "precomputed")
+        assert variant["stages_over_step"]["median"] == pytest.approx(1, abs=0.05)
+        assert (variant["stages"][REFERENCE]["median"] > 0) == (variant["loss_type"] == "dpo")
+        assert all(variant["stages"][stage]["median"] > 0 for stage in (VISION, PREFIX, RESPONSES, HEAD, BACKWARD))
+        assert variant["peak_memory_bytes"] > 4 * record["environment"]["parameters"]
+        assert (variant["amortised_s"] is not None) == (variant["reference"] == "precomputed")
     assert {"torch", "deepspeed", "device", "threads", "processes"} <= set(record["environment"])
 
 
 def test_batches_are_counted_as_the_pairs_are_long(profiled):
     watched = profiled[0]
-    # Rounds 0 and 1 are the steps behind those of the warm-up, which took each way once a round.
+    # Rounds 0 and 1 are the steps behind those of the warm-up, which took each variant once a round.
     rounds = [watched.steps[(WARM_UP + index) * len(NAMES)].pairs for index in range(2)]
     every = [sample for pairs in rounds for sample in pairs]
     batch = watched.record["batch"]
@@ -165,9 +169,9 @@ def test_batches_are_counted_as_the_pairs_are_long(profiled):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_way_computes_what_it_says(profiled, name):
+def test_a_variant_computes_what_it_says(profiled, name):
     """Micro-batches of one pair, one row each; with the gains its prompt is there once, and its video runs once."""
-    found = [step for step in profiled[0].steps if step.way == name]
+    found = [step for step in profiled[0].steps if step.variant == name]
     assert len(found) == WARM_UP + 2 + 3  # and three steps that are counted
     passes = 2 if name.startswith(("dpo-adapter-off", "dpo-frozen-copy")) else 1
     shared = not name.endswith("-unshared")
@@ -179,22 +183,22 @@ def test_a_way_computes_what_it_says(profiled, name):
         assert step.tokens == passes * (prompts + branches)
 
 
-def test_all_ways_of_a_round_take_the_same_step(profiled):
+def test_all_variants_of_a_round_take_the_same_step(profiled):
     steps = profiled[0].steps[: (WARM_UP + 2) * len(NAMES)]
     for begin in range(0, len(steps), len(NAMES)):
         part = steps[begin : begin + len(NAMES)]
-        assert sorted(step.way for step in part) == sorted(NAMES)
+        assert sorted(step.variant for step in part) == sorted(NAMES)
         assert len({tuple(map(id, step.pairs)) for step in part}) == 1
 
 
 def test_losses_are_equal_where_they_must_be(profiled):
-    losses = {way["name"]: way["loss"] for way in profiled[0].record["ways"]}
+    losses = {variant["name"]: variant["loss"] for variant in profiled[0].record["variants"]}
     assert all(losses[name] == pytest.approx(math.log(2), abs=1e-5) for name in NAMES if name.startswith("dpo"))
     assert losses["synpo"] == pytest.approx(losses["synpo-unshared"], abs=1e-5) and losses["synpo"] < 0
 
 
-def test_counted_work_orders_the_ways(profiled):
-    flops = {way["name"]: way["flops"] for way in profiled[0].record["ways"]}
+def test_counted_work_orders_the_variants(profiled):
+    flops = {variant["name"]: variant["flops"] for variant in profiled[0].record["variants"]}
     assert flops["synpo"] == flops["dpo-precomputed"]  # the same passes under another formula
     assert flops["synpo-unshared"] == flops["dpo-precomputed-unshared"]
     assert flops["dpo-adapter-off"] == flops["dpo-frozen-copy"] > flops["synpo"]
@@ -203,48 +207,51 @@ def test_counted_work_orders_the_ways(profiled):
         assert flops[f"{name}-unshared"] > flops[name]
 
 
-def test_the_table_names_every_way_and_every_reason(profiled):
+def test_the_table_names_every_variant_and_every_reason(profiled):
     record = json.loads(json.dumps(profiled[0].record))
     text = table(record)
     assert all(sum(line.startswith(f"{name} ") for line in text.splitlines()) == 2 for name in NAMES)
     assert "medians [lowest - highest]" in text
-    record["ways"][2] |= {"skipped": "no room for it", "seconds": None, "stages": None}
+    record["variants"][2] |= {"skipped": "no room for it", "seconds": None, "stages": None}
     assert "dpo-frozen-copy: not measured, no room for it" in table(record)
 
 
 def test_full_fine_tuning_from_a_dpo_config_with_a_feature_cache(world, tmp_path, group, monkeypatch):
     """No adapter to switch off; the run's own precomputed reference is not made; the cache spares the tower, except where
-    the gains are left out, as they are when log-probs are made for the unshared way."""
-    beforehand, own = [], profile_ways.detached_logps
+    the gains are left out, as they are when log-probs are made for the unshared variant."""
+    beforehand, own = [], profile_variants.detached_logps
 
     def spied(policy, samples, share_prefix=True):
         beforehand.append((share_prefix, policy.feature_store is not None))
         return own(policy, samples, share_prefix)
 
-    monkeypatch.setattr(profile_ways, "detached_logps", spied)
+    monkeypatch.setattr(profile_variants, "detached_logps", spied)
     more = {"use_peft": False, "loss_type": "dpo", "reference": "precomputed", "zero_stage": 0, "variant": "ipo"}
     values = options(world, tmp_path / "out", profile=1, feature_cache=str(tmp_path / "features"), **more)
     watched = watch({**values, "gradient_accumulation_steps": 2}, group)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["profile.json"]
-    ways = {way["name"]: way for way in watched.record["ways"]}
-    assert [name for name, way in ways.items() if way["skipped"]] == ["dpo-adapter-off", "dpo-adapter-off-unshared"]
+    variants = {variant["name"]: variant for variant in watched.record["variants"]}
+    assert [name for name, variant in variants.items() if variant["skipped"]] == [
+        "dpo-adapter-off",
+        "dpo-adapter-off-unshared",
+    ]
     assert watched.record["ratio_base"] == "dpo-frozen-copy-unshared" and not watched.moved
-    last = {step.way: step for step in watched.steps}
+    last = {step.variant: step for step in watched.steps}
     videos = {"synpo": 0, "dpo-frozen-copy": 0, "dpo-precomputed": 0}
     unshared = {"synpo-unshared": 2, "dpo-frozen-copy-unshared": 4, "dpo-precomputed-unshared": 2}
     assert {name: step.videos for name, step in last.items()} == videos | unshared
-    dpo = {way["loss"] for way in ways.values() if way["loss_type"] == "dpo" and not way["skipped"]}
+    dpo = {variant["loss"] for variant in variants.values() if variant["loss_type"] == "dpo" and not variant["skipped"]}
     assert max(dpo) - min(dpo) < 1e-3 and min(dpo) > 1  # ipo begins at 1 / (2 beta) ** 2
     assert beforehand[0] == (True, True), "one call to warm up"
     assert sorted(beforehand[1:]) == sorted([(False, False), (True, True)] * (len(beforehand) // 2))
-    taken = {name: way["amortised_s"] for name, way in ways.items() if way["amortised_s"] is not None}
+    taken = {name: variant["amortised_s"] for name, variant in variants.items() if variant["amortised_s"] is not None}
     assert set(taken) == {"dpo-precomputed", "dpo-precomputed-unshared"} and len(set(taken.values())) == 2
 
 
 def test_rows_are_not_packed_where_attention_takes_their_square(world, tmp_path, group):
     values = options(world, tmp_path, profile=1, per_device_train_batch_size=2, attn_implementation="sdpa")
     watched = watch({**values, "gradient_accumulation_steps": 1}, group)
-    rows = {step.way: step.rows for step in watched.steps}
+    rows = {step.variant: step.rows for step in watched.steps}
     passes = {name: 1 if name.startswith(("synpo", "dpo-precomputed")) else 2 for name in NAMES}
     assert rows == {name: passes[name] * (4 if name.endswith("-unshared") else 1) for name in NAMES}
 
@@ -258,13 +265,13 @@ def test_counting_that_runs_out_of_memory_is_named(world, tmp_path, group, monke
         watch(options(world, tmp_path, profile=1, gradient_accumulation_steps=1), group)
 
 
-def test_ways_whose_losses_differ_stop_the_profile(world, tmp_path, group, monkeypatch):
+def test_variants_whose_losses_differ_stop_the_profile(world, tmp_path, group, monkeypatch):
     """A reference that is not the policy as it begins."""
 
     def shifted(policy, samples, share_prefix=True):
         return [[torch.full((len(r),), -1.0 - i) for i, r in enumerate(sample.responses)] for sample in samples]
 
-    monkeypatch.setattr(profile_ways, "detached_logps", shifted)
+    monkeypatch.setattr(profile_variants, "detached_logps", shifted)
     values = options(world, tmp_path, profile=1, gradient_accumulation_steps=2)
     with pytest.raises(TrainingStopped, match="dpo-precomputed"):
         watch(values, group)
@@ -272,7 +279,7 @@ def test_ways_whose_losses_differ_stop_the_profile(world, tmp_path, group, monke
 
 
 @pytest.mark.parametrize("in_the_step", [True, False])
-def test_a_way_that_runs_out_of_memory_is_named(world, tmp_path, group, monkeypatch, in_the_step):
+def test_a_variant_that_runs_out_of_memory_is_named(world, tmp_path, group, monkeypatch, in_the_step):
     own = Policy.forward
 
     def forward(self, samples, *, share_prefix=True, **more):
@@ -297,11 +304,11 @@ def test_two_ranks(world, tmp_path, port, stage):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     record = json.loads((tmp_path / "profile.json").read_text())
     assert record["batch"]["pairs"] == 4 and record["environment"]["processes"] == 2
-    measured = [way for way in record["ways"] if way["skipped"] is None]
-    assert [way["name"] for way in measured] == [name for name in NAMES if stage == 2 or "frozen" not in name]
-    for way in measured:
-        assert way["stages_over_step"]["median"] == pytest.approx(1, abs=0.05)
-        assert way["stages"][COMMUNICATION]["median"] > 0
+    measured = [variant for variant in record["variants"] if variant["skipped"] is None]
+    assert [variant["name"] for variant in measured] == [name for name in NAMES if stage == 2 or "frozen" not in name]
+    for variant in measured:
+        assert variant["stages_over_step"]["median"] == pytest.approx(1, abs=0.05)
+        assert variant["stages"][COMMUNICATION]["median"] > 0
     assert done.stdout.count("milliseconds by stage") == 1
 
 
@@ -314,4 +321,6 @@ def test_ranks_with_unequal_numbers_of_pairs_share_the_weights(world, tmp_path, 
     done = run(train_command(values, num_ranks=2, port=port))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     record = json.loads((tmp_path / "out" / "profile.json").read_text())
-    assert [way["name"] for way in record["ways"] if way["skipped"] is None] == [n for n in NAMES if "frozen" not in n]
+    assert [variant["name"] for variant in record["variants"] if variant["skipped"] is None] == [
+        n for n in NAMES if "frozen" not in n
+    ]

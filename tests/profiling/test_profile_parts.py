@@ -1,4 +1,4 @@
-"""The parts of --profile: its clock, which ways there are, what is checked and how figures are made of times."""
+"""The parts of --profile: its clock, which variants there are, what is checked and how figures are made of times."""
 
 import math
 import subprocess
@@ -18,8 +18,8 @@ from synpo_fast.models.policy import Sample
 from synpo_fast.profiling import batches as profile_batches
 from synpo_fast.profiling import stage_clock
 from synpo_fast.profiling.batches import ProfiledStep, read_steps
-from synpo_fast.profiling.bench import Bench, turned
-from synpo_fast.profiling.record import limit, stage_spreads, way_record
+from synpo_fast.profiling.bench import Bench
+from synpo_fast.profiling.record import limit, stage_spreads, variant_record
 from synpo_fast.profiling.stage_clock import (
     BACKWARD,
     COMMUNICATION,
@@ -35,7 +35,7 @@ from synpo_fast.profiling.stage_clock import (
     row_shares,
     timed_stages,
 )
-from synpo_fast.profiling.variants import Way, ways_of
+from synpo_fast.profiling.variants import Variant, variants_of
 from synpo_fast.training.loop import TrainingStopped
 from tests.world import ROOT, environment
 
@@ -140,11 +140,11 @@ def test_a_run_that_is_not_profiled_loads_none_of_it():
     assert done.stdout.strip().splitlines()[-1] == "[]", done.stderr
 
 
-# ---- the ways ----
+# ---- the variants ----
 
 
 def names_of(config, **facts):
-    return {way.name: way.skipped for way in ways_of(config, **{"copied": True, **facts})}
+    return {variant.name: variant.skipped for variant in variants_of(config, **{"copied": True, **facts})}
 
 
 def test_every_reference_is_measured_with_the_gains_and_without():
@@ -168,13 +168,6 @@ def test_what_can_not_be_measured_is_listed_with_its_reason(config, facts, skipp
     assert all(reason in found[name] for name in skipped)
 
 
-def test_everyone_follows_others_from_round_to_round():
-    orders = [turned(NAMES, index) for index in range(-2, 2 * len(NAMES))]
-    assert all(sorted(order) == sorted(NAMES) for order in orders)
-    for place in (0, -1):
-        assert {order[place] for order in orders} == set(NAMES)
-
-
 # ---- what is refused ----
 
 
@@ -191,12 +184,16 @@ def test_options_that_make_no_sense_are_refused(more, message):
         a_config(**more)
 
 
+def a_batch(pairs, *, step=0, wait_s=0.0):
+    return StepBatch(0, step, pairs, 3, [], wait_s)
+
+
 def a_bench(**config):
     config = a_config(**config)
     pair = EncodedPair(Sample((1, 2), ((3,), (4,))), "a", preference=True, has_ground_truth=False)
     engine = SimpleNamespace(dtype=torch.float32, module=SimpleNamespace(auxiliary=None))
-    ways = ways_of(config, copied=True)
-    return Bench(config, engine, None, ways, [ProfiledStep([([pair], 1.0)], 1, 2, 2, 2, 0.0)], CPU)
+    variants = variants_of(config, copied=True)
+    return Bench(config, engine, None, variants, [ProfiledStep(a_batch([pair]), 1, 2, 2, 2, 0.0)], CPU)
 
 
 LOG_2 = math.log(2)
@@ -213,7 +210,7 @@ GOOD = {name: LOG_2 if name.startswith("dpo") else -0.5 for name in NAMES}
         ({"dpo-precomputed": math.inf}, "inf"),
     ],
 )
-def test_no_time_is_shown_for_ways_whose_losses_disagree(wrong, message):
+def test_no_time_is_shown_for_variants_whose_losses_disagree(wrong, message):
     a_bench().check(GOOD)
     with pytest.raises(TrainingStopped, match=message):
         a_bench().check({**GOOD, **wrong})
@@ -230,18 +227,20 @@ def test_a_loss_of_another_form_need_not_begin_at_log_2_but_must_agree():
 # ---- reading ----
 
 
-def a_batch(step, num_pairs, wait_s):
-    pairs = [
+def some_pairs(step, num_pairs):
+    return [
         EncodedPair(Sample(tuple(range(5 + i)), ((1, 2), (3,))), f"{step}-{i}", preference=True, has_ground_truth=False)
         for i in range(num_pairs)
     ]
-    return StepBatch(0, step, pairs, 3, [], wait_s)
 
 
 def read(sizes, waits, **config):
     loader = SimpleNamespace(
         steps_per_epoch=len(sizes),
-        steps=lambda epoch: (a_batch(step, *each) for step, each in enumerate(zip(sizes, waits, strict=True))),
+        steps=lambda epoch: (
+            a_batch(some_pairs(step, size), step=step, wait_s=wait)
+            for step, (size, wait) in enumerate(zip(sizes, waits, strict=True))
+        ),
     )
     return read_steps(a_config(**config), loader)
 
@@ -257,7 +256,7 @@ def test_steps_without_pairs_and_the_first_reading_are_left_out(group):
 
 
 def test_workers_hide_what_takes_less_time_than_computing():
-    step = ProfiledStep([], 1, 2, 2, 2, reading_s=3.0)
+    step = ProfiledStep(a_batch([]), 1, 2, 2, 2, reading_s=3.0)
     assert [step.wait_s(computing, ahead) for computing, ahead in ((1.0, True), (5.0, True), (5.0, False))] == [
         2.0,
         0.0,
@@ -265,11 +264,10 @@ def test_workers_hide_what_takes_less_time_than_computing():
     ]
 
 
-def test_ranks_with_fewer_micro_batches_are_filled_up_with_weight_0(group, monkeypatch):
-    other = (4, 8, 40, 20, 4)  # pairs, responses, prompt and response tokens, micro-batches of another rank
+def test_counts_are_of_all_ranks_and_samples_of_this_one(group, monkeypatch):
+    other = (4, 8, 40, 20)  # pairs, responses, prompt and response tokens of another rank
     monkeypatch.setattr(profile_batches, "every_rank", lambda own: [own, other] if isinstance(own, tuple) else [own])
     (step,) = read([2, 2], [0.0, 0.0], profile=1, per_device_train_batch_size=1)
-    assert [(len(pairs), weight) for pairs, weight in step.micros] == [(1, 1.0), (1, 1.0), (1, 0.0), (1, 0.0)]
     assert (step.pairs, step.responses, step.prompt_tokens, len(step.samples)) == (6, 12, 51, 2)
 
 
@@ -293,13 +291,13 @@ def times_of(*seconds, vision=0.25):
 
 
 def test_ratios_are_taken_round_by_round():
-    way = Way("synpo", "synpo", None, True)
-    record = way_record(way, times_of(1, 2, 4), times_of(2, 6, 20), [100, 100, 400], {"loss": -0.5})
+    variant = Variant("synpo", "synpo", None, True)
+    record = variant_record(variant, times_of(1, 2, 4), times_of(2, 6, 20), [100, 100, 400], {"loss": -0.5})
     assert record["seconds"] == {"median": 2, "low": 1, "high": 4, "samples": [1, 2, 4]}
     assert record["ratio"] == {"median": 3, "low": 2, "high": 5}
     assert record["tokens_per_s"] == 100  # of 100, 50, 100
-    assert way_record(way, times_of(1), None, [7], {})["ratio"] is None
-    skipped = way_record(replace(way, skipped="no room"), [], times_of(1), [7], {})
+    assert variant_record(variant, times_of(1), None, [7], {})["ratio"] is None
+    skipped = variant_record(replace(variant, skipped="no room"), [], times_of(1), [7], {})
     assert (skipped["skipped"], skipped["seconds"], skipped["loss"]) == ("no room", None, None)
 
 

@@ -2,11 +2,11 @@
 
 import torch
 
-from benchmarks.flops import count_flops
 from synpo_fast.losses import PairLogprobs, dpo, synpo
 from synpo_fast.models import Policy, Sample
 from synpo_fast.models.attention import SEGMENTS
 from synpo_fast.models.layout import plan_rows
+from synpo_fast.profiling.counted_flops import count_flops
 from tests.models.test_policy import policy_of
 
 PREFIX, COMPLETION = 1000, 200

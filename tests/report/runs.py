@@ -89,7 +89,7 @@ def profile() -> dict[str, Any]:
         "SynPO": {"vision": 1.0, "backward": 3.0},
         "DPO, adapter off": {"vision": 2.0, "reference": 2.0, "backward": 4.0},
     }
-    ways = [
+    variants = [
         {
             "name": name,
             "seconds": spread_of(sum(parts.values())),
@@ -102,11 +102,11 @@ def profile() -> dict[str, Any]:
         for name, parts in stages.items()
     ]
     unset = {"seconds": None, "stages": None, "ratio": None, "tokens_per_s": None}
-    ways.append({"name": "DPO, frozen copy", "skipped": "zero_stage=3 shards the model", **unset})
-    ways[1]["amortised_s"] = 0.25
+    variants.append({"name": "DPO, frozen copy", "skipped": "zero_stage=3 shards the model", **unset})
+    variants[1]["amortised_s"] = 0.25
     return {
-        "stages": ways[0]["stages"],
-        "ways": ways,
+        "stages": variants[0]["stages"],
+        "variants": variants,
         "rounds": 9,
         "batch": {"pairs": 2.0, "prompt_tokens": 1293.3, "response_tokens": 485.1},
         "limit": {"dpo_over_synpo_shared": 2.5908, "unshared": 1.5},

@@ -154,7 +154,7 @@ def test_no_text_of_a_file_becomes_markup(tmp_path):
     folder = make_run(tmp_path / "a<b onclick=x>&quot;", rows=rows, run_name=EVIL)
     write_rows(folder / "skipped_pairs.rank0.jsonl", [{"id": EVIL, "reason": EVIL, "epoch": EVIL}])
     (folder / "profile.json").write_text(
-        json.dumps({"ways": [{"name": EVIL, "stages": {EVIL: 1.0}}], "environment": {EVIL: EVIL}})
+        json.dumps({"variants": [{"name": EVIL, "stages": {EVIL: 1.0}}], "environment": {EVIL: EVIL}})
     )
     (folder / "demo.json").write_text(
         json.dumps({"accuracy": {EVIL: 1}, "examples": [{"video": EVIL, EVIL: EVIL}], "seconds": {EVIL: 1}})
@@ -221,7 +221,7 @@ BROKEN = [
     ("checkpoint-000012/state/trainer.json", b'{"versions": [1], "state": 3}', "no checkpoint says"),
     ("skipped_pairs.rank0.jsonl", b"{}\nnope\n", "skipped_pairs.rank0.jsonl: no JSON object in line 2"),
     ("profile.json", b"[]", "profile.json is not a JSON object"),
-    ("profile.json", b'{"ways": [1, {"stages": []}, {"seconds": "x", "stages": {"a": {}}}]}', None),
+    ("profile.json", b'{"variants": [1, {"stages": []}, {"seconds": "x", "stages": {"a": {}}}]}', None),
     ("demo.json", b'{"accuracy": 1, "per_attribute": [], "examples": [1, {}], "seconds": {"a": "b"}}', None),
     ("demo.json", b"oops", "demo.json is not a JSON object"),
 ]
@@ -289,7 +289,9 @@ rows = st.lists(
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows, anything, anything, st.dictionaries(st.sampled_from(["ways", "stages", "environment"]), anything))
+@given(
+    rows, anything, anything, st.dictionaries(st.sampled_from(["variants", "ways", "stages", "environment"]), anything)
+)
 def test_whatever_the_files_hold_a_page_is_written(run, metrics, caption, trainer, timed):
     write_rows(
         run / "metrics.jsonl", [*metrics, {"step": 3, "eval_captions": [caption, {"id": caption, "video": caption}]}]
@@ -338,11 +340,21 @@ def test_the_profile_shows_bars_to_scale_and_its_figures(run):
         in page.text
     )
     assert (
-        "time of DPO, adapter off over the way's own" in page.text
+        "time of DPO, adapter off over the variant's own" in page.text
         and "predict 2.59 for SynPO, 1.5 without" in page.text
     )
     assert "made beforehand, 250 ms a step" in page.text
     assert "DPO, frozen copy: not measured, zero_stage=3 shards the model." in page.text
+
+
+def test_a_profile_of_an_earlier_release_is_shown(run):
+    """Its key for the variants was "ways"."""
+    found = profile()
+    (run / "profile.json").write_text(json.dumps(found))
+    now = report(run).text
+    found["ways"] = found.pop("variants")
+    (run / "profile.json").write_text(json.dumps(found))
+    assert report(run).text == now and "DPO, frozen copy: not measured" in now
 
 
 def test_a_folder_with_a_profile_alone_is_no_fault(tmp_path):
@@ -352,13 +364,13 @@ def test_a_folder_with_a_profile_alone_is_no_fault(tmp_path):
     assert "learning_rate 0.25" in page.text and "SynPO 1x 0.9x to 1.2x 4 s" in page.text
 
 
-@pytest.mark.parametrize("by_way", [True, False])
-def test_the_demo_shows_accuracy_by_attribute_and_examples(run, by_way):
+@pytest.mark.parametrize("by_model", [True, False])
+def test_the_demo_shows_accuracy_by_attribute_and_examples(run, by_model):
     write_clip(run / "unseen.mp4", codec="vp9", num_frames=3, width=64, height=48, fps=8)
     content = demo("unseen.mp4")
-    if by_way:
+    if by_model:
         content["per_attribute"] = {
-            way: {"colour": content["per_attribute"]["colour"][way]} for way in content["accuracy"]
+            model: {"colour": content["per_attribute"]["colour"][model]} for model in content["accuracy"]
         }
     (run / "demo.json").write_text(json.dumps(content))
     page = report(run)

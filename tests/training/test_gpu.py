@@ -73,7 +73,7 @@ def test_a_profile(world, tmp_path):
     values = {**options(world, tmp_path / "out"), "use_cpu": False, "profile": 3}
     done = run(train_command(values))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    ways = json.loads((tmp_path / "out" / "profile.json").read_text())["ways"]
-    for way in ways:
-        assert way["skipped"] is None and way["peak_memory_bytes"] > 0 and way["flops"] > 0
-        assert way["stages_over_step"]["median"] == pytest.approx(1.0, abs=0.05)
+    variants = json.loads((tmp_path / "out" / "profile.json").read_text())["variants"]
+    for variant in variants:
+        assert variant["skipped"] is None and variant["peak_memory_bytes"] > 0 and variant["flops"] > 0
+        assert variant["stages_over_step"]["median"] == pytest.approx(1.0, abs=0.05)
