@@ -96,8 +96,9 @@ def run_demo(out: Path, settings: Settings) -> dict[str, Any]:
     with clock.step("evaluation", f"captions of {settings.num_unseen} unseen videos, by each of the three"):
         results = evaluate_all(out, settings, model, {"warm_up": None, "synpo": synpo, "dpo": dpo})
     results["seconds"] = clock.seconds
+    variants = speed["variants"] if "variants" in speed else speed["ways"]  # as an earlier release called them
     results["step"] = {
-        variant["name"]: {key: variant[key] for key in ("seconds", "ratio", "skipped")} for variant in speed["variants"]
+        variant["name"]: {key: variant[key] for key in ("seconds", "ratio", "skipped")} for variant in variants
     }
     results["settings"] = asdict(settings)
     (out / "demo.json").write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -39,8 +39,8 @@ from synpo_fast.training.start import check_options_on
 FILE = "profile.json"
 
 
-def profile_in_group(config: TrainConfig, device: torch.device) -> dict[str, Any]:
-    """Every rank calls it; rank 0 writes and shows. Returns what profile.json holds.
+def profile_in_group(config: TrainConfig, device: torch.device) -> None:
+    """Every rank calls it; rank 0 writes profile.json and shows the table.
 
     Raises TrainingStopped if two variants with the same loss differ, since their times would mean nothing, or if memory runs out.
     """
@@ -65,7 +65,6 @@ def profile_in_group(config: TrainConfig, device: torch.device) -> dict[str, Any
             progress.say(f"the earlier {FILE} is now {set_aside(folder / FILE)}")
         partial.replace(folder / FILE)
         print(table(record), flush=True)
-    return record
 
 
 def _check_folder(folder: Path) -> None:
