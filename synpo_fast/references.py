@@ -1,4 +1,4 @@
-"""Where reference log-probs come from, for the losses that compare with one.
+"""Reference log-probs, for the losses that compare with a reference: computed as they are asked for, or read from a file.
 
     FrozenCopy     a copy of the policy at this moment; twice the memory, never moves
     AdapterOff     the policy with its adapter switched off; no memory, but only right if nothing outside the adapter trains
@@ -7,10 +7,14 @@
     AnchorClip     any of the above, on a second view of each sample (LongVPO: the anchor clip without its distractors)
 
 Each is a callable: samples -> for each sample, for each response, token log-probs [T], detached.
+
+The file (a run's reference.pt) is a torch file of {"weights": key of what computed it, "entries": {key of a sample: [log-probs
+of each response]}}. `precompute` computes and writes one, `write_logps` writes what was read from several.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,8 +25,17 @@ from synpo_fast.errors import UserError
 from synpo_fast.models.digest import sample_key
 from synpo_fast.models.policy import Logps, Policy, Sample
 
+logger = logging.getLogger(__name__)
+Entries = dict[str, list[Tensor]]  # a sample's key -> log-probs of each of its responses
+
 
 class Reference(Protocol):
+    """Gives detached log-probs. same_tower: a policy whose vision tower has the trained policy's weights while that tower is
+    frozen, so that one pass encodes a video for both; None where there is none, or where it is not known to have them."""
+
+    @property
+    def same_tower(self) -> Policy | None: ...
+
     def __call__(self, samples: Sequence[Sample]) -> Logps: ...
 
 
@@ -31,16 +44,22 @@ class FrozenCopy:
 
     def __init__(self, policy: Policy, *, share_prefix: bool = True) -> None:
         self.policy, self.share_prefix = copy.deepcopy(policy).requires_grad_(False).eval(), share_prefix
+        self.same_tower: Policy | None = self.policy
 
     def __call__(self, samples: Sequence[Sample]) -> Logps:
         return detached_logps(self.policy, samples, self.share_prefix)
 
 
-class PreviousRound(FrozenCopy):
+class PreviousRound:
     """A policy loaded for this purpose, so that no copy is made."""
+
+    same_tower: Policy | None = None  # its tower may have trained in that round
 
     def __init__(self, policy: Policy, *, share_prefix: bool = True) -> None:
         self.policy, self.share_prefix = policy.requires_grad_(False).eval(), share_prefix
+
+    def __call__(self, samples: Sequence[Sample]) -> Logps:
+        return detached_logps(self.policy, samples, self.share_prefix)
 
 
 class AdapterOff:
@@ -52,6 +71,7 @@ class AdapterOff:
 
     def __init__(self, policy: Policy, *, share_prefix: bool = True) -> None:
         self.policy, self.share_prefix = policy, share_prefix
+        self.same_tower: Policy | None = policy
         self._check()
 
     def __call__(self, samples: Sequence[Sample]) -> Logps:
@@ -83,6 +103,8 @@ class Precomputed:
     Raises ValueError if the file was made with other weights, or holds no entry for a sample: a stale reference is an error.
     """
 
+    same_tower: Policy | None = None  # it encodes nothing
+
     def __init__(self, file: str | Path, *, weights_key: str) -> None:
         stored = torch.load(file, weights_only=True)
         if stored["weights"] != weights_key:
@@ -106,22 +128,65 @@ class Precomputed:
 
 
 def precompute(
-    reference: Reference, samples: Sequence[Sample], file: str | Path, *, weights_key: str, batch: int = 8
+    score: Callable[[Sequence[Sample]], Logps],
+    batches: Iterable[Sequence[Sample]],
+    file: str | Path,
+    *,
+    weights_key: str,
 ) -> None:
-    """Writes the reference's log-probs of all samples, in one move: a half-written file is never left behind."""
-    entries: dict[str, list[Tensor]] = {}
-    for begin in range(0, len(samples), batch):
-        part = samples[begin : begin + batch]
-        for sample, logps in zip(part, reference(part), strict=True):
+    """Writes the log-probs that `score` finds, batch by batch; a batch may be empty. score: a reference, or the like of one."""
+    entries: Entries = {}
+    for samples in batches:
+        scores = score(samples) if samples else []
+        for sample, logps in zip(samples, scores, strict=True):
             entries[sample_key(sample)] = [values.cpu() for values in logps]
+    write_logps(file, entries, weights_key=weights_key)
+
+
+def in_batches(samples: Sequence[Sample], size: int = 8) -> Iterator[Sequence[Sample]]:
+    for begin in range(0, len(samples), size):
+        yield samples[begin : begin + size]
+
+
+def write_logps(file: str | Path, entries: Entries, *, weights_key: str) -> None:
+    """In one move: a half-written file is never left behind. Raises UserError where it cannot be written."""
     file = Path(file)
     partial = file.with_name(file.name + ".partial")
-    torch.save({"weights": weights_key, "entries": entries}, partial)
-    partial.replace(file)
+    try:
+        torch.save({"weights": weights_key, "entries": entries}, partial)
+        partial.replace(file)
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of a full disk
+        partial.unlink(missing_ok=True)
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file} cannot be written ({said}): make room and start again") from error
+
+
+def read_logps(file: str | Path) -> Entries:
+    """What `precompute` wrote, of whatever weights."""
+    entries: Entries = torch.load(file, weights_only=True)["entries"]
+    return entries
+
+
+def is_fresh(file: Path, weights_key: str) -> bool:
+    """Whether the file is there, whole, and of these weights. One that cannot be read is said, and no error: it is made again."""
+    try:
+        found = torch.load(file, weights_only=True)
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds a {type(found).__name__}")
+        fresh, whole = found["weights"] == weights_key, isinstance(found["entries"], dict)
+    except FileNotFoundError:
+        return False
+    except Exception as error:  # unpickling bytes of any kind raises errors of any kind
+        reason = (str(error).strip().splitlines() or [""])[0]
+        logger.warning("%s cannot be read (%s: %s): it is made again", file, type(error).__name__, reason)
+        return False
+    return bool(fresh) and whole
 
 
 class AnchorClip:
     """Another reference that sees each sample through `view`: same responses, a smaller context."""
+
+    same_tower: Policy | None = None  # the view has videos of its own
 
     def __init__(self, inner: Reference, view: Callable[[Sample], Sample]) -> None:
         self.inner, self.view = inner, view

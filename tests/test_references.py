@@ -6,10 +6,19 @@ import pytest
 import torch
 
 from synpo_fast.models import load_policy
-from synpo_fast.models.digest import tower_key, weights_key
+from synpo_fast.models.digest import sample_key, tower_key, weights_key
 from synpo_fast.models.feature_cache import FeatureCache
 from synpo_fast.models.lora import add_lora
-from synpo_fast.references import AdapterOff, AnchorClip, FrozenCopy, Precomputed, PreviousRound, precompute
+from synpo_fast.references import (
+    AdapterOff,
+    AnchorClip,
+    FrozenCopy,
+    Precomputed,
+    PreviousRound,
+    in_batches,
+    is_fresh,
+    precompute,
+)
 from tests.models.alone import encoded, some_pairs
 from tests.models.test_policy import loss_of, policy_of
 
@@ -39,7 +48,7 @@ def make(kind: str, policy, samples, folder):
     if kind == "previous round":
         return PreviousRound(load_policy("tiny:qwen2_5_vl", dtype="float32", device="cpu"))
     file = folder / "reference.pt"
-    precompute(FrozenCopy(policy), samples, file, weights_key=weights_key(policy), batch=2)
+    precompute(FrozenCopy(policy), in_batches(samples, 2), file, weights_key=weights_key(policy))
     return Precomputed(file, weights_key=weights_key(policy))
 
 
@@ -61,6 +70,27 @@ def test_agrees_at_step_0_and_never_moves(kind, policy, tmp_path):
         assert (flat(policy.eval()(samples)) - start).abs().max() > 0.1, "the policy itself did move"
 
 
+@pytest.mark.parametrize("kind", ["frozen copy", "adapter off", "previous round", "precomputed"])
+def test_a_reference_tells_whether_a_pass_of_the_tower_serves_it_too(kind, policy, tmp_path):
+    add_lora(policy, r=4, alpha=8)
+    reference = make(kind, policy, encoded(policy, some_pairs("qwen2_5_vl")), tmp_path)
+    assert reference.same_tower is (reference.policy if kind in ("frozen copy", "adapter off") else None)
+
+
+def test_the_file_of_a_run_is_what_it_always_was(policy, tmp_path):
+    """A file of an earlier version is read, and an earlier version reads ours."""
+    samples, file = encoded(policy, some_pairs("qwen2_5_vl")), tmp_path / "reference.pt"
+    precompute(FrozenCopy(policy), [samples[:1], [], samples[1:]], file, weights_key="key")
+    stored = torch.load(file, weights_only=True)
+    assert sorted(stored) == ["entries", "weights"] and stored["weights"] == "key"
+    assert sorted(stored["entries"]) == sorted(map(sample_key, samples))
+    assert all(
+        [len(values) for values in stored["entries"][sample_key(s)]] == list(map(len, s.responses)) for s in samples
+    )
+    assert is_fresh(file, "key") and not is_fresh(file, "another") and not is_fresh(tmp_path / "none.pt", "key")
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_adapter_off_is_refused_when_anything_else_trains(policy):
     with pytest.raises(ValueError, match="needs a peft adapter"):
         AdapterOff(policy)
@@ -77,7 +107,7 @@ def test_adapter_off_is_refused_when_anything_else_trains(policy):
 def test_stale_precomputed_references_are_errors(policy, tmp_path):
     samples = encoded(policy, some_pairs("qwen2_5_vl"))
     file = tmp_path / "reference.pt"
-    precompute(FrozenCopy(policy), samples[:2], file, weights_key=weights_key(policy))
+    precompute(FrozenCopy(policy), in_batches(samples[:2]), file, weights_key=weights_key(policy))
     with pytest.raises(ValueError, match="no reference for sample 'text'"):
         Precomputed(file, weights_key=weights_key(policy))(samples)
     changed = dataclasses.replace(samples[0], responses=(samples[0].responses[0][:-1], samples[0].responses[1]))

@@ -15,7 +15,7 @@ from synpo_fast.models.digest import tower_key, weights_key
 from synpo_fast.models.families.registry import VideoFeatures, VideoInputs
 from synpo_fast.models.feature_cache import FeatureCache
 from synpo_fast.models.policy import FeatureStore, Logps
-from synpo_fast.references import AdapterOff, Precomputed, Reference, precompute
+from synpo_fast.references import AdapterOff, Precomputed, Reference, in_batches, precompute
 
 
 class OncePerStep:
@@ -52,7 +52,7 @@ def dpo_step(workload: Workload, *, precomputed: bool = False) -> Forward:
     if precomputed:
         with tempfile.TemporaryDirectory() as folder:
             file, key = Path(folder) / "reference.pt", weights_key(policy)
-            precompute(reference, workload.samples, file, weights_key=key)
+            precompute(reference, in_batches(workload.samples), file, weights_key=key)
             reference = Precomputed(file, weights_key=key)
     store = OncePerStep()
 

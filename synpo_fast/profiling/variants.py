@@ -30,7 +30,7 @@ from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.losses import LOSSES
 from synpo_fast.models.attention import SEGMENTS, VARLEN
 from synpo_fast.models.policy import Logps, Policy, Sample
-from synpo_fast.references import AdapterOff, FrozenCopy, Precomputed, Reference, detached_logps, precompute
+from synpo_fast.references import AdapterOff, FrozenCopy, Precomputed, Reference, detached_logps, in_batches, precompute
 from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.pair_module import PairModule, loss_options
 
@@ -146,19 +146,20 @@ class _OnDevice:
     """A reference whose log-probs are moved to where the policy's are."""
 
     def __init__(self, inner: Reference, device: torch.device) -> None:
-        self.inner, self.device = inner, device
+        self.inner, self.device, self.same_tower = inner, device, inner.same_tower
 
     def __call__(self, samples: Sequence[Sample]) -> Logps:
         return [[values.to(self.device, non_blocking=True) for values in sample] for sample in self.inner(samples)]
 
 
 def _precomputed(config: TrainConfig, policy: Policy, every: Sequence[Sample], *, share_prefix: bool) -> Reference:
-    def reference(samples: Sequence[Sample]) -> Logps:
+    def score(samples: Sequence[Sample]) -> Logps:
         return detached_logps(policy, samples, share_prefix)
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "reference.pt"
-        precompute(reference, every, file, weights_key="profile", batch=config.per_device_train_batch_size)
+        batches = in_batches(every, config.per_device_train_batch_size)
+        precompute(score, batches, file, weights_key="profile")
         return _OnDevice(Precomputed(file, weights_key="profile"), policy.device)
 
 

@@ -25,7 +25,7 @@ from synpo_fast.losses.metric_sums import metric_sums
 from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.models.shared_features import videos_encoded_once
 from synpo_fast.ops.host_copy import to_device
-from synpo_fast.references import AdapterOff, FrozenCopy, PreviousRound, Reference
+from synpo_fast.references import Reference
 
 Sums = dict[str, Tensor]
 
@@ -66,14 +66,8 @@ class PairModule(nn.Module):
             return loss, self._sums(pairs, output)
 
     def _one_pass_of_the_tower(self) -> AbstractContextManager[None]:
-        reference = self.reference
-        if (
-            self.encodes_once
-            and isinstance(reference, AdapterOff | FrozenCopy)
-            and type(reference) is not PreviousRound
-        ):
-            return videos_encoded_once([self.policy, reference.policy])
-        return nullcontext()
+        other = None if self.reference is None else self.reference.same_tower
+        return videos_encoded_once([self.policy, other]) if self.encodes_once and other is not None else nullcontext()
 
     def reference_logps(self, samples: Sequence[Sample]) -> Logps:
         """Where the policy is: precomputed ones come from a file, on the CPU."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,23 @@ import torch.distributed as dist
 
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import UserError
-from synpo_fast.models.digest import sample_key, tower_key, weights_key
+from synpo_fast.models.digest import tower_key, weights_key
 from synpo_fast.models.feature_cache import FeatureCache
 from synpo_fast.models.loading import load_policy
 from synpo_fast.models.lora import add_lora, load_adapter
-from synpo_fast.models.policy import Policy
-from synpo_fast.references import AdapterOff, FrozenCopy, Precomputed, Reference, detached_logps
+from synpo_fast.models.policy import Logps, Policy, Sample
+from synpo_fast.references import (
+    AdapterOff,
+    Entries,
+    FrozenCopy,
+    Precomputed,
+    Reference,
+    detached_logps,
+    is_fresh,
+    precompute,
+    read_logps,
+    write_logps,
+)
 from synpo_fast.run_folder.best_files import check_names
 from synpo_fast.run_folder.model_files import names_beside_weights
 from synpo_fast.run_folder.superseded import set_aside
@@ -149,7 +160,7 @@ def precomputed_reference(config: TrainConfig, data: RunData, policy: Policy, de
 
     def look() -> tuple[bool, str]:  # by one process: times of files may differ between machines
         whole_key = f"{key} {videos_key(config, data, policy)}"
-        return _is_fresh(file, whole_key), whole_key
+        return is_fresh(file, whole_key), whole_key
 
     fresh, key_with_videos = on_rank_zero(look)
     if not fresh:
@@ -157,64 +168,40 @@ def precomputed_reference(config: TrainConfig, data: RunData, policy: Policy, de
     return Precomputed(file, weights_key=key_with_videos)
 
 
-def _is_fresh(file: Path, key: str) -> bool:
-    try:
-        found = torch.load(file, weights_only=True)
-        if not isinstance(found, dict):
-            raise TypeError(f"it holds a {type(found).__name__}")
-        fresh, whole = found["weights"] == key, isinstance(found["entries"], dict)
-    except FileNotFoundError:
-        return False
-    except Exception as error:  # unpickling bytes of any kind raises errors of any kind
-        reason = (str(error).strip().splitlines() or [""])[0]
-        logger.warning("%s cannot be read (%s: %s): it is made again", file, type(error).__name__, reason)
-        return False
-    return bool(fresh) and whole
-
-
 def _precompute(config: TrainConfig, data: RunData, policy: Policy, file: Path, key: str) -> None:
     """Each rank scores its share of all pairs, training and evaluation, with the weights as they are; rank 0 joins the shares."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     policy.eval()
-    entries: dict[str, list[torch.Tensor]] = {}
-    for pairs, root in ((data.train, data.train_root), (data.evaluation, data.eval_root)):
-        if not pairs:
-            continue
-        with ordered_loader(config, pairs, root, policy, rank, world_size) as loader:
-            for batch in loader.steps(0):
-                samples = [pair.sample for pair in batch.pairs]
-                scores = detached_logps(policy, samples, config.share_prefix) if samples else []
-                for sample, logps in zip(samples, scores, strict=True):
-                    entries[sample_key(sample)] = [values.cpu() for values in logps]
-    part = file.with_name(f"{file.name}.rank{rank}")
-    _save(part, {"weights": key, "entries": entries})
+
+    def score(samples: Sequence[Sample]) -> Logps:
+        return detached_logps(policy, samples, config.share_prefix)
+
+    precompute(score, _share_of_all_pairs(config, data, policy), _part(file, rank), weights_key=key)
     dist.barrier()
     on_rank_zero(lambda: _join(file, key, world_size))
 
 
+def _share_of_all_pairs(config: TrainConfig, data: RunData, policy: Policy) -> Iterator[list[Sample]]:
+    """This rank's, in batches."""
+    for pairs, root in ((data.train, data.train_root), (data.evaluation, data.eval_root)):
+        if pairs:
+            with ordered_loader(config, pairs, root, policy, dist.get_rank(), dist.get_world_size()) as loader:
+                for batch in loader.steps(0):
+                    yield [pair.sample for pair in batch.pairs]
+
+
+def _part(file: Path, rank: int) -> Path:
+    return file.with_name(f"{file.name}.rank{rank}")
+
+
 def _join(file: Path, key: str, num_parts: int) -> None:
-    parts = [file.with_name(f"{file.name}.rank{rank}") for rank in range(num_parts)]
-    joined: dict[str, list[torch.Tensor]] = {}
-    for each in parts:
-        joined |= torch.load(each, weights_only=True)["entries"]
+    parts = [_part(file, rank) for rank in range(num_parts)]
+    joined: Entries = {}
+    for part in parts:
+        joined |= read_logps(part)
     if os.path.lexists(file):  # of other weights, pairs or videos: hours of work, perhaps
         logger.warning("%s was made with other weights, pairs or video files: it was made again", file)
         set_aside(file)
-    _save(file, {"weights": key, "entries": joined})
-    _remove(parts)
-
-
-def _save(file: Path, content: object) -> None:
-    partial = file.with_name(file.name + ".partial")
-    try:
-        torch.save(content, partial)
-        partial.replace(file)
-    except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of a full disk
-        partial.unlink(missing_ok=True)
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file} cannot be written ({said}): make room and start again") from error
-
-
-def _remove(files: Iterable[Path]) -> None:
-    for file in files:
-        file.unlink(missing_ok=True)
+    write_logps(file, joined, weights_key=key)
+    for part in parts:
+        part.unlink(missing_ok=True)

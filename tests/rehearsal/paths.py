@@ -108,7 +108,7 @@ def loss(name: str, *, precomputed: bool = False, **options: Any) -> Callable[[R
         config = TrainConfig(model_name_or_path="x", train_file="x", output_dir="x", loss_type=name, **options)
         module = PairModule(family.policy, config)
         if config.needs_reference:
-            module.reference = _from_a_file if precomputed else _reference(family.policy)
+            module.reference = _FromAFile() if precomputed else _reference(family.policy)
         sums: dict[str, Any] = {}
         for pairs in (family.pairs[:1], family.pairs[1:]):
             value, more = module(pairs, 0.5)
@@ -123,9 +123,13 @@ def _reference(policy: Policy) -> Reference:
     return AdapterOff(policy) if hasattr(policy.model, "disable_adapter") else FrozenCopy(policy)
 
 
-def _from_a_file(samples: Sequence[Any]) -> list[list[Tensor]]:
+class _FromAFile:
     """Log-probs as references.Precomputed gives them: on the host."""
-    return [[torch.zeros(len(response)) for response in sample.responses] for sample in samples]
+
+    same_tower: Policy | None = None
+
+    def __call__(self, samples: Sequence[Any]) -> list[list[Tensor]]:
+        return [[torch.zeros(len(response)) for response in sample.responses] for sample in samples]
 
 
 PATHS: dict[str, Callable[[Rehearsed], None]] = {

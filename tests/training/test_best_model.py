@@ -17,6 +17,7 @@ from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data import read_manifest, write_manifest
 from synpo_fast.models import load_policy
 from synpo_fast.models.lora import add_lora
+from synpo_fast.references import is_fresh
 from synpo_fast.run_folder.best_files import check_place, lies_elsewhere, put_best, remove_best, vouches
 from synpo_fast.run_folder.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
 from synpo_fast.run_folder.model_files import names_beside_weights, save_model_files
@@ -24,7 +25,6 @@ from synpo_fast.training import loop, start
 from synpo_fast.training.best_model import BestSoFar, goes_on, judge
 from synpo_fast.training.evaluation_loop import Evaluator
 from synpo_fast.training.metrics import read_metrics
-from synpo_fast.training.run_model import _is_fresh
 from tests.report.test_report import report
 from tests.world import options, run, train_command
 
@@ -573,7 +573,7 @@ def test_reference_logps_that_cannot_be_read_are_made_again(tmp_path, content, c
         file.write_bytes(content)
     else:
         torch.save(content, file)
-    assert not _is_fresh(file, "key")
+    assert not is_fresh(file, "key")
     assert all("\n" not in record.getMessage() for record in caplog.records)
     torch.save({"weights": "key", "entries": {}}, file)
-    assert _is_fresh(file, "key") and not _is_fresh(file, "another")
+    assert is_fresh(file, "key") and not is_fresh(file, "another")

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from synpo_fast import references
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data import Clip, Pair, read_manifest, write_manifest
 from synpo_fast.data.encoding import BadPair, quoted
 from synpo_fast.pairs.check import check_manifest
-from synpo_fast.training import run_model, start
+from synpo_fast.training import start
 from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.run_data import read_data
 from synpo_fast.training.run_state import Saver, check_same_run
@@ -169,9 +170,9 @@ def test_a_reference_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_p
         file.write_bytes(b"half")
         raise RuntimeError("unexpected pos 64 vs 0")
 
-    monkeypatch.setattr(run_model.torch, "save", full)
+    monkeypatch.setattr(references.torch, "save", full)
     with pytest.raises(ValueError, match=r"reference\.pt cannot be written \(unexpected pos"):
-        run_model._save(tmp_path / "reference.pt", {})
+        references.write_logps(tmp_path / "reference.pt", {}, weights_key="key")
     assert not list(tmp_path.iterdir())
 
 
