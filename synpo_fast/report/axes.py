@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from synpo_fast.report.formats import whole
 from synpo_fast.report.series import Point, ticks
 
 WIDTH, HEIGHT, TOP, BOTTOM, RIGHT = 360, 210, 16, 26, 8
@@ -59,8 +60,8 @@ class Frame:
 
     def _step_labels(self, right: float, y: float) -> list[str]:
         if self.only is not None:
-            return [f'<text x="{self.x(self.only):.1f}" y="{y}" text-anchor="middle">step {self.only:,}</text>']
-        end = f"step {self.last:,}"
+            return [f'<text x="{self.x(self.only):.1f}" y="{y}" text-anchor="middle">step {whole(self.only)}</text>']
+        end = f"step {whole(self.last)}"
         shown = [
             f'<text x="{self.x(tick):.1f}" y="{y}" text-anchor="middle">{tick:,.0f}</text>'
             for tick in ticks(self.first, self.last, 4, whole=True)

@@ -11,7 +11,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from synpo_fast.report.colours import QUIET, RESPONSE_COLOURS
 from synpo_fast.report.data import Row, RunRecord
+from synpo_fast.report.formats import whole
 from synpo_fast.report.frames import frames_markup
 
 MAX_VIDEOS, MAX_OPEN, MAX_PAIRS = 12, 4, 4
@@ -70,7 +72,7 @@ def text_markup(text: Any) -> str:
         return '<span class="soft">not recorded</span>'
     if not text.strip():
         return '<span class="soft">(empty)</span>'
-    cut = f"… ({len(text) - MAX_TEXT:,} more characters)" if len(text) > MAX_TEXT else ""
+    cut = f"… ({whole(len(text) - MAX_TEXT)} more characters)" if len(text) > MAX_TEXT else ""
     return escape(text[:MAX_TEXT] + cut)
 
 
@@ -87,9 +89,9 @@ def _captions_of(run: RunRecord, colour: str, *, several: bool) -> list[tuple[Ro
     for row, said in found.values():
         (first, before), (last, after) = said[0], said[-1]
         name = run.name if several else "after"
-        shown = [(f"{name}, step {last:,}", after, colour if several else "")]
+        shown = [(f"{name}, step {whole(last)}", after, colour if several else "")]
         if len(said) > 1 and not several:
-            shown.insert(0, (f"before, step {first:,}" if first else "before training", before, ""))
+            shown.insert(0, (f"before, step {whole(first)}" if first else "before training", before, ""))
         result.append((row, shown))
     return result
 
@@ -103,7 +105,7 @@ def _card(video: str, root: Path, pairs: Sequence[_Shown]) -> str:
     for pair in pairs[:MAX_PAIRS]:
         plain = any(colour for _, _, colour in pair.said)  # the colours stand for runs
         responses = [
-            (name, pair.row.get(name), "var(--faint)" if plain else f"var(--{name})") for name in ("chosen", "rejected")
+            (name, pair.row.get(name), QUIET if plain else colour) for name, colour in RESPONSE_COLOURS.items()
         ]
         prompt = text_markup(pair.row.get("prompt"))
         blocks.append(f'<div class="pair"><p class="soft">{prompt}</p>{said_markup([*pair.said, *responses])}</div>')

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from html import escape
 
 from synpo_fast.report.axes import TOP, Frame
+from synpo_fast.report.colours import RESPONSE_COLOURS
 from synpo_fast.report.data import RunRecord
+from synpo_fast.report.formats import short
 from synpo_fast.report.series import (
     SMOOTH_FROM,
     Point,
@@ -97,7 +99,7 @@ CHARTS = (
 )
 UNCHARTED = {"step", "epoch", "num_tokens"}  # they say no more than the step does
 COMPARISONS = tuple(name for chart in OUTCOME for name in chart.metrics)
-PAIR_COLOURS = ("var(--chosen)", "var(--rejected)")
+PAIR_COLOURS = tuple(RESPONSE_COLOURS.values())
 
 
 @dataclass(frozen=True)
@@ -161,19 +163,6 @@ def draw(
         f'<p class="note">{escape(" · ".join(notes))}</p></figcaption>'
         f'<div class="plot">{frame.svg(body, title)}<div class="readout" hidden></div></div></figure>'
     )
-
-
-def short(value: float | None, unit: str = "", digits: int = 4) -> str:
-    """A number as a reader wants it: so many digits that count, and no more of it."""
-    if value is None:
-        return "–"
-    size = abs(value)
-    if size >= 1e6 or 0 < size < 1e-3:
-        mantissa, exponent = f"{value:.{min(digits, 3) - 1}e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}{unit}"
-    if float(value).is_integer() or size >= 1e3:
-        return f"{value:,.0f}{unit}"
-    return f"{value:.{digits}g}{unit}"
 
 
 def _lines(chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str], *, several: bool) -> list[Line]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from synpo_fast.report.charts import short
 from synpo_fast.report.data import Row, RunRecord, number_in, read_json_object
-from synpo_fast.report.profile import table
+from synpo_fast.report.formats import NO_NUMBER, large, short, whole
 from synpo_fast.report.series import ends, finite, points_of
+from synpo_fast.report.tables import table_card
 from synpo_fast.report.units import LOGPS, LOSS, REWARD, unit_markup, unit_of, with_units
 from synpo_fast.run_folder.best_files import NAME as BEST_MODEL
 
@@ -54,9 +54,9 @@ def numbers_markup(run: RunRecord) -> str:
             rows.append([label, *(short(value, measure.unit) for value in values)])
     if not rows:
         return f'<div class="tiles">{tiles}</div>'
-    when = [f"held out, step {run.evaluations[place]['step']:,}" for place in (0, -1)] if run.evaluations else []
+    when = [f"held out, step {whole(run.evaluations[place]['step'])}" for place in (0, -1)] if run.evaluations else []
     head = ["", "training, start", "training, end", *when]
-    return f'<div class="tiles">{tiles}</div><div class="card">{table(head, rows, "numbers stack")}</div>'
+    return f'<div class="tiles">{tiles}</div>{table_card(head, rows, "numbers stack")}'
 
 
 def best_lines(run: RunRecord, *, several: bool) -> list[str]:
@@ -91,26 +91,15 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     speeds = finite(points_of(run.steps, "pairs_per_s"))
     tokens = finite(points_of(run.steps, "tokens_per_s"))
     return [
-        ("steps", f"{run.steps[-1]['step']:,}" if run.steps else short(None)),
+        ("steps", whole(run.steps[-1]["step"]) if run.steps else NO_NUMBER),
         ("epochs", short(last_number(run.steps, "epoch"), digits=3)),
         ("pairs a second, median", short(statistics.median(speeds) if speeds else None, digits=3)),
         ("tokens a second, median", short(statistics.median(tokens) if tokens else None, digits=3)),
         ("of a step waiting for data, median", short(statistics.median(waits) if waits else None, " %", 2)),
-        ("tokens in all", _count(last_number(run.steps, "num_tokens"))),
+        ("tokens in all", large(last_number(run.steps, "num_tokens"))),
         ("pairs skipped", short(last_number(run.steps, "skipped_pairs"))),
         ("steps not finite", short(max(finite(points_of(run.steps, "nonfinite_steps")), default=None))),
     ]
-
-
-def _is_number(cell: str) -> bool:
-    return cell != short(None)
-
-
-def _count(value: float | None) -> str:
-    """Large counts in words a reader knows."""
-    if value is None or abs(value) < 1e6:
-        return short(value)
-    return f"{value / 1e6:,.3g} M" if value < 1e9 else f"{value / 1e9:,.4g} G"
 
 
 def compared_markup(runs: Sequence[RunRecord]) -> str:
@@ -122,11 +111,11 @@ def compared_markup(runs: Sequence[RunRecord]) -> str:
         for kind, values in (("", trained), (", held out", held_out)):
             if any(value is not None for value in values):
                 cells = [short(value, measure.unit) for value in values]
-                rows.append(with_units(measure.label + kind, cells, units, _is_number))
+                rows.append(with_units(measure.label + kind, cells, units))
     for facts in zip(*map(_facts, runs), strict=True):
         rows.append([facts[0][0], *(value for _, value in facts)])
     head = ["at the end", *(escape(run.name) for run in runs)]
-    return f'<div class="card">{table(head, rows, "numbers several stack")}</div>'
+    return table_card(head, rows, "numbers several stack")
 
 
 def differences_markup(runs: Sequence[RunRecord]) -> str:
@@ -138,7 +127,7 @@ def differences_markup(runs: Sequence[RunRecord]) -> str:
             rows.append([escape(name), *map(escape, values)])
     if not rows:
         return '<p class="note">Nothing: the configs are the same.</p>'
-    return f'<div class="card">{table(["option", *(escape(run.name) for run in runs)], rows, "several")}</div>'
+    return table_card(["option", *(escape(run.name) for run in runs)], rows, "several")
 
 
 def as_text(value: Any) -> str:

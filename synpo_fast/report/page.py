@@ -17,7 +17,9 @@ from typing import Any
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.report.captions import captions_markup, text_markup
 from synpo_fast.report.charts import CHARTS, UNCHARTED, figures, other_charts, outcome_charts
+from synpo_fast.report.colours import series_colour
 from synpo_fast.report.data import RunRecord
+from synpo_fast.report.formats import NO_NUMBER, whole
 from synpo_fast.report.numbers import (
     as_text,
     best_lines,
@@ -26,9 +28,10 @@ from synpo_fast.report.numbers import (
     last_number,
     numbers_markup,
 )
-from synpo_fast.report.profile import demo_markup, profile_markup, table
+from synpo_fast.report.profile import demo_markup, profile_markup
 from synpo_fast.report.series import SMOOTH_FROM, finite, points_of, smoothing_window
-from synpo_fast.report.style import SCRIPT, STYLE, series_colour
+from synpo_fast.report.style import SCRIPT, STYLE
+from synpo_fast.report.tables import table, table_card
 
 MAX_SKIPPED, MAX_OPEN = 50, 8
 
@@ -177,12 +180,12 @@ def _skipped_of(run: RunRecord) -> str:
         for (name, reason), seen in list(epochs.items())[:MAX_SKIPPED]
     ]
     left = len(epochs) - len(rows)
-    note = f'<p class="note">{left:,} more are in skipped_pairs.rank*.jsonl.</p>' if left else ""
+    note = f'<p class="note">{whole(left)} more are in skipped_pairs.rank*.jsonl.</p>' if left else ""
     head = ["pair", "why", "when"]
     found = table(head, rows[:MAX_OPEN], "rows free")
     if len(rows) > MAX_OPEN:
         found += f"<details><summary>{len(rows) - MAX_OPEN} more</summary>{table(head, rows[MAX_OPEN:], 'rows free')}</details>"
-    return f"<p>{len(epochs):,} different pairs, {len(run.skipped):,} times.</p>{found}{note}"
+    return f"<p>{whole(len(epochs))} different pairs, {whole(len(run.skipped))} times.</p>{found}{note}"
 
 
 def _configs(runs: Sequence[RunRecord]) -> str:
@@ -213,6 +216,6 @@ def _versions(runs: Sequence[RunRecord]) -> str:
     names = list({name: None for _, versions in known for name in versions})
     if not names:
         return '<p class="note">Not known: no checkpoint says.</p>'
-    rows = [[escape(name), *(escape(str(versions.get(name, "–"))) for _, versions in known)] for name in names]
+    rows = [[escape(name), *(escape(str(versions.get(name, NO_NUMBER))) for _, versions in known)] for name in names]
     head = ["package", *(escape(f"{run.name}, {run.checkpoint}") if len(runs) > 1 else run.checkpoint for run in runs)]
-    return f'<div class="card">{table(head, rows, "several" if len(runs) > 1 else "")}</div>'
+    return table_card(head, rows, "several" if len(runs) > 1 else "")

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from synpo_fast.report.captions import said_markup
-from synpo_fast.report.charts import short
+from synpo_fast.report.colours import series_colour
 from synpo_fast.report.data import number_in
+from synpo_fast.report.formats import NO_NUMBER, duration, memory, percent, short
 from synpo_fast.report.frames import frames_markup
-from synpo_fast.report.style import series_colour
+from synpo_fast.report.tables import table, table_card
 
 MAX_EXAMPLES = 6
-MAX_STACKED = 4  # columns of a table whose rows have their name above them on a phone
 NAMES = {"warm_up": "warm-up", "synpo": "SynPO", "dpo": "DPO", "after": "after SynPO"}
 
 
@@ -55,21 +55,6 @@ def demo_markup(demo: Mapping[str, Any], folder: Path) -> str:
     return "".join(parts) + "".join(f'<p class="note">{note}</p>' for note in notes if note)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """head and rows hold markup; the first cell of a row is its name."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
-    )
-    columns = len(head) - 1
-    if columns > MAX_STACKED:  # too many to stand side by side on a phone: they scroll
-        kind = " ".join(word for word in kind.split() if word != "stack")
-    return (
-        f'<div class="scroll"><table class="{kind}" style="--columns:{columns}"><thead><tr>{top}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
 def _bars(variants: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     spans = [{name: _middle(_dict(variant.get("stages")).get(name)) or 0.0 for name in names} for variant in variants]
     longest = max((sum(span.values()) for span in spans), default=0.0)
@@ -79,7 +64,7 @@ def _bars(variants: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     for variant, span in zip(variants, spans, strict=True):
         pieces = "".join(
             f'<span style="width:{100 * seconds / longest:.3f}%;background:{series_colour(number)}" '
-            f'title="{escape(name)} {_duration(seconds)}"></span>'
+            f'title="{escape(name)} {duration(seconds)}"></span>'
             for number, (name, seconds) in enumerate(span.items())
         )
         rows.append(
@@ -101,14 +86,14 @@ def _variants_table(variants: Sequence[dict[str, Any]]) -> str:
             [
                 _name(variant),
                 _with_spread(variant.get("ratio"), lambda ratio: short(ratio, "x", 3)),
-                _duration(_middle(variant.get("seconds"))),
-                _spread(variant.get("seconds"), _duration),
+                duration(_middle(variant.get("seconds"))),
+                _spread(variant.get("seconds"), duration),
                 short(_middle(variant.get("tokens_per_s"))),
-                _memory(number_in(variant.get("peak_memory_bytes"))),
+                memory(number_in(variant.get("peak_memory_bytes"))),
                 short(_middle(variant.get("flops"))),
             ]
         )
-    return f'<div class="card">{table(head, rows, "numbers several")}</div>'
+    return table_card(head, rows, "numbers several")
 
 
 def _explained(profile: Mapping[str, Any], variants: Sequence[dict[str, Any]]) -> str:
@@ -129,7 +114,7 @@ def _explained(profile: Mapping[str, Any], variants: Sequence[dict[str, Any]]) -
         seconds = number_in(variant.get("amortised_s"))
         if seconds is not None:
             lines.append(
-                f"{variant.get('name')}: log-probs made beforehand, {_duration(seconds)} a step, once a training run."
+                f"{variant.get('name')}: log-probs made beforehand, {duration(seconds)} a step, once a training run."
             )
         if variant.get("skipped") is not None:
             lines.append(f"{variant.get('name')}: not measured, {variant['skipped']}.")
@@ -140,7 +125,7 @@ def _stages_table(variants: Sequence[dict[str, Any]], names: Sequence[str]) -> s
     if not names:
         return ""
     rows = [
-        [escape(name), *(_with_spread(_dict(variant.get("stages")).get(name), _duration) for variant in variants)]
+        [escape(name), *(_with_spread(_dict(variant.get("stages")).get(name), duration) for variant in variants)]
         for name in names
     ]
     inner = table(["stage", *map(_name, variants)], rows, "numbers several")
@@ -171,18 +156,18 @@ def _table_of(rows: Mapping[str, Mapping[str, Any]], share: bool) -> str:
     def shown(value: float | None) -> str:
         if value is None or not share:
             return short(value)
-        return f"{100 * value if fractions else value:.1f} %"
+        return percent(100 * value if fractions else value)
 
     body = [[escape(str(name)), *map(shown, row)] for name, row in cells.items()]
     head = ["", *(escape(NAMES.get(column, str(column).replace("_", " "))) for column in columns)]
-    return f'<div class="card">{table(head, body, "numbers")}</div>'
+    return table_card(head, body, "numbers")
 
 
 def _example(example: Mapping[str, Any], folder: Path) -> str:
     video = example.get("video")
     frames = frames_markup(str(folder / video), None) if isinstance(video, str) else ""
     names = [name for name in example if name != "video"]
-    items = [(NAMES.get(name, str(name)), example[name], "var(--c0)" if name == "after" else "") for name in names]
+    items = [(NAMES.get(name, str(name)), example[name], series_colour(0) if name == "after" else "") for name in names]
     title = f"<h3>{escape(video)}</h3>" if isinstance(video, str) else ""
     return f'<article class="card video"><div class="frames">{frames}</div><div>{title}{said_markup(items)}</div></article>'
 
@@ -193,7 +178,7 @@ def _middle(value: Any) -> float | None:
 
 def _spread(value: Any, shown: Any = short) -> str:
     low, high = (number_in(_dict(value).get(name)) for name in ("low", "high"))
-    return "–" if low is None or high is None else f"{shown(low)} to {shown(high)}"
+    return NO_NUMBER if low is None or high is None else f"{shown(low)} to {shown(high)}"
 
 
 def _with_spread(value: Any, shown: Any = short) -> str:
@@ -202,20 +187,8 @@ def _with_spread(value: Any, shown: Any = short) -> str:
     return middle if "to" not in spread else f'{middle}<br><span class="soft">{spread}</span>'
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return short(None)
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
-
-
-def _memory(size: float | None) -> str:
-    if size is None or size < 2**30:
-        return short(None if size is None else size / 2**20, " MiB", 3)
-    return short(size / 2**30, " GiB", 3)
-
-
 def _spoken(span: Mapping[str, float]) -> str:
-    return escape(", ".join(f"{name} {_duration(seconds)}" for name, seconds in span.items() if seconds))
+    return escape(", ".join(f"{name} {duration(seconds)}" for name, seconds in span.items() if seconds))
 
 
 def _name(variant: Mapping[str, Any]) -> str:

@@ -1,20 +1,10 @@
 """How a report looks, and the few lines of script that read a chart under the pointer. Nothing is loaded from anywhere."""
 
-NUM_COLOURS = 8
+from synpo_fast.report.colours import THEMES
 
-
-def series_colour(number: int) -> str:
-    """CSS of the colour of a run or a stage: eight chosen ones, then hues as many as needed, as light as the theme needs."""
-    return f"var(--c{number})" if number < NUM_COLOURS else f"hsl({number * 137 % 360} 60% var(--more))"
-
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#1c2128;--soft:#5b6470;--faint:#e3e7ec;--page:#f6f7f9;--card:#fff;--warn:#b42318;
---warn-bg:#fdeceb;--grid:#8d949c;--thin:.74;--more:27%;--chosen:#0b63bd;--rejected:#a94a08;--c0:#0b63bd;--c1:#a94a08;--c2:#16724a;
---c3:#8e44ad;--c4:#7d5c00;--c5:#b82c64;--c6:#0b6c74;--c7:#5c6672}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e9ee;--soft:#9aa4b1;--faint:#2c333d;--page:#12161b;--card:#1a2027;
---warn:#ff9a8f;--warn-bg:#3a1d1b;--grid:#69727e;--thin:.62;--more:72%;--chosen:#5eb0ff;--rejected:#ff9a4d;--c0:#5eb0ff;--c1:#ff9a4d;
---c2:#5fd39a;--c3:#cf9bea;--c4:#e5c04b;--c5:#ff86b3;--c6:#4fd0d8;--c7:#aab3bf}}
+STYLE = (
+    THEMES
+    + """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",
@@ -122,6 +112,7 @@ padding:4px 0}
 }
 @media print{.runs{position:static}.card,.chart,.tile{break-inside:avoid}}
 """
+)
 
 SCRIPT = """
 for (const svg of document.querySelectorAll("svg[data-x]")) {

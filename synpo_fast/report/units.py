@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from synpo_fast.losses import LOSSES
 from synpo_fast.losses.units import LOGPS_UNITS, SFT, logps_unit, loss_unit, reward_unit
 from synpo_fast.report.data import RunRecord, number_in
+from synpo_fast.report.formats import NO_NUMBER
 
 LOSS, GRADIENT, REWARD, LOGPS, PULL = "loss", "gradient", "reward", "logps", "pull"  # what a number is made of
 UNKNOWN = "unit not known"
@@ -44,14 +45,14 @@ def by_unit(
     return list(found.values())
 
 
-def with_units(label: str, cells: Sequence[str], units: Sequence[str], shown: Callable[[str], bool]) -> list[str]:
+def with_units(label: str, cells: Sequence[str], units: Sequence[str]) -> list[str]:
     """A table's row of several runs: the unit stands beside the label where all share one, else in each cell with a number."""
-    used = {unit for unit, cell in zip(units, cells, strict=True) if shown(cell)}
+    used = {unit for unit, cell in zip(units, cells, strict=True) if cell != NO_NUMBER}
     if len(used) == 1 and UNKNOWN not in used:
         return [label + unit_markup(used.pop()), *cells]
     return [
         label,
-        *(cell + (unit_markup(unit) if shown(cell) else "") for unit, cell in zip(units, cells, strict=True)),
+        *(cell + (unit_markup(unit) if cell != NO_NUMBER else "") for unit, cell in zip(units, cells, strict=True)),
     ]
 
 

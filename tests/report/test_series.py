@@ -9,8 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from synpo_fast.report.axes import _tick_labels
-from synpo_fast.report.charts import CHARTS, LOSS_CHART, OUTCOME, Chart, draw, other_charts, short
+from synpo_fast.report.charts import CHARTS, LOSS_CHART, OUTCOME, Chart, draw, other_charts
 from synpo_fast.report.data import RunRecord, number_in
+from synpo_fast.report.formats import short
 from synpo_fast.report.series import ends, finite, smoothed, smoothing_window, thinned, ticks, value_range
 
 

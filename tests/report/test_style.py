@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from synpo_fast.report.page import series_colour
+from synpo_fast.report.colours import series_colour
 from synpo_fast.report.style import STYLE
 from tests.report.test_browser import contrast
 
