@@ -1,7 +1,7 @@
 """Runs the trainer as a user does, under the deepspeed launcher, and shows what it says as it goes.
 
-All it writes goes to log.txt in the run's folder; the lines about the training are shown too, and where nothing comes for some
-seconds, that it is still at work.
+All it prints goes to log.txt in the run's folder. Its events (terminal/events.py) are shown by their kinds, and where nothing
+comes for some seconds, that it is still at work.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -21,22 +22,21 @@ from typing import Any
 
 import synpo_fast
 from synpo_fast.run_folder.checkpoint import newest_checkpoint
+from synpo_fast.terminal.events import VARIABLE, EventReader, Kind
 
 QUIET_SECONDS = 5.0
 SHOW_SECONDS = 2.0  # at most one line of steps in this time
-SHOWN = (
-    "step ",
-    "round ",
-    "profile:",
+SHOWN: tuple[Kind, ...] = (
+    "run",
+    "resuming",
+    "reference",
+    "step",
     "evaluation",
+    "nothing_to_do",
     "finished",
     "stopped",
-    "going on",
-    "nothing to do",
-    "reference:",
-    "synpo on",
-    "dpo on",
-    "sft on",
+    "profile",
+    "round",
 )
 
 
@@ -95,37 +95,45 @@ def _run(out: Path, recipe: str, options: Mapping[str, Any], title: str) -> Path
 
 
 def _run_and_show(command: list[str], log: Path) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        events = Path(folder) / "events.jsonl"
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, "PYTHONUNBUFFERED": "1", VARIABLE: str(events)},
+            start_new_session=True,
+        )
+        try:
+            _show(process, log, EventReader(events))
+            return process.wait()
+        finally:
+            if process.poll() is None:  # interrupted: the trainer, told so, saves a checkpoint and ends
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+
+
+def _show(process: subprocess.Popen[str], log: Path, events: EventReader) -> None:
+    """Until the process has nothing more to say. Each line that it prints is the sign to look for new events."""
     lines: queue.Queue[str | None] = queue.Queue()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=environment,
-        start_new_session=True,
-    )
-    reader = threading.Thread(target=_pass_on, args=(process, lines, log), daemon=True)
-    reader.start()
+    threading.Thread(target=_pass_on, args=(process, lines, log), daemon=True).start()
     started = said = time.monotonic()
-    try:
-        while True:
-            try:
-                line = lines.get(timeout=QUIET_SECONDS)
-            except queue.Empty:
-                print(f"  ... at work for {time.monotonic() - started:.0f} s", flush=True)
-                continue
-            if line is None:
-                return process.wait()
-            steps = line.startswith("step ")
-            if line.startswith(SHOWN) and (not steps or time.monotonic() - said > SHOW_SECONDS):
-                print(f"  {line}", flush=True)
-                said = time.monotonic() if steps else said
-    finally:
-        if process.poll() is None:  # interrupted: the trainer, told so, saves a checkpoint and ends
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+    line: str | None = ""
+    while line is not None:
+        quiet = False
+        try:
+            line = lines.get(timeout=QUIET_SECONDS)
+        except queue.Empty:
+            quiet = True
+        for event in events.new():
+            quiet, is_step = False, event.kind == "step"
+            if event.kind in SHOWN and (not is_step or time.monotonic() - said > SHOW_SECONDS):
+                print(f"  {event.text}", flush=True)
+                said = time.monotonic() if is_step else said
+        if quiet:
+            print(f"  ... at work for {time.monotonic() - started:.0f} s", flush=True)
 
 
 def _pass_on(process: subprocess.Popen[str], lines: queue.Queue[str | None], log: Path) -> None:

@@ -72,7 +72,7 @@ class Bench:
                 if index == 0:
                     first = losses
                 if index >= 0:
-                    progress.say(f"round {index + 1}/{self.config.profile}")
+                    progress.say(f"round {index + 1}/{self.config.profile}", "round")
         return times, first
 
     def _timed_step(

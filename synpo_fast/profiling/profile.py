@@ -53,7 +53,8 @@ def profile_in_group(config: TrainConfig, device: torch.device) -> None:
     bench = _build(config, read_data(config), device)
     progress.say(
         f"profile: {config.profile} rounds after {WARM_UP} to warm up, {len(bench.measured)} variants, "
-        f"{len(bench.steps)} batches, {bench.engine.world_size} process{'es' * (bench.engine.world_size > 1)} on {device.type}"
+        f"{len(bench.steps)} batches, {bench.engine.world_size} process{'es' * (bench.engine.world_size > 1)} on {device.type}",
+        "profile",
     )
     times, losses = bench.run(progress)
     progress.say("counting memory and FLOPs")

@@ -8,24 +8,15 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Mapping
 
-# Where launchers put a process's number: torch's and DeepSpeed's, Slurm's, Open MPI's. On its machine, then over all.
-LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
-RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+from synpo_fast.terminal.events import Kind, emit
+from synpo_fast.terminal.ranks import LOCAL_RANKS, rank_of
 
 
-def rank_of(environment: Mapping[str, str], names: tuple[str, ...] = RANKS) -> int:
-    """This process's number, 0 where no launcher has given it one."""
-    for name in names:
-        if environment.get(name, "").isdigit():
-            return int(environment[name])
-    return 0
-
-
-def say(text: str) -> None:
+def say(text: str, kind: Kind = "start") -> None:
     """A line on how far the start has come, from the first process of all."""
     if rank_of(os.environ) == 0:
+        emit(kind, text)
         print(text, file=sys.stderr, flush=True)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from synpo_fast.terminal.events import Kind, emit
 from synpo_fast.terminal.printable import printable, printable_line
 
 SHOWN = ("loss", "rewards/margins", "grad_norm", "learning_rate", "pairs_per_s", "skipped_pairs")
@@ -17,14 +18,16 @@ STEPS_BEHIND_ETA = 50
 
 
 class Progress:
-    """Shows on one rank. A terminal gets a bar (unless told not to), anything else a line every `every` steps.
+    """Shows on one rank. A terminal gets a bar (unless told not to), anything else a line every `every` steps; who reads events
+    (events.py) gets the lines in either case.
 
     The time left is that of the last steps alone, times the steps that are left: evaluations and checkpoints are not in it,
     nor is this process's first step, which waits for its first videos and compiles what is compiled.
     """
 
     def __init__(self, *, shows: bool, bar: bool, first_step: int, num_steps: int, every: int) -> None:
-        self.shows, self.num_steps, self.every = shows, num_steps, every
+        self.tells, self.num_steps, self.every = shows, num_steps, every
+        self.shows = shows  # until nobody reads it
         self.first_step = first_step
         self._seconds: deque[float] = deque(maxlen=STEPS_BEHIND_ETA)
         self._bar: Any = None
@@ -34,32 +37,42 @@ class Progress:
             self._bar = tqdm(total=num_steps, initial=first_step, dynamic_ncols=True, bar_format=BAR)
 
     def show(self, step: int, numbers: Mapping[str, float]) -> None:
-        if not self.shows:
+        if not self.tells:
             return
         if step > self.first_step + 1 and "step_s" in numbers:
             self._seconds.append(numbers["step_s"])
         shown = {name.rsplit("/", 1)[-1]: f"{numbers[name]:.4g}" for name in SHOWN if name in numbers}
-        if self._bar is not None:
+        line = None
+        if step % self.every == 0 or step == self.num_steps:
+            facts = "  ".join(f"{name} {value}" for name, value in shown.items())
+            line = f"step {step}/{self.num_steps}  {facts}  left {self._left(step)}"
+            emit("step", line)
+        if self._bar is None:
+            self._print(line)
+        elif self.shows:
             with self._until_nobody_reads():
                 self._bar.set_postfix_str(self._fitting(step, shown), refresh=False)
                 self._bar.update(step - self._bar.n)
                 self._bar.refresh()
-        elif step % self.every == 0 or step == self.num_steps:
-            facts = "  ".join(f"{name} {value}" for name, value in shown.items())
-            self.say(f"step {step}/{self.num_steps}  {facts}  left {self._left(step)}")
 
     def note(self, numbers: Mapping[str, Any]) -> None:
         """An evaluation's numbers and captions."""
-        if not self.shows:
+        if not self.tells:
             return
         facts = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, float))
-        self.say(f"evaluation: {facts}")
+        self.say(f"evaluation: {facts}", "evaluation")
         for row in numbers.get("eval_captions", []):
-            self.say(f"  {printable_line(row['id'])}: {printable_line(row['caption'][:300])}")
+            self.say(f"  {printable_line(row['id'])}: {printable_line(row['caption'][:300])}", "caption")
 
-    def say(self, text: str) -> None:
-        """A line, or several. Names and captions in it are other people's: what would steer the terminal is spelt out."""
-        if not self.shows:
+    def say(self, text: str, kind: Kind = "note") -> None:
+        """A line, or several."""
+        if self.tells:
+            emit(kind, text)
+            self._print(text)
+
+    def _print(self, text: str | None) -> None:
+        """Names and captions in it are other people's: what would steer the terminal is spelt out."""
+        if text is None or not self.shows:
             return
         text = printable(text)
         with self._until_nobody_reads():

@@ -156,7 +156,7 @@ def evaluate(run: Run, evaluator: Evaluator) -> bool | None:
         return False
     improved, said = judge(state.best, numbers, state.step, run.device)
     if said:
-        run.progress.say(said)
+        run.progress.say(said, "best")
     return improved
 
 

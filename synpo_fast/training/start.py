@@ -131,7 +131,7 @@ def _train(
     run.stopper = stopper
     try:
         if (nothing := _nothing_to_do(run)) is not None:
-            run.progress.say(f"nothing to do: {nothing} at {start.checkpoint}")
+            run.progress.say(f"nothing to do: {nothing} at {start.checkpoint}", "nothing_to_do")
             if not start.in_folder_of(config):  # a later start goes on from there, and is no new run
                 on_rank_zero(lambda: note_origin(Path(config.output_dir), start))
             if (problem := _put_best(run)) is not None:
@@ -139,7 +139,8 @@ def _train(
             _check_some_were_used(run)
             return run.state
         _take_folder(run, start)
-        run.progress.say("evaluating, before the first step" if _evaluates_first(run) else "reading the first batch")
+        first = "evaluating, before the first step" if _evaluates_first(run) else "reading the first batch"
+        run.progress.say(first, "start")
         state = train(run)
     finally:
         run.progress.close()
@@ -154,9 +155,13 @@ def _train(
     if (gaps := said_at_the_end(state, run.saver)) is not None:
         run.progress.say(gaps)
     done = f"stopped by {_why_stopped(stopper)} at" if state.stopped_early else "finished at"
-    if run.ran_out_of_patience and state.step < run.num_steps:
+    impatient = run.ran_out_of_patience and state.step < run.num_steps
+    if impatient:
         done = f"no improvement in {state.best.without_improvement} evaluations: stopped early at"
-    run.progress.say(f"{done} step {state.step} of {run.num_steps}; checkpoint: {run.saver.last or 'none'}")
+    run.progress.say(
+        f"{done} step {state.step} of {run.num_steps}; checkpoint: {run.saver.last or 'none'}",
+        "stopped" if state.stopped_early or impatient else "finished",
+    )
     if problem is not None:
         raise problem
     return state
@@ -192,7 +197,7 @@ def _put_best(run: Run) -> CheckpointError | None:
     best = run.state.best
     if not best.metric:
         return None
-    run.progress.say(f"best evaluation: {best.said()}")
+    run.progress.say(f"best evaluation: {best.said()}", "best")
     if not run.config.load_best_model_at_end or best.value is None:
         return None
     try:
@@ -201,8 +206,8 @@ def _put_best(run: Run) -> CheckpointError | None:
         return error
     name = folder_of(run.saver.folder, best.step).name
     if earlier is not None:
-        run.progress.say(f"best model: the earlier one is now {earlier}")
-    run.progress.say(f"best model: in {run.config.output_dir}, a copy of {name}")
+        run.progress.say(f"best model: the earlier one is now {earlier}", "best")
+    run.progress.say(f"best model: in {run.config.output_dir}, a copy of {name}", "best")
     return None
 
 
@@ -213,7 +218,7 @@ def _evaluates_first(run: Run) -> bool:
 def _write_report(run: Run, write_report: Callable[[list[Path]], Path]) -> None:
     """The run is done and saved: a page that cannot be written is said, and is no reason to fail."""
     try:
-        run.progress.say(f"report: {write_report([Path(run.config.output_dir)])}")
+        run.progress.say(f"report: {write_report([Path(run.config.output_dir)])}", "report")
     except (OSError, ValueError) as error:
         logger.warning("report.html could not be written: %s", error)
     except Interrupted as error:
@@ -303,10 +308,13 @@ def warn_of_schedule(config: TrainConfig, data: RunData, world_size: int) -> Non
     pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps = steps_of(config, steps_in_epoch(len(data.train), world_size=world_size, pairs_per_rank=pairs))
     if config.warmup_steps and config.lr_scheduler_type == "constant":
-        say(f"warning: warmup_steps={config.warmup_steps} has no effect with lr_scheduler_type=constant")
+        say(f"warning: warmup_steps={config.warmup_steps} has no effect with lr_scheduler_type=constant", "warning")
     elif config.warmup_steps >= steps or config.warmup_ratio == 1:
         given = f"warmup_steps={config.warmup_steps}" if config.warmup_steps else "warmup_ratio=1"
-        say(f"warning: {given}, and the run has {steps} steps: the learning rate rises to their end and never falls")
+        say(
+            f"warning: {given}, and the run has {steps} steps: the learning rate rises to their end and never falls",
+            "warning",
+        )
 
 
 @contextmanager
@@ -382,12 +390,13 @@ def _announce(
         f"{config.loss_type} on {len(data.train)} pairs ({_held_out(data)}), {num_steps} steps of "
         f"{config.per_device_train_batch_size * config.gradient_accumulation_steps * engine.world_size} pairs; "
         f"{policy.family.name}, {trained:,} of {every:,} parameters train, {dtype}, ZeRO {engine.stage}, "
-        f"{engine.world_size} process{'es' if engine.world_size > 1 else ''} on {policy.device.type}"
+        f"{engine.world_size} process{'es' if engine.world_size > 1 else ''} on {policy.device.type}",
+        "run",
     )
     progress.say(f"{config.loss_type}: {said(config.loss_type, config.loss_options)}")
     for note in policy.notes:
         progress.say(note)
     if start is not None:
-        progress.say(f"going on from {start}")
+        progress.say(f"going on from {start}", "resuming")
     if config.needs_reference:
-        progress.say(f"reference: {config.reference_kind}")
+        progress.say(f"reference: {config.reference_kind}", "reference")

@@ -15,13 +15,39 @@ def run(code, log):
     return launch._run_and_show([sys.executable, "-c", code], log)
 
 
-def test_lines_of_the_training_are_shown_and_all_are_kept(tmp_path, capsys):
+def says(*events):
+    """Code of a child that emits events, and prints a line after each, as the trainer does."""
+    told = [f"emit({kind!r}, {text!r}); print({text!r}, flush=True)" for kind, text in events]
+    return "\n".join(["from synpo_fast.terminal.events import emit", *told])
+
+
+def test_events_of_the_training_are_shown_and_all_lines_are_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "SHOW_SECONDS", 0.0)
     log = tmp_path / "log.txt"
-    code = "print('[INFO] noise'); print('sft on 5 pairs'); import sys; print('step 1/2  loss 3', file=sys.stderr)"
+    code = "print('[INFO] noise')\n" + says(("run", "sft on 5 pairs"), ("step", "step 1/2  loss 3"), ("note", "a note"))
     assert run(code, log) == 0
-    shown = capsys.readouterr().out
-    assert "sft on 5 pairs" in shown and "noise" not in shown
-    assert all(text in log.read_text() for text in ("noise", "sft on", "step 1/2"))
+    assert capsys.readouterr().out.splitlines() == ["  sft on 5 pairs", "  step 1/2  loss 3"]
+    assert all(text in log.read_text() for text in ("noise", "sft on", "step 1/2", "a note"))
+    assert list(tmp_path.iterdir()) == [log]
+
+
+def test_no_line_is_shown_or_left_out_by_its_wording(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "SHOW_SECONDS", 0.0)
+    wordings = ["step 1/2", "finished at step 2", "synpo on 3 pairs", "evaluation: x", "quite another wording"]
+    assert run(f"for line in {wordings}: print(line)", tmp_path / "log.txt") == 0
+    assert run(says(*(("note", text) for text in wordings)), tmp_path / "log.txt") == 0
+    assert capsys.readouterr().out == ""
+    for kind in launch.SHOWN:
+        assert run(says((kind, "quite another wording")), tmp_path / "log.txt") == 0
+        assert capsys.readouterr().out == "  quite another wording\n", kind
+
+
+def test_steps_are_shown_now_and_then_and_everything_else_at_once(tmp_path, capsys):
+    events = [("step", f"step {number}/9") for number in range(1, 9)]
+    assert run(says(*events, ("evaluation", "evaluation: 1"), ("finished", "the end")), tmp_path / "log.txt") == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["  evaluation: 1", "  the end"]
+    assert run(says(*events[:2]).replace("\n", "\nimport time; time.sleep(0.4)\n"), tmp_path / "log.txt") == 0
+    assert capsys.readouterr().out == "", "a step waits for SHOW_SECONDS"
 
 
 def test_it_tells_that_it_is_at_work_while_nothing_comes(tmp_path, capsys, monkeypatch):
