@@ -15,9 +15,26 @@ from typing import Any
 
 import torch
 
-from benchmarks.head.providers import Step, Unavailable
 from synpo_fast.profiling.peak_memory import peak_extra_memory
 from synpo_fast.profiling.rounds import interleave, median_ratio, summarise
+
+
+class Unavailable(Exception):
+    """This contestant cannot run this case; the message says why and goes into its row."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """`run()` does all that is timed, once; `setting` says in words how the peer is called.
+
+    A step with `exact=False` computes nothing to check (a floor): its result is ignored, and since its buffers are made
+    beforehand, it has no peak memory.
+    """
+
+    run: Callable[[], Any]
+    setting: str
+    exact: bool = True
+
 
 # Judges a step's result: (errors by name, reason it is wrong or None).
 Judge = Callable[[Any], tuple[dict[str, float], str | None]]

@@ -41,6 +41,7 @@ from benchmarks.decoding.cases import (
     why_wrong,
 )
 from benchmarks.decoding.cold import first_frames, first_table
+from benchmarks.pictures import prepare_folder
 from synpo_fast.profiling.rounds import interleave
 
 
@@ -107,9 +108,7 @@ def case_table(case: dict[str, Any]) -> str:
 
 def plot(record: dict[str, Any], folder: Path) -> Path:
     """One picture: how many times faster than the baseline, a group of lines a case. ImportError without matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    prepare_folder(folder)
     import matplotlib.pyplot as plt
 
     cases = record["cases"]
@@ -136,7 +135,6 @@ def plot(record: dict[str, Any], folder: Path) -> Path:
     axes.set_xlabel("speed over decoding and converting every frame with PyAV, then picking")
     axes.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "decode.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)

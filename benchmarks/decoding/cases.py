@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.head.providers import Step, Unavailable
+from benchmarks.contest import Step, Unavailable
 from synpo_fast.testing import clips
 
 FPS = 25

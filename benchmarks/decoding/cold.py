@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from benchmarks.common import format_seconds, format_table
+from benchmarks.contest import Unavailable
 from benchmarks.decoding.cases import Case, check_available
-from benchmarks.head.providers import Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 # Run in a fresh process: from the first import of the backend to its first frames; Python and torch are up already.
 COLD_START = """
 import json, sys, time, torch
 from pathlib import Path
+from benchmarks.contest import Unavailable
 from benchmarks.decoding.cases import CONTESTANTS
 name, path, device, indices = sys.argv[1], Path(sys.argv[2]), torch.device(sys.argv[3]), json.loads(sys.argv[4])
 if device.type == "cuda":

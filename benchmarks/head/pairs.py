@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import format_bytes, format_error, format_seconds, format_table
-from benchmarks.contest import Options, run_contest
+from benchmarks.contest import Options, Step, run_contest
 from benchmarks.head.problem import (
     DTYPES,
     IGNORE_INDEX,
@@ -27,7 +27,6 @@ from benchmarks.head.problem import (
     relative_error,
     why_wrong,
 )
-from benchmarks.head.providers.base import Step
 from benchmarks.head.providers.torch_only import gemm_floor
 from benchmarks.head.shapes import SHAPES, Shape
 from synpo_fast.profiling.rounds import median_ratio

@@ -23,8 +23,9 @@ if __package__ in (None, ""):  # started by path: import from the repository roo
 
 from benchmarks.common import format_bytes, format_seconds
 from benchmarks.head.providers import FLOOR
+from benchmarks.pictures import OURS_COLOUR, PEER_COLOUR, QUIET, clean_axes, machine_line, prepare_folder, spread_labels
 
-OURS_COLOUR, PEER_COLOUR, FLOOR_COLOUR, QUIET = "#c8501e", "#7f97b2", "#3c3c3c", "#777777"
+FLOOR_COLOUR = "#3c3c3c"
 OWN_COLOURS = {"synpo-triton": OURS_COLOUR, "synpo-native": OURS_COLOUR, "synpo-chunked": "#e59a73"}
 # Longer bars are cut here and say so: one slow peer must not squeeze the rest.
 LONGEST_RATIO = 10.0
@@ -32,12 +33,7 @@ LONGEST_RATIO = 10.0
 
 def plot(record: dict[str, Any], folder: Path, kind: str = "cases") -> list[Path]:
     """Writes the pictures into `folder` and returns their paths. Raises ImportError with a hint without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    folder.mkdir(parents=True, exist_ok=True)
+    prepare_folder(folder)
     machine = machine_line(record["environment"])
     if kind == "cases":
         return [_plot_case(case, machine, folder / f"{case_slug(case)}.png") for case in record["cases"]]
@@ -45,15 +41,6 @@ def plot(record: dict[str, Any], folder: Path, kind: str = "cases") -> list[Path
     for case in record["cases"]:
         groups.setdefault((case["shape"], case["mode"], case["dtype"]), []).append(case)
     return [_plot_overview(cases, machine, folder / f"{'-'.join(key)}.png") for key, cases in groups.items()]
-
-
-def machine_line(environment: dict[str, Any]) -> str:
-    packages = environment["packages"]
-    versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "triton") if packages.get(name))
-    if "gpu" in environment:
-        driver = environment["gpu"].get("driver_version", "unknown")
-        return f"{environment['gpu']['name']}, driver {driver}, {versions}"
-    return f"{environment['cpu']}, {environment['threads']} threads, {versions}"
 
 
 def case_slug(case: dict[str, Any]) -> str:
@@ -119,7 +106,7 @@ def _ratio_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_xlim(0, limit * 1.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("time over the bare GEMMs (line: quartiles)")
-    _clean(axes)
+    clean_axes(axes)
 
 
 def _memory_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -135,13 +122,7 @@ def _memory_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_xticks([])
     axes.tick_params(axis="y", left=False, labelleft=False)
     axes.set_xlabel("peak extra memory, results included")
-    _clean(axes)
-
-
-def _clean(axes: Any) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(labelsize=9.5)
+    clean_axes(axes)
 
 
 def _plot_overview(cases: Sequence[dict[str, Any]], machine: str, path: Path) -> Path:
@@ -203,9 +184,9 @@ def _overview_panel(axes: Any, cases: Sequence[dict[str, Any]], colours: dict[st
     axes.set_ylim(0.9, top * 1.25)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
     axes.set_xlabel("valid rows")
-    _clean(axes)
+    clean_axes(axes)
     ends = sorted((points[-1][1], name) for name, points in lines.items())
-    places = _spread([math.log(ratio) for ratio, _ in ends], math.log(top * 1.25 / 0.9) / 17)
+    places = spread_labels([math.log(ratio) for ratio, _ in ends], math.log(top * 1.25 / 0.9) / 17)
     for (ratio, name), place in zip(ends, places, strict=True):
         x, _ = lines[name][-1]
         bold = "bold" if name.startswith("synpo-") else "normal"
@@ -219,21 +200,6 @@ def _overview_panel(axes: Any, cases: Sequence[dict[str, Any]], colours: dict[st
             va="center",
             arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.6, "relpos": (0, 0.5)},
         )
-
-
-def _spread(places: list[float], gap: float) -> list[float]:
-    """Sorted places, neighbours pushed apart from each other until they are about `gap` apart; none below the first."""
-    moved = list(places)
-    for _ in range(300):
-        for i in range(1, len(moved)):
-            push = (gap - (moved[i] - moved[i - 1])) / 2
-            if push > 0:
-                moved[i - 1] -= push
-                moved[i] += push
-        below = places[0] - moved[0]
-        if below > 0:
-            moved[0] += below
-    return moved
 
 
 def main(argv: Sequence[str] | None = None) -> int:

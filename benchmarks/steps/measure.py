@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contest import Options, run_contest
-from benchmarks.head.providers import Step
+from benchmarks.contest import Options, Step, run_contest
 from benchmarks.steps import FIRST
 from benchmarks.steps.agreement import errors, find_truth, why_wrong
 from benchmarks.steps.cost import expected_flops, head_flops, tokens_of, tokens_only_limit, unit_costs

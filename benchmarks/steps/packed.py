@@ -12,7 +12,7 @@ from benchmarks.steps.way import DPO_BETA, Forward, Scores, use_attention
 from benchmarks.steps.workload import Workload
 from synpo_fast.losses import PairLogprobs, dpo, synpo
 from synpo_fast.models.digest import tower_key, weights_key
-from synpo_fast.models.families.registry import VideoFeatures, VideoInputs
+from synpo_fast.models.families.base import VideoFeatures, VideoInputs
 from synpo_fast.models.feature_cache import FeatureCache
 from synpo_fast.models.policy import FeatureStore, Logps
 from synpo_fast.references import AdapterOff, Precomputed, Reference, in_batches, precompute

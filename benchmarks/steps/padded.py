@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.head.providers import Unavailable
+from benchmarks.contest import Unavailable
 from benchmarks.steps.trl_trainers import dpo_trainer
 from benchmarks.steps.way import (
     DPO_BETA,

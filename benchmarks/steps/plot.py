@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # started by path: import from the repository roo
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks.common import format_bytes, format_seconds
-from benchmarks.head.plot import OURS_COLOUR, PEER_COLOUR, QUIET, _clean, _spread, machine_line
+from benchmarks.pictures import OURS_COLOUR, PEER_COLOUR, QUIET, clean_axes, machine_line, prepare_folder, spread_labels
 from benchmarks.steps import FIRST, GAINS
 from benchmarks.steps.cost import tokens_only_limit
 from synpo_fast.profiling.rounds import ROUNDS_FOR_AN_INTERVAL
@@ -34,12 +34,7 @@ SWEEP_COLOURS = {
 
 def plot(record: dict[str, Any], folder: Path) -> list[Path]:
     """Writes the pictures that the record has data for. Raises ImportError with a hint without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    folder.mkdir(parents=True, exist_ok=True)
+    prepare_folder(folder)
     machine = machine_line(record["environment"])
     paths = []
     if any(row["ratio"] is not None for row in record["rows"]):
@@ -92,7 +87,7 @@ def _gains(record: dict[str, Any], machine: str, path: Path) -> Path:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, longest * 1.5)
     axes.set_xlabel("time of a training step: forward, backward and optimiser, in seconds")
-    _clean(axes)
+    clean_axes(axes)
     figure.text(
         0.02, 1 - 0.32 / height, "Where the gain comes from, one change after another", fontsize=13, weight="bold"
     )
@@ -139,7 +134,7 @@ def _ways(record: dict[str, Any], machine: str, path: Path) -> Path:
     left.set_yticks(places, [row["name"] for row in rows])
     interval = _interval_name(_rounds(rows))
     left.set_xlabel(f"speed-up over {FIRST}   (line: {interval}, dashed: theory, by counted passes)")
-    _clean(left)
+    clean_axes(left)
     most = max(row["peak_memory_bytes"] for row in rows)
     right.barh(places, [row["peak_memory_bytes"] for row in rows], color=colours)
     for place, row in enumerate(rows):
@@ -149,7 +144,7 @@ def _ways(record: dict[str, Any], machine: str, path: Path) -> Path:
     right.set_xticks([])
     right.tick_params(axis="y", left=False, labelleft=False)
     right.set_xlabel("peak memory of a step, weights included")
-    _clean(right)
+    clean_axes(right)
     figure.text(0.02, 1 - 0.32 / height, "Ways to train on the same pairs, same weights", fontsize=13, weight="bold")
     below = f"{workload_line(record['workload'])}\n{machine}. Medians of {_rounds(rows)} interleaved rounds."
     figure.text(0.02, 1 - 0.8 / height, below, fontsize=8.5, color=QUIET)
@@ -210,9 +205,9 @@ def _finish_sweep(axes: Any, sweep: dict[str, Any], values: list[float], ends: l
     axes.set_ylabel("times as fast")
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-    _clean(axes)
+    clean_axes(axes)
     ends = sorted(ends)
-    places = _spread([end for end, _, _ in ends], axes.get_ylim()[1] / 14)
+    places = spread_labels([end for end, _, _ in ends], axes.get_ylim()[1] / 14)
     for (end, label, colour), place in zip(ends, places, strict=True):
         axes.annotate(
             label, (values[-1], end), xytext=(1.03, place), textcoords=axes.get_yaxis_transform(), fontsize=9,

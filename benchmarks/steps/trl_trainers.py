@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.contest import Unavailable
 from benchmarks.steps.way import (
     DPO_BETA,
     SIMPO_BETA,
@@ -114,8 +115,6 @@ def dpo_precomputed(workload: Workload) -> Forward:
 
 def dpo_valid_rows(workload: Workload) -> Forward:
     """On a CPU, with the head on response tokens only: what TRL does where it has Triton."""
-    from benchmarks.head.providers import Unavailable
-
     if workload.device.type == "cuda":
         raise Unavailable("TRL's head drops the other rows by itself on a GPU: this is trl-dpo-adapter-off")
     forward = dpo_adapter_off(workload)

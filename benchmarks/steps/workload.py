@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.steps.presets import Preset, build_policy
 from synpo_fast.models import Policy, Sample
-from synpo_fast.models.families.registry import VideoInputs
+from synpo_fast.models.families.base import VideoInputs
 
 IGNORE_INDEX = -100
 TEXT_TOKENS = 26  # of the byte tokenizer: the letters

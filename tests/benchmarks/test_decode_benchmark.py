@@ -2,19 +2,16 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import decode
-from benchmarks.contest import Options
+from benchmarks.contest import Options, Step, Unavailable
 from benchmarks.decoding import cases as decode_cases
 from benchmarks.decoding import cold as decode_cold
 from benchmarks.decoding.cases import BASELINE, CONTESTANTS, Case, Clip, cases_of, prepare, why_wrong
-from benchmarks.head.providers import Step, Unavailable
 
 CPU = torch.device("cpu")
 OPTIONS = Options(CPU, rounds=2, budget_seconds=60.0)
@@ -139,12 +136,6 @@ def test_the_whole_program(tmp_path, folder, monkeypatch, capsys):
 def test_bad_arguments(arguments):
     with pytest.raises(SystemExit):
         decode.parse(arguments)
-
-
-def test_started_by_path_from_any_folder(tmp_path):
-    script = Path(decode.__file__).resolve()
-    done = subprocess.run([sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "--quick" in done.stdout
 
 
 def test_the_readme_names_only_what_exists(capsys):

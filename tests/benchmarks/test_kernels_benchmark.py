@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import kernels
 from benchmarks.common import format_table, write_json
-from benchmarks.contest import Options
+from benchmarks.contest import Options, Step
 from benchmarks.head import pairs
 from benchmarks.head.problem import (
     IGNORE_INDEX,
@@ -25,7 +25,7 @@ from benchmarks.head.problem import (
     valid_mask,
     why_wrong,
 )
-from benchmarks.head.providers import DEFAULT, PROVIDERS, Step, peers
+from benchmarks.head.providers import DEFAULT, PROVIDERS, peers
 from benchmarks.head.providers.torch_only import eager_valid_rows, gemm_floor
 from benchmarks.head.shapes import Shape, find_shapes
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.head.providers import ours, peers, torch_only
-from benchmarks.head.providers.base import Provider, Step, Unavailable
+from benchmarks.head.providers.base import Provider
 
-__all__ = ["BASELINE", "DEFAULT", "FLOOR", "OURS", "PROVIDERS", "Provider", "Step", "Unavailable"]
+__all__ = ["BASELINE", "DEFAULT", "FLOOR", "OURS", "PROVIDERS", "Provider"]
 
 PROVIDERS: dict[str, Provider] = {
     "gemm-floor": torch_only.gemm_floor,

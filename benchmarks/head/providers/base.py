@@ -1,32 +1,14 @@
-"""What a contestant is: a function from the inputs of a case to the step that is timed, and the setting it runs in."""
+"""A provider: a function from the inputs of a case to the step that is timed. And what several providers share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from benchmarks.contest import Step, Unavailable
 from benchmarks.head.problem import IGNORE_INDEX, Inputs, Result
-
-
-class Unavailable(Exception):
-    """This contestant cannot run this case; the message says why and goes into its row."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """`run()` does all that is timed, once; `setting` says in words how the peer is called.
-
-    A step with `exact=False` computes no log-probs (the floor): its result is None and is not checked, and since its
-    buffers are made beforehand, it has no peak memory.
-    """
-
-    run: Callable[[], Result | None]
-    setting: str
-    exact: bool = True
-
 
 Provider = Callable[[Inputs], Step]
 

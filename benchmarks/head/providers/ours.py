@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from benchmarks.contest import Step, Unavailable
 from benchmarks.head.problem import Inputs
-from benchmarks.head.providers.base import Step, Unavailable, differentiated, need_cuda
+from benchmarks.head.providers.base import differentiated, need_cuda
 
 
 def _backend(inputs: Inputs, backend: str) -> Step:

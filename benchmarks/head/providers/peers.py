@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.contest import Step, Unavailable
 from benchmarks.head.problem import IGNORE_INDEX, SEQUENCE_LENGTH, Inputs, Result
-from benchmarks.head.providers.base import Step, Unavailable, differentiated, need_cuda, on_valid_rows
+from benchmarks.head.providers.base import differentiated, need_cuda, on_valid_rows
 
 
 def liger(inputs: Inputs, *, chunk_mem_const: int = 1) -> Step:

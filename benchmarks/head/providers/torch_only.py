@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.contest import Step
 from benchmarks.head.problem import IGNORE_INDEX, Inputs
-from benchmarks.head.providers.base import Step, differentiated, on_valid_rows
+from benchmarks.head.providers.base import differentiated, on_valid_rows
 
 
 def _token_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
