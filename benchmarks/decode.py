@@ -70,7 +70,7 @@ def run_case(case: Case, names: Sequence[str], folder: Path, options: Options) -
 
 
 def case_row(row: Row, baseline: list[float] | None, case: Case) -> dict[str, Any]:
-    """What is kept of a contestant; speedup is the median over rounds of the baseline's time / own time."""
+    """The JSON row of a contestant; speedup is the median over rounds of the baseline's time / own time."""
     whole = row_record(row, None)
     record = {key: whole[key] for key in ("name", "setting", "seconds", "skipped", "faulty")}
     record |= {"speedup": None, "frames_per_second": None, "video_seconds_per_second": None}

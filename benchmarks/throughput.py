@@ -5,7 +5,7 @@
     python benchmarks/throughput.py --sweep ratio frames valid --plot pictures
     python benchmarks/throughput.py --preset gpu --largest_batch
 
-Forward, backward and optimiser step on the same pairs with the same weights. Every way is held against one truth before
+Forward, backward and optimiser step on the same pairs with the same weights. Every variant is held against one truth before
 any speed is shown (steps/agreement.py). See README.md beside this file for what each row is.
 """
 
@@ -32,7 +32,7 @@ if __package__ in (None, ""):  # started by path: import from the repository roo
 
 from benchmarks.common import environment, format_bytes, format_seconds, format_table, gpu_state, write_json
 from benchmarks.contest import Options
-from benchmarks.steps import FIRST, WAYS
+from benchmarks.steps import FIRST, VARIANTS
 from benchmarks.steps.largest_batch import largest_batch
 from benchmarks.steps.measure import compare
 from benchmarks.steps.presets import PRESETS, Preset, build_policy
@@ -56,7 +56,7 @@ def title(workload: dict[str, Any], gemm: dict[str, Any]) -> str:
 
 def table(record: dict[str, Any]) -> str:
     header = [
-        "way", "step", "(low - high)", "pairs/s", "tokens/s", "peak memory", "GFLOP", "of GEMM", "speed-up", "(low - high)",
+        "variant", "step", "(low - high)", "pairs/s", "tokens/s", "peak memory", "GFLOP", "of GEMM", "speed-up", "(low - high)",
         "theory", "loss", "setting",
     ]  # fmt: skip
     lines = []
@@ -91,7 +91,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def faults(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Ways that did not compute what the others do, and ours that crashed. A peer that can not run is no fault."""
+    """Variants that did not compute what the others do, and ours that crashed. A peer that cannot run is no fault."""
     return [
         f"{row['name']}: {row['skipped']}"
         for row in rows
@@ -110,8 +110,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, metavar="B", help="pairs in a step")
     parser.add_argument("--lora_r", type=int, metavar="R")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in every way")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), metavar="NAME", help=", ".join(WAYS))
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in every variant")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
     parser.add_argument("--rounds", type=int, metavar="K", help="timed rounds (default 5; 3 in a sweep)")
     parser.add_argument("--budget", type=float, default=150.0, metavar="SECONDS", help="end the rounds after this")
     parser.add_argument("--sweep", nargs="+", choices=list(SWEEPS), default=[], help="sweeps in place of the table")
@@ -128,8 +128,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--device cuda: torch sees no GPU")
     if args.largest_batch and args.device.type != "cuda":
         parser.error("--largest_batch fills a GPU's memory and needs one")
-    if args.ways and FIRST not in args.ways:
-        args.ways = [FIRST, *args.ways]  # every ratio is to it
+    if args.variants and FIRST not in args.variants:
+        args.variants = [FIRST, *args.variants]  # every ratio is to it
     try:
         args.preset = chosen_preset(args)
     except ValueError as error:
@@ -167,7 +167,7 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
 def run_table(args: argparse.Namespace) -> dict[str, Any]:
     options = Options(args.device, args.rounds or 5, args.budget, seed=args.seed)
     workload = make_workload(args.preset, args.device, seed=args.seed)
-    return compare(workload, [WAYS[name] for name in args.ways or WAYS], options)
+    return compare(workload, [VARIANTS[name] for name in args.variants or VARIANTS], options)
 
 
 def run_sweep(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def run_sweep(name: str, args: argparse.Namespace) -> dict[str, Any]:
     points = []
     for value, preset in presets_along(sweep, replace(args.preset, pairs=1), args.device.type):
         workload = make_workload(preset, args.device, seed=args.seed, policy=policy)
-        record = compare(workload, [WAYS[way] for way in sweep.ways], options)
+        record = compare(workload, [VARIANTS[variant] for variant in sweep.variants], options)
         print(table(record), flush=True)
         points.append({"value": value, **record})
         gc.collect()
@@ -189,15 +189,15 @@ def run_largest(args: argparse.Namespace) -> dict[str, int]:
     policy = build_policy(args.preset, args.device, args.seed)
     found = {}
     for name in LARGEST_FOR:
-        found[name] = largest_batch(args.preset, policy, WAYS[name], args.device, seed=args.seed)
+        found[name] = largest_batch(args.preset, policy, VARIANTS[name], args.device, seed=args.seed)
         print(f"{name}: {found[name]} pairs", flush=True)
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table, writes JSON and pictures; 1 if a way computed something else, or one of ours crashed."""
+    """Prints the table, writes JSON and pictures; 1 if a variant computed something else, or one of ours crashed."""
     args = parse(argv)
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # TRL asks transformers the old way
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # TRL asks transformers by an older name
     record: dict[str, Any] = {"environment": environment(args.device), "rows": []}
     load, cores = record["environment"].get("load_average", [0.0])[0], record["environment"]["cores"]
     if args.device.type == "cpu" and load > 0.5 * cores:

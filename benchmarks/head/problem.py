@@ -58,7 +58,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Result:
-    """What a contestant hands back: log-probs [R] (0 where ignored) and the gradients the case asks for."""
+    """Results of a contestant: log-probs [R] (0 where ignored) and the gradients the case asks for."""
 
     log_probs: Tensor
     grad_hidden: Tensor | None = None

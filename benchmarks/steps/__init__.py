@@ -1,11 +1,11 @@
-"""The ways of training that throughput.py compares, by name, in the order of the table."""
+"""The variants of training that throughput.py compares, by name, in the order of the table."""
 
 from __future__ import annotations
 
 from functools import partial
 
 from benchmarks.steps import packed, padded, trl_trainers
-from benchmarks.steps.way import Passes, Way
+from benchmarks.steps.step_variant import Passes, StepVariant
 
 FIRST = "trl-dpo-adapter-off"
 # The gains one after another, for the picture: each has all that those before it have.
@@ -14,50 +14,50 @@ GAINS = (
     "synpo-fast", "synpo-fast-cached",
 )  # fmt: skip
 
-_every_way = (
-    Way(FIRST, "dpo", Passes("padded", 3, 4, 4, "trl"), trl_trainers.dpo_adapter_off, title="TRL's DPO, adapter off"),
-    Way("trl-dpo-valid-rows", "dpo", Passes("padded", 3, 4, 4, "valid"), trl_trainers.dpo_valid_rows),
-    Way("trl-dpo-frozen-copy", "dpo", Passes("padded", 3, 4, 4, "trl"), trl_trainers.dpo_frozen_copy),
-    Way("trl-dpo-precomputed", "dpo", Passes("padded", 2, 2, 3, "trl"), trl_trainers.dpo_precomputed),
-    Way("liger-dpo", "dpo", Passes("padded", 3, 4, 3, "all"), padded.liger_dpo),
-    Way("trl-simpo", "simpo", Passes("padded", 2, 2, 2, "all"), trl_trainers.simpo),
-    Way("synpo-released", "synpo", Passes("padded", 2, 2, 2, "all"), padded.released),
-    Way(
+_every_variant = (
+    StepVariant(FIRST, "dpo", Passes("padded", 3, 4, 4, "trl"), trl_trainers.dpo_adapter_off, title="TRL's DPO, adapter off"),
+    StepVariant("trl-dpo-valid-rows", "dpo", Passes("padded", 3, 4, 4, "valid"), trl_trainers.dpo_valid_rows),
+    StepVariant("trl-dpo-frozen-copy", "dpo", Passes("padded", 3, 4, 4, "trl"), trl_trainers.dpo_frozen_copy),
+    StepVariant("trl-dpo-precomputed", "dpo", Passes("padded", 2, 2, 3, "trl"), trl_trainers.dpo_precomputed),
+    StepVariant("liger-dpo", "dpo", Passes("padded", 3, 4, 3, "all"), padded.liger_dpo),
+    StepVariant("trl-simpo", "simpo", Passes("padded", 2, 2, 2, "all"), trl_trainers.simpo),
+    StepVariant("synpo-released", "synpo", Passes("padded", 2, 2, 2, "all"), padded.released),
+    StepVariant(
         "synpo-no-reference", "synpo", Passes("padded", 2, 2, 3, "trl"), padded.no_reference, title="no reference model"
     ),
-    Way(
+    StepVariant(
         "synpo-fused-head", "synpo", Passes("padded", 2, 2, 2, "all"), padded.fused_head_all_rows,
         ours=True, title="our fused head",
     ),
-    Way(
+    StepVariant(
         "synpo-valid-rows", "synpo", Passes("padded", 2, 2, 2, "valid"), padded.fused_head_valid_rows,
         ours=True, title="head on response tokens only",
     ),
-    Way(
+    StepVariant(
         "synpo-vision-once", "synpo", Passes("apart", 2, 1, 2, "valid"),
         partial(packed.synpo_step, share_prefix=False, pack=False), ours=True, title="video encoded once, no padding",
     ),
-    Way(
+    StepVariant(
         "synpo-prefix-shared", "synpo", Passes("shared", 2, 1, 2, "valid"),
         partial(packed.synpo_step, share_prefix=True, pack=False), ours=True, title="prompt run once a pair",
     ),
-    Way(
+    StepVariant(
         "synpo-fast", "synpo", Passes("shared", 2, 1, 2, "valid"),
         partial(packed.synpo_step, share_prefix=True, pack=True), ours=True, title="pairs packed: synpo-fast",
     ),
-    Way(
+    StepVariant(
         "synpo-fast-cached", "synpo", Passes("shared", 2, 0, 2, "valid"),
         partial(packed.synpo_step, share_prefix=True, pack=True, cached=True), ours=True,
         title="features of an earlier epoch",
     ),
-    Way(
+    StepVariant(
         "synpo-fast-unshared", "synpo", Passes("apart", 2, 1, 2, "valid"),
         partial(packed.synpo_step, share_prefix=False, pack=True), ours=True,
     ),
-    Way("synpo-fast-dpo", "dpo", Passes("shared", 3, 1, 3, "valid"), packed.dpo_step, ours=True),
-    Way(
+    StepVariant("synpo-fast-dpo", "dpo", Passes("shared", 3, 1, 3, "valid"), packed.dpo_step, ours=True),
+    StepVariant(
         "synpo-fast-dpo-precomputed", "dpo", Passes("shared", 2, 1, 2, "valid"),
         partial(packed.dpo_step, precomputed=True), ours=True,
     ),
 )  # fmt: skip
-WAYS: dict[str, Way] = {way.name: way for way in _every_way}
+VARIANTS: dict[str, StepVariant] = {variant.name: variant for variant in _every_variant}

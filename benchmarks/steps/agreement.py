@@ -1,7 +1,7 @@
-"""The truth that every way is held against before its speed is shown: each response alone, the loss written out.
+"""The truth that every variant is held against before its speed is shown: each response alone, the loss written out.
 
 One response a row without padding, transformers' own forward with sdpa, fp32 log-softmax of the materialised logits at the
-rows that predict it, the paper's formula, autograd. A way's token log-probs (or their sums, where it has no others), loss
+rows that predict it, the paper's formula, autograd. A variant's token log-probs (or their sums, where it has no others), loss
 and gradient of the adapter must agree. Tolerances: in fp32 some hundred times what was measured, far below what one wrong
 token or position does; in bf16 a model's rounding decides, 28 layers deep.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.steps.way import (
+from benchmarks.steps.step_variant import (
     DPO_BETA,
     SIMPO_BETA,
     SIMPO_GAMMA,
@@ -109,18 +109,18 @@ def errors(result: StepResult, truth: Truth, workload: Workload) -> dict[str, fl
         pairs = zip(tokens, truth.log_probs, strict=True)
         difference = max(float((own - true).abs().mean()) for own, true in pairs)
     else:
-        assert scores.sums is not None, "a way records its log-probs"
+        assert scores.sums is not None, "a variant records its log-probs"
         lengths = torch.tensor([len(row) for row in truth.log_probs], device=scores.sums.device)
         true_sums = torch.stack([row.sum() for row in truth.log_probs])
         difference = float(((scores.sums - true_sums) / lengths).abs().max())
-    found, expected = gradients(workload), truth.grads[result.way.loss]
+    found, expected = gradients(workload), truth.grads[result.variant.loss]
     if len(found) != len(expected):
         raise ValueError(f"gradients for {len(found)} parameters, expected {len(expected)}")
     squares = sum(float((own.float() - true.float()).square().sum()) for own, true in zip(found, expected, strict=True))
     size = sum(float(true.float().square().sum()) for true in expected)
     return {
         "log_probs": difference,
-        "loss": float((result.loss.float() - truth.losses[result.way.loss]).abs()),
+        "loss": float((result.loss.float() - truth.losses[result.variant.loss]).abs()),
         "grad": (squares / size) ** 0.5,
     }
 

@@ -1,4 +1,4 @@
-"""What a step should cost by counting passes alone, and so what ratio theory predicts.
+"""The cost of a step predicted by counting passes alone, and so the ratio that theory predicts.
 
     language model   2 FLOPs a weight and token, `Passes.language` times
     vision tower     2 FLOPs a weight and patch, `Passes.vision` times a video
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from benchmarks.steps.way import Passes
+from benchmarks.steps.step_variant import Passes
 from benchmarks.steps.workload import Workload
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.steps.presets import Preset
-from benchmarks.steps.way import Way, full_step
+from benchmarks.steps.step_variant import StepVariant, full_step
 from benchmarks.steps.workload import make_workload
 from synpo_fast.models import Policy
 
@@ -31,12 +31,12 @@ def largest(fits: Callable[[int], bool], most: int = MOST) -> int:
     return good
 
 
-def largest_batch(preset: Preset, policy: Policy, way: Way, device: torch.device, *, seed: int = 0) -> int:
-    """Pairs of the preset in one step of the way; every count is tried with freshly made tensors."""
+def largest_batch(preset: Preset, policy: Policy, variant: StepVariant, device: torch.device, *, seed: int = 0) -> int:
+    """Pairs of the preset in one step of the variant; every count is tried with freshly made tensors."""
 
     def step(pairs: int) -> None:
         workload = make_workload(replace(preset, pairs=pairs), device, seed=seed, policy=policy)
-        full_step(workload, way, way.prepare(workload))()
+        full_step(workload, variant, variant.prepare(workload))()
 
     def fits(pairs: int) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""One table: the ways checked against the truth, their memory taken, timed in turn, their FLOPs counted."""
+"""One table: the variants checked against the truth, their memory taken, timed in turn, their FLOPs counted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.contest import Options, Step, run_contest
 from benchmarks.steps import FIRST
 from benchmarks.steps.agreement import errors, find_truth, why_wrong
 from benchmarks.steps.cost import expected_flops, head_flops, tokens_of, tokens_only_limit, unit_costs
-from benchmarks.steps.way import Forward, StepResult, Way, full_step
+from benchmarks.steps.step_variant import Forward, StepResult, StepVariant, full_step
 from benchmarks.steps.workload import Workload
 from synpo_fast.profiling.counted_flops import count_flops
 from synpo_fast.profiling.rounds import median_interval, median_ratio
@@ -25,30 +25,30 @@ GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 def compare(
     workload: Workload,
-    ways: Sequence[Way],
+    variants: Sequence[StepVariant],
     options: Options,
     *,
     timer: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, Any]:
-    """{"workload", "gemm", "rows"} as they go into the JSON; the rows in the order of `ways`."""
+    """{"workload", "gemm", "rows"} as they go into the JSON; the rows in the order of `variants`."""
     dtype = workload.policy.base.dtype
-    truth = find_truth(workload, sorted({way.loss for way in ways}))
+    truth = find_truth(workload, sorted({variant.loss for variant in variants}))
     forwards: dict[str, Forward] = {}
     runs: dict[str, Callable[[], StepResult]] = {}
     losses: dict[str, float] = {}
 
-    def prepare(way: Way) -> Step:
-        forwards[way.name] = way.prepare(workload)
-        run: Any = full_step(workload, way, forwards[way.name])
-        runs[way.name] = run
-        return Step(run, forwards[way.name].setting)
+    def prepare(variant: StepVariant) -> Step:
+        forwards[variant.name] = variant.prepare(workload)
+        run: Any = full_step(workload, variant, forwards[variant.name])
+        runs[variant.name] = run
+        return Step(run, forwards[variant.name].setting)
 
     def judge(result: StepResult) -> tuple[dict[str, float], str | None]:
-        losses[result.way.name] = float(result.loss)
+        losses[result.variant.name] = float(result.loss)
         found = errors(result, truth, workload)
         return found, why_wrong(found, dtype)
 
-    contestants: dict[str, Callable[[], Step]] = {way.name: partial(prepare, way) for way in ways}
+    contestants: dict[str, Callable[[], Step]] = {variant.name: partial(prepare, variant) for variant in variants}
     records = run_contest(
         contestants | {GEMM: partial(gemm, workload)}, judge, floor=FIRST, options=options, timer=timer
     )
@@ -59,19 +59,23 @@ def compare(
     first = by_name.get(FIRST)
     first_samples = first["seconds"]["samples"] if first and first["seconds"] else None
     static, unit = workload.static_bytes(), unit_costs(workload)
-    first_cost = next((expected_flops(workload, way.passes, unit) for way in ways if way.name == FIRST), None)
+    first_cost = next(
+        (expected_flops(workload, variant.passes, unit) for variant in variants if variant.name == FIRST), None
+    )
     rows = []
-    for way in ways:
-        record = by_name[way.name]
-        cost = expected_flops(workload, way.passes, unit)
-        held = forwards[way.name].held_bytes if way.name in forwards else 0
-        row = _row(way, record, workload, first_samples, rate, static + held)
+    for variant in variants:
+        record = by_name[variant.name]
+        cost = expected_flops(workload, variant.passes, unit)
+        held = forwards[variant.name].held_bytes if variant.name in forwards else 0
+        row = _row(variant, record, workload, first_samples, rate, static + held)
         row["limit"] = first_cost / cost if first_cost else None
         if row["skipped"] is None:
-            row["loss"] = losses[way.name]
-            row["flops"] = count_flops(runs[way.name])
-            if way.ours and workload.device.type == "cuda":  # torch's counter sees no product inside a Triton kernel
-                row["flops"] += round(head_flops(workload, way.passes, unit))
+            row["loss"] = losses[variant.name]
+            row["flops"] = count_flops(runs[variant.name])
+            if (
+                variant.ours and workload.device.type == "cuda"
+            ):  # torch's counter sees no product inside a Triton kernel
+                row["flops"] += round(head_flops(workload, variant.passes, unit))
             row["gemm_share"] = row["flops"] / row["seconds"]["median"] / rate
         rows.append(row)
     workload.optimizer.zero_grad(set_to_none=True)
@@ -83,7 +87,7 @@ def compare(
 
 
 def _row(
-    way: Way,
+    variant: StepVariant,
     record: dict[str, Any],
     workload: Workload,
     first: list[float] | None,
@@ -92,10 +96,10 @@ def _row(
 ) -> dict[str, Any]:
     """flops, gemm_share and loss are filled in by the caller for a row that ran."""
     row: dict[str, Any] = {
-        "name": way.name,
-        "loss_name": way.loss,
-        "ours": way.ours,
-        "title": way.title,
+        "name": variant.name,
+        "loss_name": variant.loss,
+        "ours": variant.ours,
+        "title": variant.title,
         "setting": record["setting"],
         "seconds": record["seconds"],
         "pairs_per_s": None,

@@ -1,4 +1,4 @@
-"""Ways that run this package's policy: synpo_fast with its options, and DPO with the same."""
+"""Variants that run this package's policy: synpo_fast with its options, and DPO with the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.steps.way import DPO_BETA, Forward, Scores, use_attention
+from benchmarks.steps.step_variant import DPO_BETA, Forward, Scores, use_attention
 from benchmarks.steps.workload import Workload
 from synpo_fast.losses import PairLogprobs, dpo, synpo
 from synpo_fast.models.digest import tower_key, weights_key

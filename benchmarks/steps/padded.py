@@ -1,4 +1,4 @@
-"""Ways that run transformers' own forward on padded rows: Liger's DPO, SynPO as it was released, and the first gains one
+"""Variants that run transformers' own forward on padded rows: Liger's DPO, SynPO as it was released, and the first gains one
 after another, from TRL's step to this package's head."""
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.contest import Unavailable
-from benchmarks.steps.trl_trainers import dpo_trainer
-from benchmarks.steps.way import (
+from benchmarks.steps.step_variant import (
     DPO_BETA,
     Forward,
     Scores,
     peer_attention,
     use_attention,
 )
+from benchmarks.steps.trl_trainers import dpo_trainer
 from benchmarks.steps.workload import IGNORE_INDEX, Workload, labels_of, model_inputs, padded_batch
 from synpo_fast.losses import PairLogprobs, synpo
 from synpo_fast.models.head import head_of, hidden_states
@@ -46,7 +46,7 @@ def liger_dpo(workload: Workload) -> Forward:
 
 
 def released(workload: Workload) -> Forward:
-    """As the authors' code: chosen and rejected apart, each with the video, fp32 logits and log-softmax of every row."""
+    """SynPO as in the authors' code: chosen and rejected apart, each with the video, fp32 logits and log-softmax of every row."""
     model: Any = workload.policy.model
     halves = [
         {name: tensor.to(workload.device) for name, tensor in batch.items()}

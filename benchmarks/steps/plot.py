@@ -2,7 +2,7 @@
 
     python benchmarks/steps/plot.py FILE --out DIR
 
-gains.png: from TRL's step to synpo-fast, what each change takes off. ways.png: every way's speed-up beside what
+gains.png: from TRL's step to synpo-fast, what each change takes off. variants.png: every variant's speed-up beside what
 counting passes predicts, and its memory. sweep-<name>.png: measured speed-up along one axis, the prediction beside it.
 """
 
@@ -38,7 +38,7 @@ def plot(record: dict[str, Any], folder: Path) -> list[Path]:
     machine = machine_line(record["environment"])
     paths = []
     if any(row["ratio"] is not None for row in record["rows"]):
-        paths += [_gains(record, machine, folder / "gains.png"), _ways(record, machine, folder / "ways.png")]
+        paths += [_gains(record, machine, folder / "gains.png"), _variants(record, machine, folder / "variants.png")]
     for sweep in record.get("sweeps", []):
         paths.append(_sweep(sweep, machine, folder / f"sweep-{sweep['name']}.png"))
     return paths
@@ -58,7 +58,7 @@ def _rounds(rows: Sequence[dict[str, Any]]) -> int:
 
 
 def _interval_name(rounds: int) -> str:
-    """What median_interval gave for so many rounds."""
+    """The name of what median_interval gave for so many rounds."""
     return "the median's 90 % interval" if rounds >= ROUNDS_FOR_AN_INTERVAL else "lowest to highest"
 
 
@@ -102,7 +102,7 @@ def _step_label(row: dict[str, Any], place: int) -> str:
     return row["title"] if place == 0 else f"+ {row['title']}"
 
 
-def _ways(record: dict[str, Any], machine: str, path: Path) -> Path:
+def _variants(record: dict[str, Any], machine: str, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     rows = [row for row in record["rows"] if row["ratio"] is not None]
@@ -145,7 +145,9 @@ def _ways(record: dict[str, Any], machine: str, path: Path) -> Path:
     right.tick_params(axis="y", left=False, labelleft=False)
     right.set_xlabel("peak memory of a step, weights included")
     clean_axes(right)
-    figure.text(0.02, 1 - 0.32 / height, "Ways to train on the same pairs, same weights", fontsize=13, weight="bold")
+    figure.text(
+        0.02, 1 - 0.32 / height, "Variants of a training step: same pairs, same weights", fontsize=13, weight="bold"
+    )
     below = f"{workload_line(record['workload'])}\n{machine}. Medians of {_rounds(rows)} interleaved rounds."
     figure.text(0.02, 1 - 0.8 / height, below, fontsize=8.5, color=QUIET)
     if notes:

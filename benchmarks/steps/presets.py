@@ -1,4 +1,4 @@
-"""What is trained in throughput.py: model shapes, and how many tokens and frames a pair has.
+"""Presets of throughput.py: model shapes, and how many tokens and frames a pair has.
 
 cpu     Qwen2.5-VL made small: 29 M parameters in about the proportions of the 7B model (a visual token costs the tower a
         third of what it costs the language model, the head is a tenth of it)

@@ -20,7 +20,7 @@ class Sweep:
     label: str
     values: tuple[float, ...]
     at: Callable[[Preset, float], Preset]
-    ways: tuple[str, ...]
+    variants: tuple[str, ...]
 
 
 def at_ratio(preset: Preset, ratio: float) -> Preset:

@@ -4,7 +4,7 @@ DPOTrainer's data pipeline refuses video, but its compute_loss hands whatever a 
 batch that its collators would make (workload.padded_batch: chosen and rejected concatenated, the video once for each), and
 everything after that is TRL: the fused head, the reference, the loss, the metrics.
 
-The trainers are set up without gradient checkpointing, mixed precision and dropout, as all ways here are.
+The trainers are set up without gradient checkpointing, mixed precision and dropout, as everything here is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contest import Unavailable
-from benchmarks.steps.way import (
+from benchmarks.steps.step_variant import (
     DPO_BETA,
     SIMPO_BETA,
     SIMPO_GAMMA,

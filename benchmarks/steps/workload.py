@@ -1,4 +1,4 @@
-"""The pairs that every way of training gets: the same samples, also as the padded batch that TRL's collator makes."""
+"""The pairs that every variant of training gets: the same samples, also as the padded batch that TRL's collator makes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Workload:
         return sum(len(s.prompt) + len(r) for s in self.samples for r in s.responses)
 
     def static_bytes(self) -> int:
-        """Weights and optimiser state: held whatever the way."""
+        """Weights and optimiser state, which every variant holds."""
         state = [value for entry in self.optimizer.state.values() for value in entry.values()]
         tensors = [*self.policy.parameters(), *(value for value in state if isinstance(value, Tensor))]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -88,7 +88,7 @@ def _video(policy: Policy, preset: Preset, generator: torch.Generator) -> VideoI
     video = policy.family.video_inputs(
         config, policy.tokenizer, frames, seconds_per_frame=preset.seconds_per_frame, processing=processing
     )
-    # Pixels on the device, so that no way is charged for the copy; the grid on the host, where positions are computed.
+    # Pixels on the device, so that no variant is charged for the copy; the grid on the host, where positions are computed.
     tensors = {
         name: tensor.to(policy.device, policy.base.dtype) if tensor.is_floating_point() else tensor
         for name, tensor in video.arguments().items()
@@ -113,7 +113,7 @@ def _length(preset: Preset, generator: torch.Generator) -> int:
 
 
 def padded_batch(policy: Policy, samples: list[Sample], responses: tuple[int, ...] = (0, 1)) -> dict[str, Tensor]:
-    """What TRL's collators hand to the model: all chosen, then all rejected, and the videos once for each half."""
+    """The batch that TRL's collators hand to the model: all chosen, then all rejected, and the videos once for each half."""
     rows = [(sample, sample.responses[which]) for which in responses for sample in samples]
     length = max(len(sample.prompt) + len(response) for sample, response in rows)
     input_ids = torch.full((len(rows), length), policy.tokenizer.pad_token_id)

@@ -1,4 +1,4 @@
-"""benchmarks/throughput.py: every way agrees with the truth, a wrong one is caught, TRL's part is TRL's."""
+"""benchmarks/throughput.py: every variant agrees with the truth, a wrong one is caught, TRL's part is TRL's."""
 
 import json
 from dataclasses import replace
@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("peft", reason="the ways train an adapter")
+pytest.importorskip("peft", reason="the variants train an adapter")
 pytest.importorskip("trl", reason="TRL is what is compared with")
 
 from benchmarks import throughput
 from benchmarks.contest import Options
-from benchmarks.steps import FIRST, GAINS, WAYS, trl_trainers
+from benchmarks.steps import FIRST, GAINS, VARIANTS, trl_trainers
 from benchmarks.steps import agreement as agreement_module
 from benchmarks.steps.cost import expected_flops, tokens_only_limit, unit_costs
 from benchmarks.steps.measure import compare
 from benchmarks.steps.presets import PRESETS, Preset, build_policy, qwen25_vl_config, shrunk
-from benchmarks.steps.way import Scores, full_step, use_attention
+from benchmarks.steps.step_variant import Scores, full_step, use_attention
 from benchmarks.steps.workload import make_samples, make_workload, padded_batch
 from synpo_fast.profiling.counted_flops import count_flops
 
@@ -51,13 +51,13 @@ def fixed_timer(call):
 
 
 @pytest.mark.parametrize("preset", [TINY, TINY_TEXT], ids=["video", "text"])
-def test_every_way_runs_and_agrees_with_the_truth(preset):
+def test_every_variant_runs_and_agrees_with_the_truth(preset):
     workload = make_workload(preset, CPU)
     assert len({len(response) for sample in workload.samples for response in sample.responses}) > 1
     assert 0 in workload.batch["attention_mask"]
-    record = compare(workload, list(WAYS.values()), OPTIONS, timer=fixed_timer)
+    record = compare(workload, list(VARIANTS.values()), OPTIONS, timer=fixed_timer)
     rows = {row["name"]: row for row in record["rows"]}
-    assert list(rows) == list(WAYS) and set(rows) >= REQUIRED and set(GAINS) <= set(rows)
+    assert list(rows) == list(VARIANTS) and set(rows) >= REQUIRED and set(GAINS) <= set(rows)
     for name, row in rows.items():
         assert row["skipped"] is None, (name, row["skipped"])
         assert row["ratio"] == 1.0 and row["pairs_per_s"] == 6.0 and row["tokens_per_s"] == 2 * workload.tokens
@@ -68,11 +68,11 @@ def test_every_way_runs_and_agrees_with_the_truth(preset):
     json.dumps(record, allow_nan=False)
 
 
-def off_by_one_token(way):
-    """A way whose head reads the row after the one that predicts."""
+def off_by_one_token(variant):
+    """A variant whose head reads the row after the one that predicts."""
 
     def prepare(workload):
-        forward = way.prepare(workload)
+        forward = variant.prepare(workload)
 
         def loss(scores: Scores):
             value = forward.loss(scores)
@@ -81,14 +81,14 @@ def off_by_one_token(way):
 
         return replace(forward, loss=loss)
 
-    return replace(way, prepare=prepare)
+    return replace(variant, prepare=prepare)
 
 
-def half_the_gradient(way):
+def half_the_gradient(variant):
     """Right values, but the rejected half of the graph is cut: nothing but the gradient shows it."""
 
     def prepare(workload):
-        forward = way.prepare(workload)
+        forward = variant.prepare(workload)
 
         def loss(scores: Scores):
             value = forward.loss(scores)
@@ -96,7 +96,7 @@ def half_the_gradient(way):
 
         return replace(forward, loss=loss)
 
-    return replace(way, prepare=prepare)
+    return replace(variant, prepare=prepare)
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,11 @@ def half_the_gradient(way):
         (FIRST, half_the_gradient, "grad"),
     ],
 )
-def test_a_wrong_way_fails_the_script_and_shows_no_speed(name, broken, said, monkeypatch, tmp_path, capsys):
+def test_a_wrong_variant_fails_the_script_and_shows_no_speed(name, broken, said, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(PRESETS, "cpu", TINY)
-    monkeypatch.setitem(WAYS, name, broken(WAYS[name]))
+    monkeypatch.setitem(VARIANTS, name, broken(VARIANTS[name]))
     file = tmp_path / "out.json"
-    assert throughput.main(["--device", "cpu", "--rounds", "1", "--ways", FIRST, name, "--json", str(file)]) == 1
+    assert throughput.main(["--device", "cpu", "--rounds", "1", "--variants", FIRST, name, "--json", str(file)]) == 1
     row = next(row for row in json.loads(file.read_text())["rows"] if row["name"] == name)
     assert row["skipped"].startswith("WRONG") and said in row["skipped"]
     assert row["seconds"] is None and row["ratio"] is None and row["flops"] is None
@@ -125,8 +125,8 @@ def test_a_crash_of_ours_fails_the_script_and_one_of_a_peer_does_not(monkeypatch
     monkeypatch.setitem(PRESETS, "cpu", TINY)
     for name, code in (("liger-dpo", 0), ("synpo-fast", 1)):
         with monkeypatch.context() as patch:
-            patch.setitem(WAYS, name, replace(WAYS[name], prepare=crash))
-            assert throughput.main(["--device", "cpu", "--rounds", "1", "--ways", FIRST, name]) == code
+            patch.setitem(VARIANTS, name, replace(VARIANTS[name], prepare=crash))
+            assert throughput.main(["--device", "cpu", "--rounds", "1", "--variants", FIRST, name]) == code
         assert "RuntimeError: out of luck" in capsys.readouterr().out
 
 
@@ -135,9 +135,9 @@ def test_a_reference_that_sees_the_adapter_is_caught():
     workload = make_workload(TINY, CPU)
     truth = agreement_module.find_truth(workload, ["dpo"])
     assert abs(float(truth.losses["dpo"]) - 0.693147) > 1e-3
-    forward = WAYS[FIRST].prepare(workload)
+    forward = VARIANTS[FIRST].prepare(workload)
     workload.policy.model.disable_adapter = torch.no_grad  # any context that switches nothing off
-    result = full_step(workload, WAYS[FIRST], forward)()
+    result = full_step(workload, VARIANTS[FIRST], forward)()
     found = agreement_module.errors(result, truth, workload)
     assert "loss" in agreement_module.why_wrong(found, torch.float32)
 
@@ -179,7 +179,7 @@ def test_the_padded_batch_and_its_loss_are_what_trls_own_pipeline_makes(tmp_path
         workload.optimizer.step()
         return loss
 
-    own_step = full_step(workload, WAYS[FIRST], WAYS[FIRST].prepare(workload))
+    own_step = full_step(workload, VARIANTS[FIRST], VARIANTS[FIRST].prepare(workload))
     assert float(trls_step()) == pytest.approx(float(own_step().loss), abs=1e-6)
     assert count_flops(trls_step) == count_flops(own_step)
 
@@ -205,13 +205,13 @@ def test_the_gpu_preset_goes_the_same_way_on_a_cpu():
     )  # fmt: skip
     workload = make_workload(preset, CPU)
     names = (FIRST, "synpo-released", "synpo-fast")
-    record = compare(workload, [WAYS[name] for name in names], OPTIONS, timer=fixed_timer)
+    record = compare(workload, [VARIANTS[name] for name in names], OPTIONS, timer=fixed_timer)
     assert [row["skipped"] for row in record["rows"]] == [None] * 3
 
 
 def test_bf16_agrees_within_its_tolerance():
     record = compare(
-        make_workload(replace(TINY, dtype="bfloat16"), CPU), [WAYS[FIRST], WAYS["synpo-fast"]], OPTIONS,
+        make_workload(replace(TINY, dtype="bfloat16"), CPU), [VARIANTS[FIRST], VARIANTS["synpo-fast"]], OPTIONS,
         timer=fixed_timer,
     )  # fmt: skip
     assert [row["skipped"] for row in record["rows"]] == [None, None]
@@ -245,10 +245,10 @@ def test_the_cost_formula_is_near_the_counted_flops(name):
     """Wide and short, so that attention, which the formula leaves out, is small; equal lengths, as the formula's P and C."""
     shape = LANGUAGE | {"hidden_size": 256, "num_layers": 2, "vision_hidden_size": 64, "vision_layers": 2}
     workload = make_workload(replace(TINY, shape=shape, spread=0.0, prefix=40, completion=8, lora_r=1), CPU)
-    way = WAYS[name]
-    step = full_step(workload, way, way.prepare(workload))
+    variant = VARIANTS[name]
+    step = full_step(workload, variant, variant.prepare(workload))
     step()
-    counted, expected = count_flops(step), expected_flops(workload, way.passes, unit_costs(workload))
+    counted, expected = count_flops(step), expected_flops(workload, variant.passes, unit_costs(workload))
     assert counted == pytest.approx(expected, rel=0.1)
 
 
@@ -271,14 +271,14 @@ def test_the_script_prints_writes_and_draws(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(PRESETS, "cpu", TINY)
     file = tmp_path / "out.json"
     arguments = ["--device", "cpu", "--rounds", "1", "--json", str(file), "--plot", str(tmp_path)]
-    ways = ["synpo-no-reference", "synpo-fast", "trl-dpo-precomputed"]
-    assert throughput.main([*arguments, "--ways", *ways]) == 0
+    variants = ["synpo-no-reference", "synpo-fast", "trl-dpo-precomputed"]
+    assert throughput.main([*arguments, "--variants", *variants]) == 0
     record = json.loads(file.read_text())
     assert record["rows"][0]["name"] == FIRST and record["environment"]["packages"]["trl"]
     printed = capsys.readouterr().out
     for row in record["rows"]:
         assert f"{row['ratio']:.2f}x" in printed and row["setting"] in printed
-    for name in ("gains.png", "ways.png"):
+    for name in ("gains.png", "variants.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -305,9 +305,9 @@ def test_more_frames_lengthen_the_prompt_with_them():
     assert more.prefix - usual.prefix == 8 * 25 and more.frames == 32
 
 
-def test_the_readme_names_every_way_and_option():
+def test_the_readme_names_every_variant_and_option():
     text = (Path(throughput.__file__).parent / "README.md").read_text()
-    for name in WAYS:
+    for name in VARIANTS:
         assert f"`{name}`" in text, name
-    for option in ("--preset", "--spread", "--sweep", "--largest_batch", "--checkpointing", "--ways"):
+    for option in ("--preset", "--spread", "--sweep", "--largest_batch", "--checkpointing", "--variants"):
         assert option in text, option

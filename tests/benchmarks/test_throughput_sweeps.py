@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("peft", reason="the ways train an adapter")
+pytest.importorskip("peft", reason="the variants train an adapter")
 pytest.importorskip("trl", reason="TRL is what is compared with")
 
 from benchmarks import throughput
-from benchmarks.steps import FIRST, WAYS, largest_batch, sweeps
+from benchmarks.steps import FIRST, VARIANTS, largest_batch, sweeps
 from benchmarks.steps import plot as plot_throughput
 from benchmarks.steps.presets import PRESETS, build_policy
 from benchmarks.steps.sweeps import SWEEPS, presets_along
@@ -54,7 +54,7 @@ def test_a_sweep_prints_writes_and_draws(name, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(PRESETS, "cpu", replace(TINY, prefix=60, completion=30))
     monkeypatch.setitem(sweeps.SIZE, "cpu", 56)
     monkeypatch.setitem(
-        SWEEPS, name, replace(SWEEPS[name], values=SWEEPS[name].values[2:4], ways=(FIRST, "synpo-fast"))
+        SWEEPS, name, replace(SWEEPS[name], values=SWEEPS[name].values[2:4], variants=(FIRST, "synpo-fast"))
     )
     file = tmp_path / "out.json"
     assert throughput.main(
@@ -98,7 +98,7 @@ def test_running_out_of_memory_ends_the_search_and_another_error_does_not(monkey
     policy = build_policy(TINY, CPU)
     pairs_run = []
 
-    def short_of_memory(workload, way, forward):
+    def short_of_memory(workload, variant, forward):
         def run():
             pairs_run.append(len(workload.samples))
             if len(workload.samples) > 2:
@@ -107,13 +107,13 @@ def test_running_out_of_memory_ends_the_search_and_another_error_does_not(monkey
         return run
 
     monkeypatch.setattr(largest_batch, "full_step", short_of_memory)
-    way = WAYS["synpo-fast"]
-    assert largest_batch.largest_batch(TINY, policy, way, CPU) == 2
+    variant = VARIANTS["synpo-fast"]
+    assert largest_batch.largest_batch(TINY, policy, variant, CPU) == 2
     assert pairs_run == [1, 2, 4, 3]
 
-    def broken(workload, way, forward):
+    def broken(workload, variant, forward):
         raise RuntimeError("not memory")
 
     monkeypatch.setattr(largest_batch, "full_step", broken)
     with pytest.raises(RuntimeError, match="not memory"):
-        largest_batch.largest_batch(TINY, policy, way, CPU)
+        largest_batch.largest_batch(TINY, policy, variant, CPU)

@@ -44,7 +44,7 @@ def liger_preference(inputs: Inputs) -> Step:
     """Liger's chunked preference base class (plain PyTorch, any device) with a loss linear in the token log-probs.
 
     The class averages or sums log-probs over a sequence. With sequences of one token it hands out token log-probs, and
-    a chunk of 1024 + 1024 rows costs what it costs its DPO or SimPO loss on one pair of 1024 tokens. It has no way to
+    a chunk of 1024 + 1024 rows costs what it costs its DPO or SimPO loss on one pair of 1024 tokens. It cannot
     drop ignored rows.
     """
     from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase

@@ -1,4 +1,4 @@
-"""A way of training: how it gets from the workload to a loss, and what it computes, counted in passes."""
+"""A variant of training: how it gets from the workload to a loss, and what it computes, counted in passes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from benchmarks.steps.workload import Workload
 
 LossName = Literal["dpo", "simpo", "synpo"]
-# The losses' options, the same in every way: the papers' defaults.
+# The losses' options, the same in every variant: the papers' defaults.
 DPO_BETA, SIMPO_BETA, SIMPO_GAMMA = 0.1, 2.0, 0.5
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What a way computes, for the cost formula (cost.py).
+    """Counts of what a variant computes, for the cost formula (cost.py).
 
     rows: how the language model sees the pairs: "padded" [2B, L], each response "apart" behind a copy of its prompt without
     padding, or "shared", each prompt once. language: forward passes' worth of work on them, a backward being one.
@@ -35,8 +35,8 @@ class Passes:
 
 @dataclass
 class Scores:
-    """What a forward found, for the check: log-probs of every response, the chosen ones first. tokens: [T] each, or padded:
-    [2B, L - 1] and its mask, taken apart after the step since that waits for a GPU; sums: [2B], where a way has no others."""
+    """Findings of a forward, for the check: log-probs of every response, the chosen ones first. tokens: [T] each, or padded:
+    [2B, L - 1] and its mask, taken apart after the step since that waits for a GPU; sums: [2B], where a variant has no others."""
 
     tokens: list[Tensor] | None = None
     padded: tuple[Tensor, Tensor] | None = None
@@ -59,7 +59,7 @@ class Forward:
 
 
 @dataclass(frozen=True)
-class Way:
+class StepVariant:
     name: str
     loss: LossName
     passes: Passes
@@ -70,12 +70,12 @@ class Way:
 
 @dataclass
 class StepResult:
-    way: Way
+    variant: StepVariant
     loss: Tensor
     scores: Scores
 
 
-def full_step(workload: Workload, way: Way, forward: Forward) -> Callable[[], StepResult]:
+def full_step(workload: Workload, variant: StepVariant, forward: Forward) -> Callable[[], StepResult]:
     """Forward, backward and optimiser step; the gradients stay in the parameters for the check."""
 
     def run() -> StepResult:
@@ -84,7 +84,7 @@ def full_step(workload: Workload, way: Way, forward: Forward) -> Callable[[], St
         loss = forward.loss(scores)
         loss.backward()
         workload.optimizer.step()
-        return StepResult(way, loss.detach(), scores)
+        return StepResult(variant, loss.detach(), scores)
 
     return run
 
