@@ -2,7 +2,9 @@
 
     python benchmarks/throughput.py                       a 29 M model on a CPU (within 5 minutes), the 7B shape on a GPU
     python benchmarks/throughput.py --json out.json --plot pictures
+    python benchmarks/throughput.py --repeat 3 --json out.json          the table three times, all in one file
     python benchmarks/throughput.py --sweep ratio frames valid --plot pictures
+    python benchmarks/throughput.py --preset text-1024 --baseline synpo-fast-unshared --variants synpo-fast
     python benchmarks/throughput.py --preset gpu --largest_batch
 
 Forward, backward and optimiser step on the same pairs with the same weights. Every variant is held against one truth before
@@ -30,64 +32,17 @@ import torch
 if __package__ in (None, ""):  # started by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.common import environment, format_bytes, format_seconds, format_table, gpu_state, write_json
+from benchmarks.common import environment, gpu_state, write_json
 from benchmarks.contest import Options
-from benchmarks.steps import FIRST, VARIANTS
+from benchmarks.steps import BASELINE, VARIANTS
 from benchmarks.steps.largest_batch import largest_batch
 from benchmarks.steps.measure import compare
 from benchmarks.steps.presets import PRESETS, Preset, build_policy
 from benchmarks.steps.sweeps import SWEEPS, presets_along
+from benchmarks.steps.tables import repeats_table, table
 from benchmarks.steps.workload import MARKERS, make_workload, visual_tokens
 
-LARGEST_FOR = (FIRST, "synpo-released", "synpo-fast-unshared", "synpo-fast")
-
-
-def title(workload: dict[str, Any], gemm: dict[str, Any]) -> str:
-    video = f"{workload['frames']} frames of {workload['size']} px, " if workload["frames"] else ""
-    limit = workload["limit_tokens_only"]
-    return (
-        f"{workload['name']}: {workload['parameters'] / 1e6:.0f} M parameters, LoRA r={workload['lora_r']}, frozen tower, "
-        f"{workload['dtype']}; {workload['pairs']} pairs a step, {video}prefix {workload['prefix']}, completions "
-        f"{workload['completion']} (+-{workload['spread']:.0%})\n"
-        f"a bare product runs at {gemm['flops_per_s'] / 1e9:.0f} GFLOP/s; tokens of the language model alone predict "
-        f"{limit['shared']:.2f}x, with sharing off {limit['apart']:.2f}x"
-    )
-
-
-def table(record: dict[str, Any]) -> str:
-    header = [
-        "variant", "step", "(low - high)", "pairs/s", "tokens/s", "peak memory", "GFLOP", "of GEMM", "speed-up", "(low - high)",
-        "theory", "loss", "setting",
-    ]  # fmt: skip
-    lines = []
-    for row in record["rows"]:
-        if row["skipped"] is not None:
-            lines.append([row["name"], *["-"] * 9, "", "-", row["skipped"]])
-            continue
-        seconds = row["seconds"]
-        ratios = ["-", "", "-"]
-        if row["ratio"] is not None:
-            ratios = [
-                f"{row['ratio']:.2f}x",
-                f"({row['ratio_low']:.2f} - {row['ratio_high']:.2f})",
-                f"{row['limit']:.2f}x",
-            ]
-        lines.append(
-            [
-                row["name"],
-                format_seconds(seconds["median"]),
-                f"({format_seconds(seconds['low'])} - {format_seconds(seconds['high'])})",
-                f"{row['pairs_per_s']:.3g}",
-                f"{row['tokens_per_s']:.0f}",
-                format_bytes(row["peak_memory_bytes"]),
-                f"{row['flops'] / 1e9:.0f}",
-                f"{row['gemm_share']:.0%}",
-                *ratios,
-                f"{row['loss']:.5f}",
-                row["setting"],
-            ]
-        )
-    return f"{title(record['workload'], record['gemm'])}\n\n{format_table(header, lines)}\n"
+LARGEST_FOR = (BASELINE, "synpo-released", "synpo-fast-unshared", "synpo-fast")
 
 
 def faults(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -101,7 +56,9 @@ def faults(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), help="cpu on a CPU, gpu on a GPU; text: no video")
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), help="cpu on a CPU, gpu on a GPU; text and text-1024: no video"
+    )
     parser.add_argument("--frames", type=int, metavar="N", help="frames of a video")
     parser.add_argument("--size", type=int, metavar="PX", help="pixels a side of a frame")
     parser.add_argument("--prefix", type=int, metavar="N", help="tokens of a prompt, its video's included")
@@ -112,6 +69,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in every variant")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
+    parser.add_argument(
+        "--baseline", choices=list(VARIANTS), metavar="NAME", help=f"speed-ups are over this ({BASELINE})"
+    )
+    parser.add_argument("--repeat", type=int, metavar="N", help="measure the table N times (default 1)")
     parser.add_argument("--rounds", type=int, metavar="K", help="timed rounds (default 5; 3 in a sweep)")
     parser.add_argument("--budget", type=float, default=150.0, metavar="SECONDS", help="end the rounds after this")
     parser.add_argument("--sweep", nargs="+", choices=list(SWEEPS), default=[], help="sweeps in place of the table")
@@ -128,8 +89,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--device cuda: torch sees no GPU")
     if args.largest_batch and args.device.type != "cuda":
         parser.error("--largest_batch fills a GPU's memory and needs one")
-    if args.variants and FIRST not in args.variants:
-        args.variants = [FIRST, *args.variants]  # every ratio is to it
+    for name in ("baseline", "repeat"):
+        if getattr(args, name) is not None and (args.sweep or args.largest_batch):
+            parser.error(f"--{name} is for the table, not for --sweep or --largest_batch")
+    args.baseline = args.baseline or BASELINE
+    if args.variants and args.baseline not in args.variants:
+        args.variants = [args.baseline, *args.variants]  # every ratio is to it
     try:
         args.preset = chosen_preset(args)
     except ValueError as error:
@@ -149,9 +114,10 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     if not 0 <= changes.get("spread", 0.0) < 1:
         raise ValueError(f"--spread must lie in [0, 1), not {changes['spread']}")
     if preset.family == "text" and (changes.get("frames") or changes.get("size")):
-        raise ValueError("preset 'text' takes no --frames and no --size")
-    if args.rounds is not None and args.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, not {args.rounds}")
+        raise ValueError(f"preset {preset.name!r} takes no --frames and no --size")
+    for name in ("rounds", "repeat"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     text = preset.prefix - visual_tokens(preset)
     preset = replace(preset, **changes, checkpointing=args.checkpointing)
     if "prefix" not in changes and ("frames" in changes or "size" in changes):
@@ -164,10 +130,24 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     return preset
 
 
-def run_table(args: argparse.Namespace) -> dict[str, Any]:
+def run_tables(args: argparse.Namespace) -> dict[str, Any]:
+    """{"workload", "runs"}: the whole table as often as asked for, the model and all it holds built afresh each time."""
     options = Options(args.device, args.rounds or 5, args.budget, seed=args.seed)
-    workload = make_workload(args.preset, args.device, seed=args.seed)
-    return compare(workload, [VARIANTS[name] for name in args.variants or VARIANTS], options)
+    variants = [VARIANTS[name] for name in args.variants or VARIANTS]
+    record: dict[str, Any] = {"runs": []}
+    for _ in range(args.repeat or 1):
+        machine = environment(args.device)
+        start = {key: machine[key] for key in ("time", "load_average") if key in machine}
+        workload = make_workload(args.preset, args.device, seed=args.seed)
+        run = compare(workload, variants, options, baseline=args.baseline)
+        record["workload"] = run.pop("workload")
+        print(table(record["workload"], run), flush=True)
+        record["runs"].append(start | run)
+        del workload
+        gc.collect()
+    if len(record["runs"]) > 1:
+        print(repeats_table(record["runs"], args.baseline), flush=True)
+    return record
 
 
 def run_sweep(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -179,7 +159,7 @@ def run_sweep(name: str, args: argparse.Namespace) -> dict[str, Any]:
     for value, preset in presets_along(sweep, replace(args.preset, pairs=1), args.device.type):
         workload = make_workload(preset, args.device, seed=args.seed, policy=policy)
         record = compare(workload, [VARIANTS[variant] for variant in sweep.variants], options)
-        print(table(record), flush=True)
+        print(table(record["workload"], record), flush=True)
         points.append({"value": value, **record})
         gc.collect()
     return {"name": name, "label": sweep.label, "points": points}
@@ -198,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table, writes JSON and pictures; 1 if a variant computed something else, or one of ours crashed."""
     args = parse(argv)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # TRL asks transformers by an older name
-    record: dict[str, Any] = {"environment": environment(args.device), "rows": []}
+    record: dict[str, Any] = {"environment": environment(args.device), "baseline": args.baseline}
     load, cores = record["environment"].get("load_average", [0.0])[0], record["environment"]["cores"]
     if args.device.type == "cpu" and load > 0.5 * cores:
         print(f"the machine is busy (load {load:.1f} on {cores} cores): ratios too may be off\n", file=sys.stderr)
@@ -207,8 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.largest_batch:
         record["largest_batch"] = run_largest(args)
     else:
-        record |= run_table(args)
-        print(table(record), flush=True)
+        record |= run_tables(args)
     if args.device.type == "cuda":
         record["environment"]["gpu"]["after"] = gpu_state()
     if args.json:
@@ -219,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in plot(record, Path(args.plot)):
             print(f"wrote {path}")
     points = [point for sweep in record.get("sweeps", []) for point in sweep["points"]]
-    found = faults([row for each in [record, *points] for row in each["rows"]])
+    found = faults([row for each in [*record.get("runs", []), *points] for row in each["rows"]])
     for fault in found:
         print(fault, file=sys.stderr)
     return 1 if found else 0

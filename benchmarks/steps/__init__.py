@@ -7,15 +7,15 @@ from functools import partial
 from benchmarks.steps import packed, padded, trl_trainers
 from benchmarks.steps.step_variant import Passes, StepVariant
 
-FIRST = "trl-dpo-adapter-off"
+BASELINE = "trl-dpo-adapter-off"  # of the speed-ups, unless another is asked for
 # The gains one after another, for the picture: each has all that those before it have.
 GAINS = (
-    FIRST, "synpo-no-reference", "synpo-fused-head", "synpo-valid-rows", "synpo-vision-once", "synpo-prefix-shared",
+    BASELINE, "synpo-no-reference", "synpo-fused-head", "synpo-valid-rows", "synpo-vision-once", "synpo-prefix-shared",
     "synpo-fast", "synpo-fast-cached",
 )  # fmt: skip
 
 _every_variant = (
-    StepVariant(FIRST, "dpo", Passes("padded", 3, 4, 4, "trl"), trl_trainers.dpo_adapter_off, title="TRL's DPO, adapter off"),
+    StepVariant(BASELINE, "dpo", Passes("padded", 3, 4, 4, "trl"), trl_trainers.dpo_adapter_off, title="TRL's DPO, adapter off"),
     StepVariant("trl-dpo-valid-rows", "dpo", Passes("padded", 3, 4, 4, "valid"), trl_trainers.dpo_valid_rows),
     StepVariant("trl-dpo-frozen-copy", "dpo", Passes("padded", 3, 4, 4, "trl"), trl_trainers.dpo_frozen_copy),
     StepVariant("trl-dpo-precomputed", "dpo", Passes("padded", 2, 2, 3, "trl"), trl_trainers.dpo_precomputed),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.contest import Options, Step, run_contest
-from benchmarks.steps import FIRST
+from benchmarks.steps import BASELINE
 from benchmarks.steps.agreement import errors, find_truth, why_wrong
 from benchmarks.steps.cost import expected_flops, head_flops, tokens_of, tokens_only_limit, unit_costs
 from benchmarks.steps.step_variant import Forward, StepResult, StepVariant, full_step
@@ -28,9 +28,13 @@ def compare(
     variants: Sequence[StepVariant],
     options: Options,
     *,
+    baseline: str = BASELINE,
     timer: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, Any]:
-    """{"workload", "gemm", "rows"} as they go into the JSON; the rows in the order of `variants`."""
+    """{"workload", "gemm", "rows"} as they go into the JSON; the rows in the order of `variants`.
+
+    baseline: the variant that speed-ups are over.
+    """
     dtype = workload.policy.base.dtype
     truth = find_truth(workload, sorted({variant.loss for variant in variants}))
     forwards: dict[str, Forward] = {}
@@ -50,31 +54,29 @@ def compare(
 
     contestants: dict[str, Callable[[], Step]] = {variant.name: partial(prepare, variant) for variant in variants}
     records = run_contest(
-        contestants | {GEMM: partial(gemm, workload)}, judge, floor=FIRST, options=options, timer=timer
+        contestants | {GEMM: partial(gemm, workload)}, judge, floor=baseline, options=options, timer=timer
     )
     *records, gemm_record = records
     gemm_flops = 2.0 * GEMM_SIZE[options.device.type] ** 3
     rate = gemm_flops / gemm_record["seconds"]["median"]
     by_name = {record["name"]: record for record in records}
-    first = by_name.get(FIRST)
-    first_samples = first["seconds"]["samples"] if first and first["seconds"] else None
+    found = by_name.get(baseline)
+    baseline_samples = found["seconds"]["samples"] if found and found["seconds"] else None
     static, unit = workload.static_bytes(), unit_costs(workload)
-    first_cost = next(
-        (expected_flops(workload, variant.passes, unit) for variant in variants if variant.name == FIRST), None
+    baseline_cost = next(
+        (expected_flops(workload, variant.passes, unit) for variant in variants if variant.name == baseline), None
     )
     rows = []
     for variant in variants:
         record = by_name[variant.name]
         cost = expected_flops(workload, variant.passes, unit)
         held = forwards[variant.name].held_bytes if variant.name in forwards else 0
-        row = _row(variant, record, workload, first_samples, rate, static + held)
-        row["limit"] = first_cost / cost if first_cost else None
+        row = _row(variant, record, workload, baseline_samples, rate, static + held)
+        row["limit"] = baseline_cost / cost if baseline_cost else None
         if row["skipped"] is None:
             row["loss"] = losses[variant.name]
             row["flops"] = count_flops(runs[variant.name])
-            if (
-                variant.ours and workload.device.type == "cuda"
-            ):  # torch's counter sees no product inside a Triton kernel
+            if variant.ours and workload.device.type == "cuda":  # no product inside a Triton kernel is counted
                 row["flops"] += round(head_flops(workload, variant.passes, unit))
             row["gemm_share"] = row["flops"] / row["seconds"]["median"] / rate
         rows.append(row)
@@ -90,7 +92,7 @@ def _row(
     variant: StepVariant,
     record: dict[str, Any],
     workload: Workload,
-    first: list[float] | None,
+    baseline: list[float] | None,
     rate: float,
     static_bytes: int,
 ) -> dict[str, Any]:
@@ -121,9 +123,9 @@ def _row(
     row["pairs_per_s"] = len(workload.samples) / median
     row["tokens_per_s"] = workload.tokens / median
     row["peak_memory_bytes"] = static_bytes + record["peak_extra_bytes"]
-    if first is not None:
-        row["ratio"] = median_ratio(first, samples)
-        row["ratio_low"], row["ratio_high"] = median_interval([a / b for a, b in zip(first, samples, strict=True)])
+    if baseline is not None:
+        row["ratio"] = median_ratio(baseline, samples)
+        row["ratio_low"], row["ratio_high"] = median_interval([a / b for a, b in zip(baseline, samples, strict=True)])
     return row
 
 

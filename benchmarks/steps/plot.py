@@ -21,13 +21,13 @@ if __package__ in (None, ""):  # started by path: import from the repository roo
 
 from benchmarks.common import format_bytes, format_seconds
 from benchmarks.pictures import OURS_COLOUR, PEER_COLOUR, QUIET, clean_axes, machine_line, prepare_folder, spread_labels
-from benchmarks.steps import FIRST, GAINS
+from benchmarks.steps import BASELINE, GAINS
 from benchmarks.steps.cost import tokens_only_limit
 from synpo_fast.profiling.rounds import ROUNDS_FOR_AN_INTERVAL
 
 SAVED, COST, LIMIT_COLOUR = "#f3d9cb", "#c9c9c9", "#3c3c3c"
 SWEEP_COLOURS = {
-    FIRST: PEER_COLOUR, "synpo-fast": OURS_COLOUR, "synpo-fast-unshared": "#1b7f79", "synpo-valid-rows": "#7570b3",
+    BASELINE: PEER_COLOUR, "synpo-fast": OURS_COLOUR, "synpo-fast-unshared": "#1b7f79", "synpo-valid-rows": "#7570b3",
     "synpo-fused-head": "#a08a1e",
 }  # fmt: skip
 
@@ -37,8 +37,11 @@ def plot(record: dict[str, Any], folder: Path) -> list[Path]:
     prepare_folder(folder)
     machine = machine_line(record["environment"])
     paths = []
-    if any(row["ratio"] is not None for row in record["rows"]):
-        paths += [_gains(record, machine, folder / "gains.png"), _variants(record, machine, folder / "variants.png")]
+    for run in record.get("runs", [])[:1]:
+        if record["baseline"] == BASELINE and _gain_rows(run):
+            paths.append(_gains(record, machine, folder / "gains.png"))
+        if any(row["ratio"] is not None for row in run["rows"]):
+            paths.append(_variants(record, machine, folder / "variants.png"))
     for sweep in record.get("sweeps", []):
         paths.append(_sweep(sweep, machine, folder / f"sweep-{sweep['name']}.png"))
     return paths
@@ -66,8 +69,7 @@ def _gains(record: dict[str, Any], machine: str, path: Path) -> Path:
     """A waterfall: each bar is a step's time, the pale end is what the change took off the one above."""
     import matplotlib.pyplot as plt
 
-    by_name = {row["name"]: row for row in record["rows"]}
-    rows = [by_name[name] for name in GAINS if name in by_name and by_name[name]["seconds"]]
+    rows = _gain_rows(record["runs"][0])
     height = 1.75 + 0.5 * len(rows)
     figure, axes = plt.subplots(figsize=(10.5, height))
     figure.subplots_adjust(left=0.27, right=0.97, top=1 - 1.0 / height, bottom=0.65 / height)
@@ -98,6 +100,13 @@ def _gains(record: dict[str, Any], machine: str, path: Path) -> Path:
     return path
 
 
+def _gain_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the waterfall; none where the first of them was not measured, which all others are compared with."""
+    by_name = {row["name"]: row for row in run["rows"]}
+    rows = [by_name[name] for name in GAINS if name in by_name and by_name[name]["seconds"]]
+    return rows if rows and rows[0]["name"] == BASELINE else []
+
+
 def _step_label(row: dict[str, Any], place: int) -> str:
     return row["title"] if place == 0 else f"+ {row['title']}"
 
@@ -105,8 +114,9 @@ def _step_label(row: dict[str, Any], place: int) -> str:
 def _variants(record: dict[str, Any], machine: str, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    rows = [row for row in record["rows"] if row["ratio"] is not None]
-    notes = [f"{row['name']}: {row['skipped']}" for row in record["rows"] if row["skipped"]]
+    every_row, baseline = record["runs"][0]["rows"], record["baseline"]
+    rows = [row for row in every_row if row["ratio"] is not None]
+    notes = [f"{row['name']}: {row['skipped']}" for row in every_row if row["skipped"]]
     notes = [line for note in notes for line in textwrap.wrap(note, 150, subsequent_indent="    ")]
     foot = 0.2 * (len(notes) + 1) if notes else 0.0
     height = 1.75 + 0.34 * len(rows) + foot
@@ -133,7 +143,7 @@ def _variants(record: dict[str, Any], machine: str, path: Path) -> Path:
     left.set_ylim(len(rows) - 0.4, -0.6)
     left.set_yticks(places, [row["name"] for row in rows])
     interval = _interval_name(_rounds(rows))
-    left.set_xlabel(f"speed-up over {FIRST}   (line: {interval}, dashed: theory, by counted passes)")
+    left.set_xlabel(f"speed-up over {baseline}   (line: {interval}, dashed: theory, by counted passes)")
     clean_axes(left)
     most = max(row["peak_memory_bytes"] for row in rows)
     right.barh(places, [row["peak_memory_bytes"] for row in rows], color=colours)
@@ -176,7 +186,7 @@ def _sweep(sweep: dict[str, Any], machine: str, path: Path) -> Path:
             xs, [r["ratio_low"] for _, r in line], [r["ratio_high"] for _, r in line], color=colour, alpha=0.15
         )
         axes.plot(xs, [r["ratio"] for _, r in line], "o-", color=colour, linewidth=2)
-        if row["name"] != FIRST:
+        if row["name"] != BASELINE:
             axes.plot(xs, [r["limit"] for _, r in line], "--", color=colour, linewidth=1.2)
         ends.append((line[-1][1]["ratio"], f"{row['name']}  {line[-1][1]['ratio']:.2f}x", colour))
     if sweep["name"] == "ratio":
@@ -184,7 +194,7 @@ def _sweep(sweep: dict[str, Any], machine: str, path: Path) -> Path:
         axes.plot(values, tokens, ":", color=QUIET, linewidth=1.4)
         ends.append((tokens[-1], "3(r+1)/(r+2), language\nmodel's tokens alone", QUIET))
     _finish_sweep(axes, sweep, values, ends)
-    figure.text(0.02, 0.945, f"Speed-up over {FIRST}", fontsize=13, weight="bold")
+    figure.text(0.02, 0.945, f"Speed-up over {BASELINE}", fontsize=13, weight="bold")
     workload, rounds = points[0]["workload"], _rounds(points[0]["rows"])
     about = f"{workload['parameters'] / 1e6:.0f} M parameters, LoRA r={workload['lora_r']}, {workload['dtype']}"
     if sweep["name"] != "valid":

@@ -1,9 +1,10 @@
 """Presets of throughput.py: model shapes, and how many tokens and frames a pair has.
 
-cpu     Qwen2.5-VL made small: 29 M parameters in about the proportions of the 7B model (a visual token costs the tower a
-        third of what it costs the language model, the head is a tenth of it)
-text    the same language model without a tower, which TRL's own data pipeline can feed
-gpu     Qwen2.5-VL-7B from its published dimensions, random weights in bf16, built on the device
+cpu        Qwen2.5-VL made small: 29 M parameters in about the proportions of the 7B model (a visual token costs the tower a
+           third of what it costs the language model, the head is a tenth of it)
+text       the same language model without a tower, which TRL's own data pipeline can feed
+text-1024  28 M parameters, prompts of 1024 tokens and responses of 128: what sharing a long prompt saves
+gpu        Qwen2.5-VL-7B from its published dimensions, random weights in bf16, built on the device
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ _CPU_LANGUAGE = {
     "intermediate_size": 2304,
     "vocab_size": 3072,
 }
+_NARROW_LANGUAGE = {"hidden_size": 512, "num_layers": 6, "intermediate_size": 1536, "vocab_size": 8000}
 # Qwen/Qwen2.5-VL-7B-Instruct, config.json
 _QWEN25_VL_7B = {
     "hidden_size": 3584,
@@ -69,6 +71,10 @@ PRESETS = {
     "text": Preset(
         "text", "text", _CPU_LANGUAGE, "float32",
         frames=0, size=0, prefix=240, completion=48, spread=0.0, pairs=2, lora_r=16,
+    ),
+    "text-1024": Preset(
+        "text-1024", "text", _NARROW_LANGUAGE, "float32",
+        frames=0, size=0, prefix=1024, completion=128, spread=0.0, pairs=2, lora_r=16,
     ),
     "gpu": Preset(
         "gpu", "qwen2_5_vl", _QWEN25_VL_7B, "bfloat16",

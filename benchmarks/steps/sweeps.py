@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from benchmarks.steps import FIRST
+from benchmarks.steps import BASELINE
 from benchmarks.steps.presets import Preset
 from benchmarks.steps.workload import MARKERS, visual_tokens
 
@@ -45,13 +45,13 @@ def _with_video(preset: Preset) -> Preset:
     return replace(preset, frames=2 * max(1, int(VIDEO_SHARE * preset.prefix / a_step)))
 
 
-_MAIN = (FIRST, "synpo-fast-unshared", "synpo-fast")
+_MAIN = (BASELINE, "synpo-fast-unshared", "synpo-fast")
 SWEEPS = {
     "ratio": Sweep("prompt tokens / response tokens", (0.5, 1, 2, 4, 8, 16), at_ratio, _MAIN),
     "frames": Sweep("frames", (8, 16, 32, 64, 128, 256), at_frames, _MAIN),
     "valid": Sweep(
         "share of response tokens in a row", (0.05, 0.1, 0.2, 0.4, 0.6, 0.8), at_valid,
-        (FIRST, "synpo-fused-head", "synpo-valid-rows", "synpo-fast"),
+        (BASELINE, "synpo-fused-head", "synpo-valid-rows", "synpo-fast"),
     ),
 }  # fmt: skip
 
@@ -59,6 +59,6 @@ SWEEPS = {
 def presets_along(sweep: Sweep, preset: Preset, device: str) -> Iterator[tuple[float, Preset]]:
     """Raises ValueError for a sweep over frames of a model without video."""
     if preset.family == "text" and sweep.at is at_frames:
-        raise ValueError("preset 'text' has no frames to sweep over")
+        raise ValueError(f"preset {preset.name!r} has no frames to sweep over")
     for value in sweep.values:
         yield value, sweep.at(replace(preset, size=SIZE[device]), value)

@@ -12,7 +12,7 @@ pytest.importorskip("trl", reason="TRL is what is compared with")
 
 from benchmarks import throughput
 from benchmarks.contest import Options
-from benchmarks.steps import FIRST, GAINS, VARIANTS, trl_trainers
+from benchmarks.steps import BASELINE, GAINS, VARIANTS, trl_trainers
 from benchmarks.steps import agreement as agreement_module
 from benchmarks.steps.cost import expected_flops, tokens_only_limit, unit_costs
 from benchmarks.steps.measure import compare
@@ -64,7 +64,7 @@ def test_every_variant_runs_and_agrees_with_the_truth(preset):
         assert row["peak_memory_bytes"] > 1000 and row["flops"] > 0
         assert {"low", "median", "high"} <= set(row["seconds"])
     assert len({round(row["loss"], 4) for row in rows.values()}) == 3  # one for each of the losses
-    assert rows["trl-dpo-frozen-copy"]["peak_memory_bytes"] > rows[FIRST]["peak_memory_bytes"]
+    assert rows["trl-dpo-frozen-copy"]["peak_memory_bytes"] > rows[BASELINE]["peak_memory_bytes"]
     json.dumps(record, allow_nan=False)
 
 
@@ -104,15 +104,15 @@ def half_the_gradient(variant):
     [
         ("synpo-fast", off_by_one_token, "log_probs"),
         ("synpo-fast-dpo", half_the_gradient, "grad"),
-        (FIRST, half_the_gradient, "grad"),
+        (BASELINE, half_the_gradient, "grad"),
     ],
 )
 def test_a_wrong_variant_fails_the_script_and_shows_no_speed(name, broken, said, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(PRESETS, "cpu", TINY)
     monkeypatch.setitem(VARIANTS, name, broken(VARIANTS[name]))
     file = tmp_path / "out.json"
-    assert throughput.main(["--device", "cpu", "--rounds", "1", "--variants", FIRST, name, "--json", str(file)]) == 1
-    row = next(row for row in json.loads(file.read_text())["rows"] if row["name"] == name)
+    assert throughput.main(["--device", "cpu", "--rounds", "1", "--variants", BASELINE, name, "--json", str(file)]) == 1
+    row = next(row for row in json.loads(file.read_text())["runs"][0]["rows"] if row["name"] == name)
     assert row["skipped"].startswith("WRONG") and said in row["skipped"]
     assert row["seconds"] is None and row["ratio"] is None and row["flops"] is None
     assert name in capsys.readouterr().err
@@ -126,7 +126,7 @@ def test_a_crash_of_ours_fails_the_script_and_one_of_a_peer_does_not(monkeypatch
     for name, code in (("liger-dpo", 0), ("synpo-fast", 1)):
         with monkeypatch.context() as patch:
             patch.setitem(VARIANTS, name, replace(VARIANTS[name], prepare=crash))
-            assert throughput.main(["--device", "cpu", "--rounds", "1", "--variants", FIRST, name]) == code
+            assert throughput.main(["--device", "cpu", "--rounds", "1", "--variants", BASELINE, name]) == code
         assert "RuntimeError: out of luck" in capsys.readouterr().out
 
 
@@ -135,9 +135,9 @@ def test_a_reference_that_sees_the_adapter_is_caught():
     workload = make_workload(TINY, CPU)
     truth = agreement_module.find_truth(workload, ["dpo"])
     assert abs(float(truth.losses["dpo"]) - 0.693147) > 1e-3
-    forward = VARIANTS[FIRST].prepare(workload)
+    forward = VARIANTS[BASELINE].prepare(workload)
     workload.policy.model.disable_adapter = torch.no_grad  # any context that switches nothing off
-    result = full_step(workload, VARIANTS[FIRST], forward)()
+    result = full_step(workload, VARIANTS[BASELINE], forward)()
     found = agreement_module.errors(result, truth, workload)
     assert "loss" in agreement_module.why_wrong(found, torch.float32)
 
@@ -179,7 +179,7 @@ def test_the_padded_batch_and_its_loss_are_what_trls_own_pipeline_makes(tmp_path
         workload.optimizer.step()
         return loss
 
-    own_step = full_step(workload, VARIANTS[FIRST], VARIANTS[FIRST].prepare(workload))
+    own_step = full_step(workload, VARIANTS[BASELINE], VARIANTS[BASELINE].prepare(workload))
     assert float(trls_step()) == pytest.approx(float(own_step().loss), abs=1e-6)
     assert count_flops(trls_step) == count_flops(own_step)
 
@@ -204,14 +204,14 @@ def test_the_gpu_preset_goes_the_same_way_on_a_cpu():
         dtype="float32", frames=4, size=84, prefix=40, completion=11, spread=0.2, lora_r=4, checkpointing=True,
     )  # fmt: skip
     workload = make_workload(preset, CPU)
-    names = (FIRST, "synpo-released", "synpo-fast")
+    names = (BASELINE, "synpo-released", "synpo-fast")
     record = compare(workload, [VARIANTS[name] for name in names], OPTIONS, timer=fixed_timer)
     assert [row["skipped"] for row in record["rows"]] == [None] * 3
 
 
 def test_bf16_agrees_within_its_tolerance():
     record = compare(
-        make_workload(replace(TINY, dtype="bfloat16"), CPU), [VARIANTS[FIRST], VARIANTS["synpo-fast"]], OPTIONS,
+        make_workload(replace(TINY, dtype="bfloat16"), CPU), [VARIANTS[BASELINE], VARIANTS["synpo-fast"]], OPTIONS,
         timer=fixed_timer,
     )  # fmt: skip
     assert [row["skipped"] for row in record["rows"]] == [None, None]
@@ -240,7 +240,7 @@ def test_videos_stand_in_the_batch_as_often_as_rows():
     assert torch.equal(chosen["pixel_values_videos"], torch.cat(patches)) and len(chosen["input_ids"]) == 3
 
 
-@pytest.mark.parametrize("name", [FIRST, "synpo-released", "synpo-fast-unshared", "synpo-fast", "synpo-fast-dpo"])
+@pytest.mark.parametrize("name", [BASELINE, "synpo-released", "synpo-fast-unshared", "synpo-fast", "synpo-fast-dpo"])
 def test_the_cost_formula_is_near_the_counted_flops(name):
     """Wide and short, so that attention, which the formula leaves out, is small; equal lengths, as the formula's P and C."""
     shape = LANGUAGE | {"hidden_size": 256, "num_layers": 2, "vision_hidden_size": 64, "vision_layers": 2}
@@ -274,12 +274,46 @@ def test_the_script_prints_writes_and_draws(monkeypatch, tmp_path, capsys):
     variants = ["synpo-no-reference", "synpo-fast", "trl-dpo-precomputed"]
     assert throughput.main([*arguments, "--variants", *variants]) == 0
     record = json.loads(file.read_text())
-    assert record["rows"][0]["name"] == FIRST and record["environment"]["packages"]["trl"]
+    (run,) = record["runs"]
+    assert run["rows"][0]["name"] == BASELINE and record["environment"]["packages"]["trl"]
     printed = capsys.readouterr().out
-    for row in record["rows"]:
+    for row in run["rows"]:
         assert f"{row['ratio']:.2f}x" in printed and row["setting"] in printed
     for name in ("gains.png", "variants.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_repetitions_of_the_table_stand_in_one_file_with_their_spread(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(PRESETS, "cpu", TINY)
+    file = tmp_path / "out.json"
+    arguments = ["--device", "cpu", "--rounds", "2", "--repeat", "3", "--json", str(file)]
+    assert throughput.main([*arguments, "--variants", "synpo-fast"]) == 0
+    record = json.loads(file.read_text())
+    assert record["baseline"] == BASELINE and record["workload"]["name"] == "tiny" and len(record["runs"]) == 3
+    assert all([row["name"] for row in run["rows"]] == [BASELINE, "synpo-fast"] for run in record["runs"])
+    assert len({run["rows"][0]["seconds"]["median"] for run in record["runs"]}) == 3, "each was measured"
+    assert len({run["rows"][1]["loss"] for run in record["runs"]}) == 1
+    printed = capsys.readouterr().out
+    (line,) = (line for line in printed.split("3 runs")[1].splitlines() if line.startswith("synpo-fast"))
+    rows = [run["rows"][1] for run in record["runs"]]
+    assert line.split()[1:4] == [f"{row['ratio']:.2f}x" for row in rows]
+    low, high = min(row["ratio_low"] for row in rows), max(row["ratio_high"] for row in rows)
+    assert line.endswith(f"({low:.2f} - {high:.2f})")
+
+
+def test_the_saving_of_a_shared_prompt_is_a_table_of_its_own(monkeypatch, tmp_path):
+    """Speed-ups over the unshared step; both lie below the formula for tokens alone."""
+    monkeypatch.setitem(PRESETS, "text-1024", replace(TINY_TEXT, prefix=64, completion=8, spread=0.0))
+    file = tmp_path / "out.json"
+    arguments = ["--device", "cpu", "--rounds", "2", "--preset", "text-1024", "--json", str(file)]
+    assert throughput.main([*arguments, "--baseline", "synpo-fast-unshared", "--variants", "synpo-fast"]) == 0
+    record = json.loads(file.read_text())
+    unshared, shared = record["runs"][0]["rows"]
+    assert record["baseline"] == unshared["name"] == "synpo-fast-unshared" and shared["name"] == "synpo-fast"
+    assert unshared["ratio"] == 1.0
+    quotients = [a / b for a, b in zip(*(row["seconds"]["samples"] for row in (unshared, shared)), strict=True)]
+    assert shared["ratio"] == pytest.approx(sum(quotients) / 2)
+    assert 1.5 < unshared["flops"] / shared["flops"] < 1.8 and 1.0 < shared["limit"] < 1.8  # 2 (8 + 1) / (8 + 2)
 
 
 @pytest.mark.parametrize(
@@ -288,8 +322,12 @@ def test_the_script_prints_writes_and_draws(monkeypatch, tmp_path, capsys):
         (["--frames", "-1"], "--frames must be at least 0, not -1"),
         (["--spread", "1"], r"--spread must lie in [0, 1), not 1.0"),
         (["--prefix", "100"], "leaves no text in --prefix 100"),
-        (["--preset", "text", "--frames", "4"], "takes no --frames"),
+        (["--preset", "text", "--frames", "4"], "preset 'text' takes no --frames"),
+        (["--preset", "text-1024", "--size", "56"], "preset 'text-1024' takes no --frames"),
         (["--rounds", "0"], "--rounds must be at least 1, not 0"),
+        (["--repeat", "0"], "--repeat must be at least 1, not 0"),
+        (["--repeat", "2", "--sweep", "ratio"], "--repeat is for the table, not for --sweep"),
+        (["--baseline", "synpo-fast", "--sweep", "ratio"], "--baseline is for the table, not for --sweep"),
         (["--largest_batch"], "needs one"),
         (["--sweep", "sideways"], "invalid choice"),
     ],
@@ -309,5 +347,14 @@ def test_the_readme_names_every_variant_and_option():
     text = (Path(throughput.__file__).parent / "README.md").read_text()
     for name in VARIANTS:
         assert f"`{name}`" in text, name
-    for option in ("--preset", "--spread", "--sweep", "--largest_batch", "--checkpointing", "--variants"):
+    for option in (
+        "--preset",
+        "--spread",
+        "--sweep",
+        "--largest_batch",
+        "--checkpointing",
+        "--variants",
+        "--repeat",
+        "--baseline",
+    ):
         assert option in text, option

@@ -10,7 +10,7 @@ pytest.importorskip("peft", reason="the variants train an adapter")
 pytest.importorskip("trl", reason="TRL is what is compared with")
 
 from benchmarks import throughput
-from benchmarks.steps import FIRST, VARIANTS, largest_batch, sweeps
+from benchmarks.steps import BASELINE, VARIANTS, largest_batch, sweeps
 from benchmarks.steps import plot as plot_throughput
 from benchmarks.steps.presets import PRESETS, build_policy
 from benchmarks.steps.sweeps import SWEEPS, presets_along
@@ -54,7 +54,7 @@ def test_a_sweep_prints_writes_and_draws(name, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(PRESETS, "cpu", replace(TINY, prefix=60, completion=30))
     monkeypatch.setitem(sweeps.SIZE, "cpu", 56)
     monkeypatch.setitem(
-        SWEEPS, name, replace(SWEEPS[name], values=SWEEPS[name].values[2:4], variants=(FIRST, "synpo-fast"))
+        SWEEPS, name, replace(SWEEPS[name], values=SWEEPS[name].values[2:4], variants=(BASELINE, "synpo-fast"))
     )
     file = tmp_path / "out.json"
     assert throughput.main(
@@ -62,7 +62,7 @@ def test_a_sweep_prints_writes_and_draws(name, monkeypatch, tmp_path, capsys):
     ) == 0  # fmt: skip
     record = json.loads(file.read_text())
     (sweep,) = record["sweeps"]
-    assert record["rows"] == [] and [point["value"] for point in sweep["points"]] == list(SWEEPS[name].values)
+    assert "runs" not in record and [point["value"] for point in sweep["points"]] == list(SWEEPS[name].values)
     assert all(row["ratio"] is not None and row["limit"] > 0 for point in sweep["points"] for row in point["rows"])
     assert (tmp_path / f"sweep-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("synpo-fast") >= 2
