@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from synpo_fast.ops.linear_logprobs import fused_linear_logprobs
     from synpo_fast.scoring import score_pairs
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PLACES = {
     "FusedLinearDPOLoss": "synpo_fast.fused",
