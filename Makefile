@@ -3,6 +3,7 @@
 # make demo   from nothing to a tiny model trained with SynPO, beside DPO, and a report; 4 to 5 minutes on 2 cores (DEMO_ARGS="--seed 1")
 # make rehearse   a second environment with torch for CUDA (5 GB), and in it all that a GPU run does, on a GPU that is not there
 # make demo-loss  the fused SynPO loss beside eager torch, on this machine as it is
+# make docs   writes docs/reference.md from the docstrings; examples/*.py are programs to start from, run by the tests
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -23,7 +24,7 @@ DEMO_ARGS ?=
 TEST_WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 8 ? 8 : n)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --durations=10
 
-.PHONY: help venv test test-heavy rehearse demo demo-loss lint types format clean
+.PHONY: help venv test test-heavy rehearse demo demo-loss docs lint types format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -69,6 +70,9 @@ demo: $(READY)
 
 demo-loss: $(READY)
 	$(BIN)/python benchmarks/head/demo_loss.py
+
+docs:
+	$(PYTHON) docs/make_reference.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

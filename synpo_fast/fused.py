@@ -356,7 +356,19 @@ def _say_once_that_a_pair_is_too_large() -> None:
 
 
 class FusedLinearSynPOLoss(FusedLinearPreferenceLoss):
-    """SynPO (arXiv 2506.00835): -link(alpha (G+ - G-)) - beta A+. See synpo_fast/losses/synpo.py."""
+    """SynPO (arXiv 2506.00835) on hidden states and a head: -link(alpha (G+ - G-)) - beta A+.
+
+    G is the geometric mean of a response's token probabilities, A the arithmetic mean; + is chosen, - rejected.
+
+    Args:
+        alpha: steepness of the contrast.
+        beta: weight of the language term A+.
+        link: "sigmoid" (the authors' code) or "logsigmoid".
+        ignore_index: target entries that do not count (prompt, padding).
+        settings: those of FusedLinearPreferenceLoss, such as softcap.
+
+    Called with (lin_weight, _input, target, bias=None) it returns what FusedLinearPreferenceLoss returns.
+    """
 
     def __init__(
         self, alpha: float = 30.0, beta: float = 0.2, link: str = "sigmoid", ignore_index: int = -100, **settings: Any
@@ -367,8 +379,14 @@ class FusedLinearSynPOLoss(FusedLinearPreferenceLoss):
 class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
     """DPO with the arguments of LigerFusedLinearDPOLoss; loss_type is "sigmoid", "hinge" or "ipo".
 
-    `alpha` weighs the NLL on the chosen response (compute_nll_loss). label_smoothing is conservative DPO and goes with
-    "sigmoid", where Liger ignores it. compiled and chunk_size tune Liger's way of working and change nothing here.
+    Args:
+        beta: distance to the reference.
+        alpha: weight of the NLL on the chosen response, with compute_nll_loss.
+        use_ref_model: False takes a reference of 0.
+        average_log_prob: means over tokens in place of sums.
+        label_smoothing: conservative DPO; it goes with "sigmoid", where Liger ignores it.
+        compiled, chunk_size: they tune Liger's way of working and change nothing here.
+        settings: those of FusedLinearPreferenceLoss.
     """
 
     def __init__(
@@ -401,7 +419,11 @@ class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
 class FusedLinearSimPOLoss(FusedLinearPreferenceLoss):
     """SimPO with the arguments of LigerFusedLinearSimPOLoss, its default beta of 0.1 included.
 
-    `alpha` weighs the NLL on the chosen response (compute_nll_loss). compiled and chunk_size change nothing here.
+    Args:
+        beta, gamma: scale of the mean log-probs, and the margin that their difference shall reach.
+        alpha: weight of the NLL on the chosen response, with compute_nll_loss.
+        compiled, chunk_size: they tune Liger's way of working and change nothing here.
+        settings: those of FusedLinearPreferenceLoss.
     """
 
     def __init__(

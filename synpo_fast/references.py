@@ -40,7 +40,7 @@ class Reference(Protocol):
 
 
 class FrozenCopy:
-    """The policy as it is now, copied; later training does not reach it."""
+    """A copy of the policy as it is now; later training does not reach it."""
 
     def __init__(self, policy: Policy, *, share_prefix: bool = True) -> None:
         self.policy, self.share_prefix = copy.deepcopy(policy).requires_grad_(False).eval(), share_prefix
@@ -98,7 +98,7 @@ class AdapterOff:
 
 
 class Precomputed:
-    """Log-probs read from a file that `precompute` wrote.
+    """Reference log-probs read from a file that `precompute` wrote.
 
     Raises ValueError if the file was made with other weights, or holds no entry for a sample: a stale reference is an error.
     """

@@ -136,7 +136,7 @@ class PairEncoder:
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """samples[i] has the responses (chosen, rejected) of pair kept[i]; the others were too long."""
+    """What encode_pairs returns: samples[i] has the responses (chosen, rejected) of pair kept[i]; those dropped were too long."""
 
     samples: list[Sample]
     kept: list[int]
@@ -152,7 +152,14 @@ def encode_pairs(
     max_tokens: int | None = None,
     drop_too_long: bool = False,
 ) -> EncodedPairs:
-    """Tokens of every pair; a pair above max_tokens raises TooLong, or with drop_too_long is left out and counted."""
+    """Tokens and pixels of pairs, as a policy takes them.
+
+    Args:
+        video_root: the folder that video paths are relative to and may not leave.
+        sampling: which frames of a video are taken.
+        max_tokens: bounds a prompt with its longest response.
+        drop_too_long: leave pairs above max_tokens out and list them in `dropped`; else they raise TooLong.
+    """
     for index, pair in enumerate(pairs):
         if not isinstance(pair, Pair):
             raise UserError(f"pairs[{index}]: expected Pair, got {type(pair).__name__}")
@@ -178,7 +185,7 @@ def encode_pair(
     video_root: str | Path | None = None,
     sampling: FrameSampling = DEFAULT_SAMPLING,
 ) -> Sample:
-    """The prompt with its video's placeholders, and its responses closed by EOS."""
+    """The sample of one pair: the prompt with its video's placeholders, and its responses closed by EOS."""
     return PairEncoder.of(policy)(pair, *pair_frames(pair, sampling, video_root=video_root)).sample
 
 
@@ -193,9 +200,16 @@ def score_pairs(
 ) -> list[tuple[Tensor, Tensor]]:
     """For each pair (chosen_logps, rejected_logps): 1-D fp32, one value per response token, EOS included, with autograd.
 
-    Videos given by path, or as clips, are decoded here, frames chosen by `sampling`: by default one every two seconds, at
-    least 8 and at most 16. An "sft" pair has no rejected response: its rejected_logps is empty. Raises ValueError for a text
-    that holds a special token of the model's tokenizer, as training does.
+    Args:
+        policy: from load_policy.
+        video_root: the folder that video paths are relative to and may not leave; None: paths are taken as they are.
+        sampling: which frames are taken of videos given by path, or as clips: by default one every two seconds, at least 8
+            and at most 16.
+        share_prefix: run a pair's video and prompt once for both responses.
+        pack: put several pairs into one row.
+
+    An "sft" pair has no rejected response: its rejected_logps is empty.
+    Raises ValueError for a text that holds a special token of the model's tokenizer, as training does.
     """
     encoded = encode_pairs(policy, pairs, video_root=video_root, sampling=sampling)
     scored = []

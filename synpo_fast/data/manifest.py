@@ -47,7 +47,7 @@ class BadRow:
 
 
 class ManifestError(UserError):
-    """Rows that are not pairs: bad_rows holds all of them, the message the first ones."""
+    """A manifest with rows that are not pairs: `bad_rows` holds all of them, the message the first ones."""
 
     def __init__(self, path: str | Path, bad_rows: list[BadRow], message: str = "") -> None:
         shown = [str(row) for row in bad_rows[:SHOWN_ROWS]]
@@ -58,7 +58,12 @@ class ManifestError(UserError):
 
 
 def read_manifest(path: str | Path, *, on_bad: str = "raise") -> list[Pair]:
-    """The pairs of a manifest, in its order. on_bad: "raise" a ManifestError at bad rows, or "skip" them with a warning each."""
+    """The pairs of a manifest, in its order.
+
+    Args:
+        path: JSON Lines, a JSON list, Parquet, or a folder of the datasets package; FOLDER:train names a split.
+        on_bad: "raise" a ManifestError at bad rows, or "skip" them with a warning each.
+    """
     if on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad must be 'raise' or 'skip', got {on_bad!r}")
     pairs, bad_rows = read_manifest_rows(path)
@@ -70,7 +75,10 @@ def read_manifest(path: str | Path, *, on_bad: str = "raise") -> list[Pair]:
 
 
 def read_manifest_rows(path: str | Path) -> tuple[list[Pair], list[BadRow]]:
-    """(pairs, bad rows). ManifestError for what is no manifest at all: an empty file, a damaged or unknown one."""
+    """(pairs, bad rows) of a manifest; a bad row has file, line and reason.
+
+    Raises ManifestError for what is no manifest at all: an empty file, a damaged or unknown one.
+    """
     pairs: list[Pair] = []
     bad_rows: list[BadRow] = []
     first_use: dict[str, int] = {}

@@ -28,12 +28,17 @@ class Clip:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """video: a path, or frames already chosen as a uint8 tensor [T, H, W, 3]; None makes a text pair. A numpy array of that kind
-        becomes a tensor, which shares its memory where it can.
+    """A better and a worse response to one prompt, mostly about one video.
 
-    clips: in place of video, parts of one or several files, shown one after another as one video.
-    ground_truth: a caption for the auxiliary NLL. loss: "preference", or "sft" for a row that trains on chosen alone, whose
-        rejected may be empty.
+    Args:
+        video: a path, or frames already chosen as a uint8 tensor [T, H, W, 3]; None makes a text pair. A numpy array of that
+            kind becomes a tensor, which shares its memory where it can.
+        id: what messages call the pair.
+        chosen_score, rejected_score: a judge's, to drop pairs that are too near each other.
+        ground_truth: a caption for the auxiliary NLL.
+        loss: "preference", or "sft" for a row that trains on chosen alone, whose rejected may be empty.
+        clips: in place of video, parts of one or several files, shown one after another as one video.
+
     Raises ValueError, naming the pair, for an empty or equal response, for frames of another shape or type, and for a
     video beside clips.
     """

@@ -30,6 +30,11 @@ from synpo_fast.losses.metric_sums import metric_means, metric_sums
 def synpo_loss_func(model: nn.Module, *, alpha: float = 30.0, beta: float = 0.2, link: str = "sigmoid") -> PairLossFunc:
     """A compute_loss_func for Trainer. Gives `model` (peft may wrap it, nothing else) the argument pair_labels.
 
+    Args:
+        alpha: steepness of the contrast between the two geometric means.
+        beta: weight of the chosen response's mean token probability.
+        link: "sigmoid" (the authors' code) or "logsigmoid".
+
     Raises ValueError for an adapter on the head and whatever else head_of refuses.
     """
     return PairLossFunc(add_pair_loss(model, "synpo", alpha=alpha, beta=beta, link=link))
@@ -86,8 +91,9 @@ class PairLossFunc:
 class PairCollator:
     """Rows {prompt_ids, chosen_ids, rejected_ids} (lists of token ids, EOS included) to a batch of pairs, padded right.
 
-    labels [B, 2]: -100 and 1 in each row, for Trainer to count pairs (it may leave the first column out);
+    labels [B, 2]: -100 and 1 in each row, for Trainer to count pairs (it may leave the first column out).
     input_ids, attention_mask, pair_labels [2B, T]: the chosen half first; pair_labels is -100 on prompt and padding.
+
     Nothing is truncated: cut prompts when tokenising, so that no response loses its end.
     """
 

@@ -25,10 +25,12 @@ def add_pair_loss(model: nn.Module, loss: str = "synpo", **options: Any) -> Fuse
 
     model(**inputs, pair_labels=labels), with inputs of 2B rows, the chosen half first, and labels [2B, T] as for a causal
     language model (not shifted, -100 on prompt and padding), returns a dict:
-        loss: the mean over the B pairs, with autograd;
-        chosen_logps, rejected_logps: [B], means or sums, whichever the loss reads;
-        chosen_rewards, rejected_rewards, chosen_tokens, rejected_tokens (counts): [B];
+        loss: the mean over the B pairs, with autograd.
+        chosen_logps, rejected_logps: [B], means or sums, whichever the loss reads.
+        chosen_rewards, rejected_rewards: [B], detached.
+        chosen_tokens, rejected_tokens: [B], counts.
         chosen_logits, rejected_logits: [B], mean logit over a response's tokens and the vocabulary; not with a softcap.
+
     Without pair_labels the model's forward is what it was. The module's last_output has all metrics of the last call.
 
     loss and options are those of FusedLinearPreferenceLoss; a loss that needs a reference is refused.

@@ -24,10 +24,14 @@ REDUCES = ("token_mean", "batch_token_mean", "sum")
 
 @dataclass(frozen=True)
 class AuxiliaryNLL:
-    """weight * NLL(target), added to the loss of every pair.
+    """An NLL term, weight * NLL(target), that is added to the loss of every pair.
 
-    LongVPO: the defaults. gDPO: target "ground_truth", weight 0.1. Raises ValueError on an unknown target or reduce and
-    on weight < 0.
+    Args:
+        target: "chosen" or "ground_truth".
+        weight: LongVPO takes 1 on chosen, gDPO 0.1 on ground_truth.
+        reduce: "sum", "token_mean" (each response's own) or "batch_token_mean" (over the batch's tokens).
+
+    Raises ValueError on an unknown target or reduce and on weight < 0.
     """
 
     target: str = "chosen"

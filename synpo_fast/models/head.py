@@ -29,7 +29,10 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 
 @dataclass(frozen=True)
 class Head:
-    """weight [V, D] and bias [V] as the model holds them: gradients reach the model's parameters."""
+    """How hidden states become logits: softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), softcap if any.
+
+    weight [V, D] and bias [V] are the model's own, so gradients reach its parameters.
+    """
 
     weight: Tensor
     bias: Tensor | None

@@ -50,16 +50,19 @@ def load_policy(
             compute capability 8.0 or above, else segments.
         vision_attn_implementation: of the vision tower: auto, sdpa, eager, synpo_fast_varlen, synpo_fast_segments or
             flash_attention_2. auto: on a GPU varlen (segments in fp32) for towers that pack frames into one row, else sdpa.
+        device: None: the GPU if there is one.
         freeze_vision: tower and projector do not train; their features may then be kept.
+        gradient_checkpointing: recompute activations in the backward, for less memory.
         liger_kernels: Liger's norms, rotary and gated MLPs, on a GPU; none to replace is an error.
-        row_tokens: bound of a packed row.
+        row_tokens: bound of a packed row; None: a call's samples are one row.
         min_pixels, max_pixels: bounds of a video's size in place of the model's own, in the meaning of the family's processor:
             of a frame (qwen2_5_vl), of all frames together (qwen3_vl), of a frame from below and all together from above
             (video_llama_3). Families that scale every frame to a square refuse them.
         video_max_tokens: frames get smaller, down to min_pixels, until their video takes no more tokens than this.
+        trust_remote_code: run code that comes with the model.
         like: a policy whose tokenizer and processing of videos are taken, whatever lies beside these weights.
 
-    Raises ValueError for an unknown family, an attention that can not run packed rows, or an option that can not be had.
+    Raises ValueError for an unknown family, an attention that cannot run packed rows, or an option that cannot be had.
     """
     attention.register()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -16,7 +16,12 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def add_lora(
     policy: Policy, *, r: int = 128, alpha: int = 64, dropout: float = 0.05, targets: tuple[str, ...] = TARGETS
 ) -> Policy:
-    """Wraps the policy's model, in place; everything but the adapter is frozen. Defaults are the SynPO authors'.
+    """Puts a new LoRA adapter on the policy's language model, in place; all else is frozen. Defaults are the SynPO authors'.
+
+    Args:
+        r, alpha: rank and scale.
+        dropout: in front of the adapter.
+        targets: names of the layers that get one.
 
     The vision tower has layers of the same names: only those inside the language model get an adapter.
     Raises ValueError if a target is not there, or is the head (the fused loss reads its weight and would miss an adapter).

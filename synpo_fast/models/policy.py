@@ -34,7 +34,7 @@ Logps = list[list[Tensor]]  # for each sample, for each of its responses: [T] fp
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A prompt with its video's placeholders in place, and any number of responses, EOS included."""
+    """A prompt with its video's placeholders in place, and any number of responses, EOS included; encode_pairs makes them."""
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
@@ -54,8 +54,9 @@ class FeatureStore(Protocol):
 
 
 class Policy(nn.Module):
-    """model: a transformers model, possibly wrapped by peft. Call it with samples to get their responses' log-probs.
+    """A model with its tokenizer and family: call it with samples to get the log-probs of their responses.
 
+    load_policy makes one. Its `model` is a transformers model, possibly wrapped by peft; `notes` says what was chosen at loading.
     Inside a module under ZeRO-3 call forward() instead: DeepSpeed hooks the backward of every tensor that __call__ returns, one a
     response, and ranks with unequal numbers of them would wait for each other for ever.
     """
@@ -112,7 +113,12 @@ class Policy(nn.Module):
             module.requires_grad_(False)
 
     def forward(self, samples: Sequence[Sample], *, share_prefix: bool = True, pack: bool = True) -> Logps:
-        """Token log-probs of every response of every sample, with autograd."""
+        """Token log-probs of every response of every sample, with autograd: a list of fp32 tensors for each sample.
+
+        Args:
+            share_prefix: run a sample's video and prompt once for all its responses.
+            pack: put several samples into one row, up to row_tokens.
+        """
         why_apart = self.why_apart
         if why_apart is not None and (share_prefix or pack):
             _say_once_that_nothing_is_shared(self.family.name, why_apart)

@@ -72,8 +72,12 @@ def tiny_model(
 ) -> tuple[Any, Any]:
     """A random model of the family, fp32 and in eval mode, and its tokenizer.
 
-    intermediate_size None: twice the hidden size. vocab_size pads the vocabulary with tokens nobody writes (None: to a
-    multiple of 16). linear_attention: every other layer is linear attention (family "text" only).
+    Args:
+        family_name: "text", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl" or "video_llama_3".
+        seed: decides the weights, with the sizes.
+        intermediate_size: None: twice the hidden size.
+        vocab_size: pads the vocabulary with tokens nobody writes; None: to a multiple of 16.
+        linear_attention: every other layer is linear attention (family "text" only).
 
     Raises ValueError for an unknown family, for sizes that do not fit, and for what the family cannot do.
     """

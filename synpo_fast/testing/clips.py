@@ -53,7 +53,7 @@ def _check(index: int) -> int:
 
 
 def draw_frame(index: int, width: int, height: int, *, moving: bool = True) -> NDArray[np.uint8]:
-    """The upright picture [H, W, 3] of frame `index`."""
+    """The upright picture [H, W, 3] of frame `index`: its number as blocks, over a moving texture or plain grey."""
     if moving:
         frame = np.roll(_texture(width, height), (index, 3 * index), axis=(0, 1)).copy()
     else:
@@ -65,7 +65,7 @@ def draw_frame(index: int, width: int, height: int, *, moving: bool = True) -> N
 
 
 def read_barcode(frame: NDArray[np.uint8]) -> int:
-    """The index that a decoded frame [H, W, 3] carries. ValueError where the check does not hold."""
+    """The index that a decoded frame [H, W, 3] carries. Raises ValueError where its check bits do not fit."""
     pixels = np.asarray(frame)
     size = block_size(pixels.shape[1], pixels.shape[0])
     blocks = pixels[: BARCODE_ROWS * size, : BARCODE_COLUMNS * size].astype(np.float32).mean(-1)
@@ -98,12 +98,19 @@ def write_clip(
 ) -> Path:
     """Writes the clip and returns its path; the suffix picks the container: .mp4, .mov, .mkv, .webm or .avi.
 
-    width, height: of the upright picture. keyframe_every: in frames; None leaves it to the encoder. b_frames: for h264,
-    hevc and mpeg4. times: seconds at which the frames are shown, rising (variable frame rate; not in .avi). rotation:
-    degrees counter-clockwise that a player has to apply, 0, 90, 180 or 270 (.mp4, .mov, .mkv), mirrored: after mirroring the
-    stored picture left to right (.mp4, .mov). pixel: "moving" texture or
-    a plain grey "barcode" picture, which compresses to nothing. pixel_format: None is 4:2:0, and 4:4:4 where x264 and x265
-    refuse an odd size. quality: the encoder's CRF. options: the encoder's own, these win.
+    Args:
+        codec: "h264", "hevc", "vp8", "vp9", "av1", "mjpeg" or "mpeg4".
+        width, height: of the upright picture, at least 64x48.
+        keyframe_every: in frames; None leaves it to the encoder.
+        b_frames: for h264, hevc and mpeg4.
+        times: seconds at which the frames are shown, rising (variable frame rate; not in .avi).
+        rotation: degrees counter-clockwise that a player has to apply: 0, 90, 180 or 270 (.mp4, .mov, .mkv).
+        mirrored: a player has to mirror the stored picture left to right, before it turns it (.mp4, .mov).
+        audio: with a tone.
+        pixel: a "moving" texture, or a plain grey "barcode" picture, which compresses to nothing.
+        pixel_format: None is 4:2:0, and 4:4:4 where x264 and x265 refuse an odd size.
+        quality: the encoder's CRF.
+        options: the encoder's own; these win.
     """
     import av
 

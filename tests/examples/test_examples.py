@@ -172,7 +172,7 @@ def test_each_example_explains_itself(file, monkeypatch, capsys):
     assert f'run("{file.name}"' in Path(__file__).read_text()
     assert f"examples/{file.name}" in (ROOT / "docs" / "index.md").read_text()
     monkeypatch.setattr(sys, "argv", [str(file), "--help"])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         loaded(file.stem).main()
     shown = capsys.readouterr().out
     assert f"python examples/{file.name}" in shown and "To use it for your own:" in " ".join(shown.split())

@@ -61,12 +61,18 @@ def decode_frames(
 ) -> tuple[Tensor, VideoInfo]:
     """Frames as uint8 [T, H, W, 3], upright, and what is known of the video; info.indices says which frames they are.
 
-    indices: frame numbers, any order, repeats allowed. times: seconds from the first frame; each gives the frame shown
-    then, the last one until the end of its duration. Neither: all frames, at most WHOLE_VIDEO_BYTES of them.
-    backend: "auto", "pyav", "dali", "torchcodec" or "images". device: None is the CPU.
-    root: the folder that path is relative to and may not leave. info: from probe_video, which spares a second look;
-    open_video_file spares opening it twice as well.
-    Raises VideoError, a ValueError naming the file, for a video that can not be used or has no such frame;
+    Args:
+        path: a video file, or a folder of images.
+        indices: frame numbers, any order, repeats allowed.
+        times: in place of indices, seconds from the first frame; each gives the frame shown then, the last one until the
+            end of its duration. With neither, all frames, up to 1 GiB of them.
+        backend: "auto", "pyav", "dali", "torchcodec" or "images".
+        device: where the frames shall be; None is the CPU.
+        root: the folder that path is relative to and may not leave.
+        deadline_s: seconds after which a video that is still being read counts as one that cannot be used.
+        info: from probe_video, which spares a second look; open_video_file spares opening it twice as well.
+
+    Raises VideoError, a ValueError naming the file, for a video that cannot be used or has no such frame;
     ValueError for a caller's mistake; ImportError for a backend that is not installed.
     """
     if indices is not None and times is not None:

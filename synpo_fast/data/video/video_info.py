@@ -23,16 +23,20 @@ class BackendRefusal(VideoError):
 class VideoInfo:
     """A video as a reader of frames sees it.
 
-    codec: FFmpeg's name, "images" for a folder of frames. width, height: of the frames as returned, upright.
-    num_frames: how many there are. duration: in seconds, from the first frame's start to the last one's end.
-    timestamps: when each of all frames is shown, in seconds from the first frame, rising; [num_frames].
-    keyframes: indices of frames that decoding can start from.
-    rotation, mirrored: how the container wants stored pictures to be shown: mirrored left to right or not, then turned by 0,
-        90, 180 or 270 degrees counter-clockwise.
-    first_pts, time_base: frame i carries the container's timestamp first_pts + timestamps[i] / time_base, if by_order is
-        False. True says that the container's timestamps can not tell frames apart, so that they have to be counted.
-    cut_off: what the end of a file lacks that its container states, as part of a message; "" where it is whole.
-    backend, indices: who decoded, and which frames, in the order returned; empty when nothing was decoded.
+    Args:
+        codec: FFmpeg's name, "images" for a folder of frames.
+        width, height: of the frames as returned, upright.
+        num_frames: how many there are.
+        duration: in seconds, from the first frame's start to the last one's end.
+        timestamps: when each of all frames is shown, in seconds from the first frame, rising; [num_frames].
+        keyframes: indices of frames that decoding can start from.
+        rotation, mirrored: how the container wants stored pictures to be shown: mirrored left to right or not, then turned by
+            0, 90, 180 or 270 degrees counter-clockwise.
+        first_pts, time_base: frame i carries the container's timestamp first_pts + timestamps[i] / time_base, if by_order is
+            False.
+        by_order: the container's timestamps cannot tell frames apart, so that they have to be counted.
+        cut_off: what the end of a file lacks that its container states, as part of a message; "" where it is whole.
+        backend, indices: who decoded, and which frames, in the order returned; empty when nothing was decoded.
     """
 
     path: str
