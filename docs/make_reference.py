@@ -51,7 +51,9 @@ PUBLIC = (
         "Pairs, manifests and frames. [manifest.md](manifest.md) describes the files.",
         ("Pair", "Clip", "read_manifest", "read_manifest_rows", "write_manifest", "ManifestError", "decode_frames"),
     ),
+    Section("synpo_fast.data.manifest", "What is wrong with a manifest.", ("BadRow",)),
     Section("synpo_fast.data.video.video_info", "What is known of a video.", ("VideoInfo", "VideoError")),
+    Section("synpo_fast.data.video.decode", "A look at a video without its frames.", ("probe_video",)),
     Section("synpo_fast.data.video.sampling", "Which frames of a video are taken.", ("FrameSampling",)),
     Section(
         "synpo_fast.models",
@@ -121,8 +123,8 @@ def page() -> str:
 def contents() -> str:
     lines = []
     for section in PUBLIC:
-        names = ", ".join(f"`{name}`" for name in section.names if "." not in name)
-        lines.append(f"- [{section.module}](#{anchor(section.module)}): {names}")
+        names = ", ".join(f"[{name}](#{anchor(name)})" for name in section.names if "." not in name)
+        lines.append(f"- **[{section.module}](#{anchor(section.module)})**: {names}")
     return "\n".join([*lines, ""])
 
 
@@ -141,7 +143,7 @@ def entry(module: str, name: str, seen: set[tuple[Path, str]]) -> str:
     if method:
         assert isinstance(node, ast.ClassDef)
         function = next(part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == method)
-        return f"#### {name}\n\n{code(signature(function, called=name))}\n{markdown(ast.get_docstring(function) or '')}"
+        return f"#### {name}\n\n{code(signature(file, function, called=name))}\n{markdown(ast.get_docstring(function) or '')}"
     if (file, owner) in seen:
         other = next(section.module for section in PUBLIC if (file, owner) in definitions(section))
         return f"### {owner}\n\nThe same as `{other}.{owner}`, [above](#{anchor(owner)}).\n"
@@ -151,7 +153,7 @@ def entry(module: str, name: str, seen: set[tuple[Path, str]]) -> str:
         return f"### {owner}\n\n{code(f'{owner}: {ast.unparse(node.annotation)}')}\nA mapping with the keys {keys}.\n"
     text = ast.get_docstring(node)
     assert text and isinstance(node, (ast.FunctionDef, ast.ClassDef)), f"{module}.{owner} has no docstring"
-    return f"### {owner}\n\n{code(signature(node, called=owner))}\n{markdown(text)}"
+    return f"### {owner}\n\n{code(signature(file, node, called=owner))}\n{markdown(text)}"
 
 
 def find(module: str, name: str) -> tuple[Path, Definition]:
@@ -164,9 +166,9 @@ def find(module: str, name: str) -> tuple[Path, Definition]:
             return file, node
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
             return file, node
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == name for alias in node.names):
-            return find(node.module, name)
+    for place in ast.walk(tree):
+        if isinstance(place, ast.ImportFrom) and place.module and any(alias.name == name for alias in place.names):
+            return find(place.module, name)
     raise LookupError(f"{module} has no {name}")
 
 
@@ -174,8 +176,9 @@ def code(text: str) -> str:
     return "```python\n" + re.sub(r"'([^'\"\\]*)'", r'"\1"', text) + "\n```\n"
 
 
-def signature(node: ast.ClassDef | ast.FunctionDef, *, called: str) -> str:
-    """In one line, or with a parameter on each where that is too long."""
+def signature(file: Path, node: ast.ClassDef | ast.FunctionDef, *, called: str) -> str:
+    """In one line, or with a parameter on each where that is too long. Constants of the file stand as their values."""
+    node = WithValues(file).visit(node)
     returns = ""
     if isinstance(node, ast.ClassDef):
         init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
@@ -189,6 +192,22 @@ def signature(node: ast.ClassDef | ast.FunctionDef, *, called: str) -> str:
     if len(line) <= WIDTH:
         return line
     return "\n".join([f"{called}(", *(f"    {word}," for word in words), f"){returns}"])
+
+
+class WithValues(ast.NodeTransformer):
+    """Puts a file's own constants (DEADLINE_S = 30.0) in the places where their names are defaults."""
+
+    def __init__(self, file: Path) -> None:
+        assigned = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Assign)]
+        self.values = {ast.unparse(node.targets[0]): node.value for node in assigned if len(node.targets) == 1}
+
+    def visit_arguments(self, node: ast.arguments) -> ast.arguments:
+        node.defaults = [self._value(default) for default in node.defaults]
+        node.kw_defaults = [None if default is None else self._value(default) for default in node.kw_defaults]
+        return node
+
+    def _value(self, default: ast.expr) -> ast.expr:
+        return self.values.get(default.id, default) if isinstance(default, ast.Name) else default
 
 
 def parameters(args: ast.arguments) -> Iterator[str]:

@@ -161,7 +161,10 @@ class OpenedVideo:
 
 
 def probe_video(path: str | Path, *, root: str | Path | None = None, deadline_s: float = DEADLINE_S) -> VideoInfo:
-    """What the container says, checked: number, times and keyframes of its frames, without decoding them. VideoError."""
+    """A video's number of frames, their times and the keyframes, as its container says, checked, without decoding any.
+
+    Raises VideoError for a video that cannot be used.
+    """
     with open_video_file(path, root=root, deadline_s=deadline_s) as video:
         return video.info
 

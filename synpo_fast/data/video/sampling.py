@@ -23,9 +23,13 @@ RATE_SLACK = 0.1  # of the mean gap: Matroska rounds times to milliseconds, 6 % 
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """Either num_frames frames, or fps frames a second, but at least min_frames and at most max_frames of them.
+    """Which frames of a video are taken, spread evenly: num_frames of them, or fps a second between two bounds.
 
-    Never more than the part of the video holds. ValueError for settings that say both, neither or nonsense.
+    Args:
+        num_frames: so many; give this or fps.
+        fps: so many a second, but at least min_frames and at most max_frames.
+
+    Never more than the part of the video holds. Raises ValueError for settings that say both, neither or nonsense.
     """
 
     num_frames: int | None = None
