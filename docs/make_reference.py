@@ -99,7 +99,7 @@ PUBLIC = (
         ("TrainConfig",),
     ),
     Section("synpo_fast.config.sources", "Recipes, YAML files and command lines.", ("resolve_config",)),
-    Section("synpo_fast.training.start", "The trainer.", ("run_training",)),
+    Section("synpo_fast.train", "The trainer.", ("run_training",)),
     Section("synpo_fast.run_folder.checkpoint", "The checkpoints of a run.", ("newest_checkpoint",)),
     Section("synpo_fast.errors", "Errors whose message says all that a user needs.", ("UserError", "MissingPackage")),
     Section(

@@ -4,7 +4,7 @@
     python examples/train_from_python.py --model Qwen/Qwen2.5-VL-7B-Instruct --manifest pairs.jsonl --video_root videos
 
 TrainConfig has the options of docs/training.md, by the same names. run_training needs no launcher: it makes a process group of
-this process alone. Started by `deepspeed FILE` or torchrun, every process of the launch calls it and they train together.
+this process alone. In a program that torchrun starts, every process calls it with the same config, and they train together.
 To use it for your own: change the model, the manifest and the learning rate (5e-6), and leave out lora_r and
 dataloader_num_workers, whose defaults are for real models and videos.
 """
@@ -23,7 +23,7 @@ from synpo_fast.data import Pair, read_manifest, write_manifest
 from synpo_fast.models import load_policy
 from synpo_fast.run_folder.checkpoint import newest_checkpoint
 from synpo_fast.testing.clips import write_clip
-from synpo_fast.training.start import run_training
+from synpo_fast.train import run_training
 
 
 def make_data(folder: Path) -> Path:

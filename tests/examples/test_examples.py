@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from synpo_fast.data import Pair, decode_frames, read_manifest
-from synpo_fast.models import encode_pairs, load_policy
+from synpo_fast.models import load_policy
 from synpo_fast.models.tiny import tiny_model
+from synpo_fast.scoring import encode_pairs
 from synpo_fast.testing.clips import write_clip
 from tests.models.alone import alone
 
