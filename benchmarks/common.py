@@ -1,4 +1,4 @@
-"""What every benchmark here shares: the record of the machine, tables and JSON."""
+"""The record of the machine, tables and JSON that every benchmark here shares."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _version(package: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """Output of a command, or None where it is missing or fails."""
+    """The output of a command, or None where it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)

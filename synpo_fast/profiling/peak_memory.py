@@ -45,7 +45,7 @@ def peak_extra_memory(call: Callable[[], Any], device: torch.device) -> dict[str
 
 def peak_of_step(call: Callable[[], Any], device: torch.device) -> int:
     """For a training step on a CPU the resident view alone, where there is one: DeepSpeed reserves a buffer of 2 GB for gradients
-    and touches only what it needs, which the allocator can not tell. The call is made once."""
+    and touches only what it needs, which the allocator cannot tell. The call is made once."""
     gc.collect()
     if device.type == "cuda":
         return _cuda_peak(call, device)

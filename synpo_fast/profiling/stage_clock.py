@@ -1,4 +1,4 @@
-"""Where the time of an optimiser step goes, by stage, each moment counted once.
+"""The time of an optimiser step by stage, each moment counted once.
 
 A stack says which stage runs; entering and leaving one closes an interval, which is charged to the stage on top. So a collective
 inside the backward is communication and not backward, and the stages sum to the step. Inside `reference` everything is the
@@ -124,7 +124,7 @@ def whole(stage: str) -> Callable[..., Shares]:
 
 
 def row_shares(row: RowLayout, *_: Any, **__: Any) -> Shares:
-    """Of a packed row, whose tokens stand in the prefix and whose in a response."""
+    """The shares of a packed row's tokens that stand in prefixes and in responses."""
     prefix = sum(group.prefix.length for group in row.groups) / row.length
     return {PREFIX: prefix, RESPONSES: 1.0 - prefix}
 
@@ -148,7 +148,7 @@ def timed_stages(clock: StageClock, engine: Any) -> Iterator[None]:
     before: list[tuple[Any, str, dict[str, Any]]] = []
     try:
         for owner, name, shares_of in places:
-            # As it stands in the owner itself: a method looked up is not what its class holds.
+            # The owner's own entry: a method looked up on it is not what its class holds.
             before.append((owner, name, {key: own for key, own in vars(owner).items() if key == name}))
             setattr(owner, name, clock.timed(getattr(owner, name), shares_of))
         yield

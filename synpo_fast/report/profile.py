@@ -97,7 +97,7 @@ def _variants_table(variants: Sequence[dict[str, Any]]) -> str:
 
 
 def _explained(profile: Mapping[str, Any], variants: Sequence[dict[str, Any]]) -> str:
-    """What was measured, what the ratio is, what it could be at most, and which variants were left out."""
+    """Notes on the batch, the ratio and its limit, and on variants that were left out."""
     batch, limit = _dict(profile.get("batch")), _dict(profile.get("limit"))
     facts = [f"{short(number_in(profile.get('rounds')))} rounds"] if "rounds" in profile else []
     for name, what in (("pairs", "pairs"), ("prompt_tokens", "prompt tokens"), ("response_tokens", "response tokens")):

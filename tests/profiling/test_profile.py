@@ -39,7 +39,7 @@ from tests.world import options, run, train_command, with_gaps
 
 @dataclass
 class Seen:
-    """What one step had computed: videos given to a tower, and rows and tokens given to a language model."""
+    """One step's work: videos given to a tower, and rows and tokens given to a language model."""
 
     variant: str
     videos: int = 0
