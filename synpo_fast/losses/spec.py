@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from inspect import Parameter, signature
 from typing import Any, Literal
 
@@ -20,7 +21,6 @@ class LossSpec:
     reward, reward_unit: what the metrics rewards/... are, as a formula, and what they are measured in (units.py).
     has_nll: the loss includes an NLL on the chosen response.
     choices: the words that an option takes, for each option that takes words.
-    options: the function's keyword-only arguments with their defaults. The function itself checks their bounds.
     """
 
     function: Callable[..., LossOutput]
@@ -31,12 +31,12 @@ class LossSpec:
     has_nll: bool
     formula: str
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    options: dict[str, float | str | bool] = field(init=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def options(self) -> dict[str, float | str | bool]:
+        """The function's keyword-only arguments with their defaults. The function itself checks their bounds."""
         arguments = signature(self.function).parameters.values()
-        options = {each.name: each.default for each in arguments if each.kind is Parameter.KEYWORD_ONLY}
-        object.__setattr__(self, "options", options)
+        return {each.name: each.default for each in arguments if each.kind is Parameter.KEYWORD_ONLY}
 
     def reads_reference(self, options: Mapping[str, Any]) -> bool:
         """Whether a reference must be given with these options."""
