@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+if __package__ in (None, ""):  # started by path: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from synpo_fast.ops.linear_logprobs import triton_kernels, triton_launch
 from synpo_fast.ops.linear_logprobs.problem import make_problem

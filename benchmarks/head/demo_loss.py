@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the memory profiler warns of blocks that are older than it
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
+
+if __package__ in (None, ""):  # started by path: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks.common import environment, format_bytes, format_seconds
 from synpo_fast import FusedLinearSynPOLoss

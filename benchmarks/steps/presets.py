@@ -9,7 +9,7 @@ gpu        Qwen2.5-VL-7B from its published dimensions, random weights in bf16, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,23 +81,6 @@ PRESETS = {
         frames=16, size=378, prefix=1600, completion=300, spread=0.0, pairs=1, lora_r=128, published=True,
     ),
 }  # fmt: skip
-
-
-def shrunk(preset: Preset, divisor: int) -> Preset:
-    """The same published shape with widths divided, few layers and a small vocabulary: the same code on a small machine."""
-    shape = {
-        "hidden_size": preset.shape["hidden_size"] // divisor // 28 * 28,
-        "num_layers": 2,
-        "num_heads": preset.shape["num_heads"] // 7,
-        "num_kv_heads": preset.shape["num_kv_heads"] // 4,
-        "intermediate_size": preset.shape["intermediate_size"] // divisor,
-        "vocab_size": 512,
-        "vision_hidden_size": 64,
-        "vision_layers": 8,
-        "vision_heads": 2,
-        "vision_intermediate_size": preset.shape["vision_intermediate_size"] // divisor,
-    }
-    return replace(preset, name=f"{preset.name}/{divisor}", shape=shape)
 
 
 def build_policy(preset: Preset, device: torch.device, seed: int = 0) -> Policy:

@@ -1,5 +1,6 @@
-"""The folders of benchmarks/ know nothing of each other, and every script in them starts by path from any folder."""
+"""The folders of benchmarks/ know nothing of each other, every script starts by path from any folder, docs name what exists."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
 FOLDERS = ("head", "steps", "decoding")
 SCRIPTS = sorted(
     str(path.relative_to(BENCHMARKS)) for path in BENCHMARKS.rglob("*.py") if "__main__" in path.read_text()
@@ -28,12 +30,44 @@ def test_what_the_folders_share_imports_none_of_them():
             assert not set(re.findall(r"benchmarks\.(\w+)", path.read_text())) & set(FOLDERS), path
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_starts_by_path_from_any_folder(script, tmp_path):
-    if script.endswith("compiled_code.py"):
-        pytest.importorskip("triton", reason="it compiles with triton")
+@functools.cache
+def help_of(script: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), "--help"], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, str(BENCHMARKS / script), "--help"], cwd="/", capture_output=True, text=True,
         env={"PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_starts_by_path_from_any_folder(script):
+    if script.endswith("compiled_code.py"):
+        pytest.importorskip("triton", reason="it compiles with triton")
+    assert "--" in help_of(script)
+
+
+DOCUMENTS = [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", BENCHMARKS / "gpu_check.sh", BENCHMARKS / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "synpo_fast").rglob("*.md")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_name_paths_and_options_that_exist(document):
+    text = document.read_text()
+    for path in re.findall(r"\b((?:benchmarks|tests)/[\w/.-]*\w)", text):
+        if "benchmarks/results" not in path or "." in path:
+            assert (ROOT / path).exists(), path
+    commands = text.replace("\\\n", " ")  # a line that goes on
+    for script, rest in re.findall(r"python3? benchmarks/([\w/]+\.py)([^`\n]*)", commands):
+        options = set(re.findall(r"(?<!\S)--\w+", rest))
+        assert not options - set(re.findall(r"--\w+", help_of(script))), script
+
+
+def test_every_command_of_gpu_check_is_read():
+    """Bash reads the script, and the test above reads its commands."""
+    script = BENCHMARKS / "gpu_check.sh"
+    assert subprocess.run(["bash", "-n", str(script)], capture_output=True).returncode == 0
+    named = set(re.findall(r"python3 benchmarks/([\w/]+\.py)", script.read_text()))
+    assert named == {"kernels.py", "head/plot.py", "throughput.py", "decode.py"}

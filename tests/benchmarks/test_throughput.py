@@ -16,7 +16,7 @@ from benchmarks.steps import BASELINE, GAINS, VARIANTS, trl_trainers
 from benchmarks.steps import agreement as agreement_module
 from benchmarks.steps.cost import expected_flops, tokens_only_limit, unit_costs
 from benchmarks.steps.measure import compare
-from benchmarks.steps.presets import PRESETS, Preset, build_policy, qwen25_vl_config, shrunk
+from benchmarks.steps.presets import PRESETS, Preset, build_policy, qwen25_vl_config
 from benchmarks.steps.step_variant import Scores, full_step, use_attention
 from benchmarks.steps.workload import make_samples, make_workload, padded_batch
 from synpo_fast.profiling.counted_flops import count_flops
@@ -195,6 +195,23 @@ def test_the_published_shape_is_the_7b_model():
     assert sum(p.numel() for p in model.parameters()) == 8_292_166_656  # as its repository states
     assert config.vision_config.fullatt_block_indexes == [7, 15, 23, 31]
     assert config.text_config.rope_parameters["mrope_section"] == [16, 24, 24]
+
+
+def shrunk(preset: Preset, divisor: int) -> Preset:
+    """The same published shape with widths divided, few layers and a small vocabulary: the same code on a small machine."""
+    shape = {
+        "hidden_size": preset.shape["hidden_size"] // divisor // 28 * 28,
+        "num_layers": 2,
+        "num_heads": preset.shape["num_heads"] // 7,
+        "num_kv_heads": preset.shape["num_kv_heads"] // 4,
+        "intermediate_size": preset.shape["intermediate_size"] // divisor,
+        "vocab_size": 512,
+        "vision_hidden_size": 64,
+        "vision_layers": 8,
+        "vision_heads": 2,
+        "vision_intermediate_size": preset.shape["vision_intermediate_size"] // divisor,
+    }
+    return replace(preset, name=f"{preset.name}/{divisor}", shape=shape)
 
 
 def test_the_gpu_preset_goes_the_same_way_on_a_cpu():
