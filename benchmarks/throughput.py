@@ -130,11 +130,11 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     return preset
 
 
-def run_tables(args: argparse.Namespace) -> dict[str, Any]:
-    """{"workload", "runs"}: the whole table as often as asked for, the model and all it holds built afresh each time."""
+def run_tables(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Puts workload and runs into the record: the table as often as asked for, each time with a model built afresh."""
     options = Options(args.device, args.rounds or 5, args.budget, seed=args.seed)
     variants = [VARIANTS[name] for name in args.variants or VARIANTS]
-    record: dict[str, Any] = {"runs": []}
+    record["runs"] = []
     for _ in range(args.repeat or 1):
         machine = environment(args.device)
         start = {key: machine[key] for key in ("time", "load_average") if key in machine}
@@ -143,11 +143,12 @@ def run_tables(args: argparse.Namespace) -> dict[str, Any]:
         record["workload"] = run.pop("workload")
         print(table(record["workload"], run), flush=True)
         record["runs"].append(start | run)
+        if args.json:  # after every run: what dies later leaves what it had
+            write_json(args.json, record)
         del workload
         gc.collect()
     if len(record["runs"]) > 1:
         print(repeats_table(record["runs"], args.baseline), flush=True)
-    return record
 
 
 def run_sweep(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.largest_batch:
         record["largest_batch"] = run_largest(args)
     else:
-        record |= run_tables(args)
+        run_tables(args, record)
     if args.device.type == "cuda":
         record["environment"]["gpu"]["after"] = gpu_state()
     if args.json:

@@ -1,6 +1,7 @@
 """The folders of benchmarks/ know nothing of each other, every script starts by path from any folder, docs name what exists."""
 
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def test_what_the_folders_share_imports_none_of_them():
 def help_of(script: str) -> str:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), "--help"], cwd="/", capture_output=True, text=True,
-        env={"PATH": "/usr/bin:/bin"},
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
     )  # fmt: skip
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
     return done.stdout
