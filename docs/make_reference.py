@@ -244,7 +244,10 @@ def field_parameters(node: ast.ClassDef) -> Iterator[str]:
         if isinstance(default, ast.Call) and ast.unparse(default.func) == "option":
             continue
         if isinstance(default, ast.Call) and ast.unparse(default.func) == "field":
-            default = next((word.value for word in default.keywords if word.arg == "default"), ast.Constant(...))
+            words = {word.arg: ast.unparse(word.value) for word in default.keywords}
+            if words.get("init") == "False":
+                continue
+            default = ast.parse(words.get("default", "..."), mode="eval").body
         equals = "" if default is None else f" = {ast.unparse(default)}"
         shown.append(f"{ast.unparse(item.target)}: {ast.unparse(item.annotation)}{equals}")
     if node.bases or not shown:

@@ -134,7 +134,13 @@ def precompute(
     *,
     weights_key: str,
 ) -> None:
-    """Writes the log-probs that `score` finds, batch by batch; a batch may be empty. score: a reference, or the like of one."""
+    """Writes the reference log-probs of samples to a file, for `Precomputed` to read.
+
+    Args:
+        score: what computes them: a reference, or anything called like one.
+        batches: samples that are scored together; a batch may be empty.
+        weights_key: the key of the reference's weights, which a reader must name.
+    """
     entries: Entries = {}
     for samples in batches:
         scores = score(samples) if samples else []
