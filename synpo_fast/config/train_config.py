@@ -16,7 +16,10 @@ from synpo_fast.losses import LOSSES
 
 @dataclass(frozen=True)
 class TrainConfig(TrainOptions):
-    """Raises ValueError that says what to do, for a value out of range and for options that contradict each other."""
+    """The options of a training run, by their names and checked; model_name_or_path, train_file and output_dir must be given.
+
+    Raises UserError that says what to do, for a value out of range and for options that contradict each other.
+    """
 
     def __post_init__(self) -> None:
         if self.zero_stage is None:

@@ -13,7 +13,7 @@ from synpo_fast.losses.pair import LossOutput
 
 @dataclass(frozen=True)
 class LossSpec:
-    """One loss.
+    """One loss: the function that computes it, what it needs, and what it reads.
 
     needs_reference: a second `PairLogprobs` must be given (dpo: unless reference_free).
     reads: whether the contrast reads the sum or the mean of a response's log-probs (dpo's ipo variant: the mean). The
