@@ -64,4 +64,4 @@ def test_installs_without_a_compiler(tmp_path):
     assert out.returncode == 0, out.stderr
     warned, raised = out.stdout.strip().splitlines()
     assert "backend='chunked', not 'native': no compiled library" in warned
-    assert "backend='native' can not be used here: no compiled library" in raised
+    assert "backend='native' cannot be used here: no compiled library" in raised

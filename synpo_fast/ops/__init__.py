@@ -1,1 +1,1 @@
-"""Numerical operations on tensors. Nothing here knows of batches, pairs or models."""
+"""Numerical operations on tensors. Nothing here knows about batches, pairs or models."""

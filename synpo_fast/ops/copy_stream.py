@@ -1,9 +1,9 @@
-"""Copies of large host tensors to a GPU that are begun before they are needed, beside what the GPU computes.
+"""Prefetches large host tensors to a GPU: copies start before they are needed and overlap with computation.
 
-A copy from ordinary memory stops the host, and one on the computing stream stops the computing. Here a tensor goes to pinned
-memory, from there to the device on a stream of its own, and whoever takes it lets the computing stream wait for an event behind
-the copy: the host waits for nothing. The copy's memory belongs to the copying stream, so the allocator is told that the computing
-stream uses it too (record_stream), or it would be given away while it is still read.
+A copy from pageable memory blocks the host, and a copy on the compute stream delays the computation. Here a tensor is first
+copied to pinned memory and from there to the device on a separate stream. `take` makes the compute stream wait for an event
+recorded after the copy, so the host never waits. The copy's memory belongs to the copy stream. record_stream tells the allocator
+that the compute stream uses it too; without that, the memory could be reused while it is still being read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Streams(Protocol):
-    """The part of torch.cuda that is used, so that tests without a GPU can look on."""
+    """The part of torch.cuda that CopyStream uses. Tests without a GPU replace it to record the calls."""
 
     def new_stream(self, device: torch.device) -> Any: ...
     def current_stream(self, device: torch.device) -> Any: ...
@@ -44,17 +44,17 @@ class CudaStreams:
 
 
 class CopyStream:
-    """begin(tensors) starts copying the ones that come next; take(tensor) gives the copy of one, begun before or not."""
+    """Copies tensors to one device on its own stream: begin(tensors) starts copies early, take(tensor) returns a copy."""
 
     def __init__(self, device: torch.device, streams: Streams | None = None) -> None:
         self.device, self.streams = device, streams or CudaStreams()
         self._stream = self.streams.new_stream(device)
         self._begun: dict[
             int, tuple[Tensor, Tensor, Any]
-        ] = {}  # by id; the tensor itself, its copy, the event behind it
+        ] = {}  # by id: the tensor itself, its copy, the event recorded after the copy
 
     def begin(self, tensors: Iterable[Tensor]) -> None:
-        """For tensors that are taken next. Copies begun earlier that are not among them are let go: nobody came for them."""
+        """Starts copying the tensors that will be taken next. Drops earlier copies that are not among them."""
         wanted = {id(tensor): tensor for tensor in tensors if tensor.device.type == "cpu"}
         self._begun = {key: begun for key, begun in self._begun.items() if key in wanted}
         for key, tensor in wanted.items():
@@ -62,8 +62,8 @@ class CopyStream:
                 self._begun[key] = self._copy(tensor)
 
     def take(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device, for work that is launched on the current stream from now on. A tensor that is on a device
-        already is returned as it is."""
+        """Returns the tensor on the device, for work launched on the current stream from now on. Copies it now if `begin`
+        did not. A tensor that is already on a device is returned unchanged."""
         if tensor.device.type != "cpu":
             return tensor
         _, copy, event = self._begun.pop(id(tensor)) if id(tensor) in self._begun else self._copy(tensor)
@@ -73,7 +73,7 @@ class CopyStream:
         return copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CopyStream:
-        """A copied policy has a stream of its own."""
+        """Returns a new CopyStream without pending copies, so that a copied policy has its own stream."""
         return CopyStream(self.device, self.streams)
 
     def _copy(self, tensor: Tensor) -> tuple[Tensor, Tensor, Any]:

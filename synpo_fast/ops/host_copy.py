@@ -1,7 +1,7 @@
-"""Small tensors made on the host, sent to a device in one copy that nobody waits for.
+"""Sends several small host tensors to a device in one asynchronous copy.
 
-`tensor.to("cuda")` from ordinary memory stops the host until the GPU has done everything asked of it before. One buffer in pinned
-memory holds them all here, one copy takes it over while the host goes on, and each tensor is a view of the copy.
+`tensor.to("cuda")` from pageable memory blocks the host until the GPU has finished all work queued before it. Here all tensors
+are packed into one pinned buffer, one copy transfers it while the host continues, and each result is a view of the copy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Name = TypeVar("Name")
 
 
 def to_device(tensors: Mapping[Name, Tensor], device: torch.device) -> dict[Name, Tensor]:
-    """The tensors under their names on `device`, dtypes and shapes kept. On a CPU they are returned as they are.
+    """Returns the tensors on `device` under the same names, dtypes and shapes. For a CPU they are returned unchanged.
 
     Raises ValueError for a tensor that is not on the host.
     """
@@ -32,7 +32,7 @@ def to_device(tensors: Mapping[Name, Tensor], device: torch.device) -> dict[Name
 
 
 def packed(tensors: Mapping[Name, Tensor], *, pinned: bool = False) -> Tensor:
-    """uint8 [bytes]: all tensors one behind another, each at a multiple of ALIGNMENT."""
+    """All tensors concatenated as bytes, uint8 [bytes]; each starts at a multiple of ALIGNMENT."""
     buffer = torch.empty(sum(_room(tensor) for tensor in tensors.values()), dtype=torch.uint8, pin_memory=pinned)
     for tensor, view in zip(tensors.values(), unpacked(buffer, tensors).values(), strict=True):
         view.copy_(tensor)

@@ -1,4 +1,4 @@
-"""Token log-probs of a linear head without its logits; see linear_logprobs.py."""
+"""Token log-probs of a linear head, computed without storing the logits; see linear_logprobs.py."""
 
 from synpo_fast.ops.linear_logprobs.linear_logprobs import BACKENDS, choose_backend, fused_linear_logprobs
 

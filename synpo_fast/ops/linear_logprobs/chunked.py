@@ -1,9 +1,9 @@
-"""Token log-probs in plain torch on any device: tiles of rows by the whole vocabulary, through buffers that are reused.
+"""Backend "chunked": token log-probs in plain torch on any device, in tiles of rows x whole vocabulary with reused buffers.
 
-A tile holds the logits of `rows_per_tile` rows. Its exponentials go straight into a second product with W, which gives the
-direction d lp / d hidden = (1 - p) z' W[y] - sum over v != y of p_v z'_v W[v]: 4*N*D*V in all, 2*N*D*V without a gradient.
-The target logit is a dot product of its own in fp32, and the target stays out of the sums, so that lp <= 0 and a confident
-token keeps its gradient.
+A tile holds the logits of `rows_per_tile` rows. Its exponentials are multiplied with W right away, which gives the
+direction d lp / d hidden = (1 - p) z' W[y] - sum over v != y of p_v z'_v W[v]. This costs 4*N*D*V in total, and 2*N*D*V without
+a gradient. The target logit is a separate fp32 dot product, and the target is excluded from the sums, so that lp <= 0 and a
+confident token keeps its gradient.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ TILE_BYTES = 64 * 2**20
 
 
 def rows_per_tile(num_rows: int, vocabulary: int, element_size: int) -> int:
-    """Rows whose logits, in the input's dtype and in fp32 beside it, fill TILE_BYTES."""
+    """Number of rows whose logits fill TILE_BYTES, counting one buffer in the input's dtype and one in fp32."""
     return max(1, min(num_rows, TILE_BYTES // (vocabulary * (element_size + 4))))
 
 
@@ -28,9 +28,10 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 def _tiles(
     problem: Problem, hidden: Tensor, labels: Tensor, kept: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-    """For each tile: its slice, labels [r, 1], logits [r, V] and target logits [r, 1] in fp32, and raw [r, V] in the dtype.
+    """Yields for each tile: slice, labels [r, 1], logits [r, V] and target logits [r, 1] in fp32, raw [r, V] in hidden's dtype.
 
-    Logits and raw are buffers the caller may overwrite; the next tile does. With `kept` [n, V], raw is a part of it.
+    `logits` and `raw` are buffers that the caller may overwrite and that the next tile reuses. With `kept` [n, V], raw is a
+    view of its rows instead.
     """
     weight, bias, vocabulary = problem.weight, problem.bias, problem.weight.shape[0]
     dtype = _accumulator(hidden.dtype)
@@ -66,7 +67,7 @@ def forward_rows(
 
 
 def forward_rows_kept(problem: Problem, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As forward_rows with a direction, and the exponentials [n, V] that kept.py describes."""
+    """Returns the results of forward_rows (with the direction) and the exponentials [n, V] that kept.py describes."""
     exponentials = hidden.new_empty(hidden.shape[0], problem.weight.shape[0])
     return *_forward(problem, hidden, labels, True, exponentials), exponentials
 
@@ -111,9 +112,9 @@ def weight_grad_rows(
     coefficients: Tensor,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of sum_n coefficients_n * lp_n to weight and bias (or empty): recomputes the logits, sums in fp32."""
+    """Gradients of sum_n coefficients_n * lp_n to weight and bias (or empty). Recomputes the logits and sums in fp32."""
     dtype = _accumulator(hidden.dtype)
-    # Late in SynPO a coefficient can be below fp16's smallest number: the products see coefficients of size 1.
+    # Late in SynPO training a coefficient can be below fp16's smallest number, so the products use c / max |c|.
     peak = coefficients.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     coefficients = coefficients / peak
     grad_weight = problem.weight.new_zeros(problem.weight.shape, dtype=dtype)

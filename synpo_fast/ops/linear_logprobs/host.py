@@ -1,6 +1,6 @@
-"""Forward and backward of the host-driven backends (chunked, native): drop ignored rows, work, put the results back.
+"""Forward and backward of the host-driven backends (chunked, native): drop ignored rows, compute, scatter the results back.
 
-Both backends supply the same two functions on valid rows; this file owns everything about `rows` and ignored labels.
+Both backends supply the same two functions, which work on valid rows only. This file handles `rows` and ignored labels.
 """
 
 from types import ModuleType
@@ -12,7 +12,7 @@ from synpo_fast.ops.linear_logprobs.problem import Problem, valid_rows
 
 
 def forward(backend: ModuleType, problem: Problem, want_direction: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns log-probs [N] (0 where ignored), and for the backward normalisers [n, 2] and the direction [n, D] or [0, D]."""
+    """Returns log-probs [N] (0 where ignored) and, for the backward, normalisers [n, 2] and direction [n, D] (or [0, D])."""
     valid = valid_rows(problem)
     if valid.labels.numel() == 0:
         dtype = torch.promote_types(problem.hidden.dtype, torch.float32)
@@ -36,7 +36,7 @@ def backward(
     direction: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients to hidden [M, D], weight and bias, each where `needs` says so. normalisers and direction may be longer than n."""
+    """Gradients to hidden [M, D], weight and bias; None where `needs` is False. normalisers and direction may be padded."""
     valid = valid_rows(problem)
     count = valid.labels.numel()
     coefficients = valid.gather(grad_logps).contiguous()

@@ -1,12 +1,12 @@
-"""Log-probs whose exponentials are kept, for losses that give the coefficients at once: 6*N*D*V with a trainable head.
+"""Log-probs that keep their exponentials, for losses that know the coefficients at once: 6*N*D*V with a trainable head.
 
-`fused_linear_logprobs` must recompute the logits for the head's gradient, because autograd brings the coefficients c_n long
-after the logits are gone: 8*N*D*V. A caller that can turn log-probs into coefficients on the spot (a loss that has its
-pairs complete) keeps E = exp(z - a) instead, V numbers a token:
+`fused_linear_logprobs` must recompute the logits for the head's gradient (8*N*D*V), because autograd supplies the coefficients
+c_n long after the logits were freed. A caller that can turn log-probs into coefficients immediately (a loss that holds complete
+pairs) can keep E = exp(z - a) instead, which is V numbers per token:
 
     logits (2NDV) -> E -> E x W, the direction (2NDV) -> log-probs -> [caller: c] -> E^T x (c / b * hidden), dW (2NDV)
 
-E is written once and read twice. The target's entry of E is replaced so that the last product alone gives the whole dW.
+E is written once and read twice. The target's entry of E is replaced so that the last product alone gives all of dW.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ LARGEST_FP16 = 65504
 
 @dataclass
 class KeptLogprobs:
-    """logps [N] (0 where ignored); `gradients` may be called once the coefficients are known."""
+    """Log-probs [N] (0 where ignored) with the kept exponentials; call `gradients` when the coefficients are known."""
 
     problem: Problem
     valid: ValidRows
@@ -47,7 +47,7 @@ class KeptLogprobs:
 
 @dataclass
 class RecomputedLogprobs:
-    """The same without the exponentials: `gradients` computes the logits again."""
+    """Log-probs [N] without kept exponentials: `gradients` recomputes the logits."""
 
     problem: Problem
     backend: str
@@ -63,13 +63,13 @@ class RecomputedLogprobs:
 
 
 def linear_logprobs_kept(problem: Problem, *, backend: str | None = None, keep: bool = True) -> Any:
-    """Log-probs of a problem with what their gradients need, without autograd. Backends chunked, native, triton.
+    """Log-probs of a problem and all that their gradients need, without autograd. Backends: chunked, native, triton.
 
-    Returns an object with `logps` [N] and `gradients(coefficients, want_bias)`; keep=False recomputes the logits.
+    Returns an object with `logps` [N] and `gradients(coefficients, want_bias)`. keep=False recomputes the logits.
     """
     chosen = linear_logprobs.choose_backend(problem.hidden, backend)
     if problem.hidden.dtype == torch.float16 and chosen != "native" and problem.weight.shape[0] > LARGEST_FP16:
-        keep = False  # the target's entry may be as large as V (the native backend keeps fp32)
+        keep = False  # the target's entry can reach V, which fp16 cannot hold (the native backend keeps fp32)
     if not keep:
         logps, *saved = linear_logprobs.forward(problem, True, chosen)
         return RecomputedLogprobs(problem, chosen, logps, (saved[0], saved[1]))
@@ -89,11 +89,11 @@ def linear_logprobs_kept(problem: Problem, *, backend: str | None = None, keep: 
 def weight_grads_of_exponentials(
     problem: Problem, hidden: Tensor, normalisers: Tensor, exponentials: Tensor, c: Tensor, want_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """dW = E^T x (factor * hidden), factor = -c / b (times logit_scale where E does not hold the slope); c is [n, 1]."""
+    """Returns dW = E^T x (factor * hidden) and db; factor = -c / b (times logit_scale where E lacks the slope), c is [n, 1]."""
     factor = -c / normalisers[:, 1:]
     if problem.softcap is None:
         factor = factor * problem.logit_scale
-    # Late in SynPO a coefficient can be below fp16's smallest number: the product sees factors of size 1.
+    # Late in SynPO training a coefficient can be below fp16's smallest number, so the product uses factor / max |factor|.
     peak = factor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny) if factor.numel() else factor.new_ones(())
     factor = factor / peak
     grad = torch.mm(exponentials.t(), (hidden * factor).to(exponentials.dtype))

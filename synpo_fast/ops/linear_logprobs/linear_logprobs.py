@@ -1,12 +1,13 @@
-"""fused_linear_logprobs: hidden states x LM head -> token log-probs, differentiable, without ever holding the logits.
+"""fused_linear_logprobs: hidden states x LM head -> token log-probs, differentiable, without storing the logits.
 
     lp_n = log softmax( f(hidden[rows_n] @ weight.T + bias) )[labels_n],   f(x) = softcap * tanh(x * logit_scale / softcap)
 
 d lp_n / d hidden does not depend on the loss: for z = f(x) it is (1 - p_n) z'_n W[y_n] - sum over v != y_n of p_nv z'_nv W[v].
-So the forward pass computes that direction beside the log-prob (4*N*D*V in all), and the backward of any loss over token
-log-probs is one multiplication per row. Gradients to the head need the coefficients of the loss: they recompute the logits.
+So the forward pass computes that direction along with the log-prob (4*N*D*V in total), and the backward of any loss over token
+log-probs is one multiplication per row. Gradients to the head need the coefficients of the loss, so the backward recomputes the
+logits for them.
 
-README.md in this folder counts operations and bytes of each backend.
+README.md in this folder counts the operations and bytes of each backend.
 """
 
 import contextlib
@@ -48,12 +49,12 @@ def fused_linear_logprobs(
             it labels and hidden have the same leading shape.
         logit_scale, softcap: logits are multiplied by logit_scale, then softcap * tanh(logits / softcap).
         backend: "reference", "chunked", "native" (CPU) or "triton" (GPU); None picks triton for CUDA tensors, native for
-            CPU tensors, and chunked where those can not be had.
+            CPU tensors, and chunked where those are not available.
 
-    Gradients go to hidden, weight and bias, each where it is required; without any, half the work is done.
+    hidden, weight and bias receive gradients if they require them. If none does, only half the work is done.
 
-    Raises ValueError for shapes, dtypes, devices, numbers or indices that do not fit, and for a backend that can not do what
-    is asked. On a GPU a label or row out of range can not be seen without waiting for the device: its log-prob is NaN.
+    Raises ValueError for shapes, dtypes, devices, numbers or indices that do not fit, and for a backend that cannot run here.
+    On a GPU, checking for labels or rows out of range would need a device sync; instead, their log-prob is NaN.
     """
     if hasattr(torch._C, "_are_functorch_transforms_active") and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
@@ -65,7 +66,7 @@ def fused_linear_logprobs(
         hidden, weight, labels,
         bias=bias, rows=rows, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
     )  # fmt: skip
-    # A compiled graph holds the wish, and the operator inside it decides when it runs.
+    # A compiled graph stores the requested backend; the operator inside it chooses when it runs.
     chosen = (backend or "auto") if torch.compiler.is_compiling() else choose_backend(problem.hidden, backend)
     with without_autocast(problem.hidden):
         if chosen == "reference":
@@ -84,14 +85,14 @@ def _autocast_is_on(device_type: str) -> bool:
 
 
 def without_autocast(tensor: Tensor) -> Any:
-    """The op chooses its own precisions: an autocast region around it must not touch the products inside."""
+    """A context in which autocast is off: the op chooses its own precisions, so a surrounding autocast must not apply."""
     if _autocast_is_on(tensor.device.type):
         return torch.autocast(tensor.device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def autocast_inputs(hidden: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
-    """What autocast would do to the arguments of a linear layer."""
+    """Casts the arguments as autocast casts those of a linear layer; returns them unchanged where autocast is off."""
     if not isinstance(hidden, Tensor) or not _autocast_is_on(hidden.device.type):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -105,7 +106,7 @@ def _cast(tensor: Any, dtype: torch.dtype) -> Any:
 
 
 def choose_backend(hidden: Tensor, wanted: str | None) -> str:
-    """The backend that will run, or ValueError with the reason the wanted one can not."""
+    """The backend that will run. Raises ValueError with the reason if the wanted one cannot."""
     if wanted is not None and wanted not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {wanted!r}")
     if wanted in ("reference", "chunked"):
@@ -118,7 +119,7 @@ def choose_backend(hidden: Tensor, wanted: str | None) -> str:
     if reason is None:
         return candidate
     if wanted is not None:
-        raise ValueError(f"backend={wanted!r} can not be used here: {reason}")
+        raise ValueError(f"backend={wanted!r} cannot be used here: {reason}")
     if hidden.dtype != torch.float64:
         _warn_once(f"fused_linear_logprobs uses backend='chunked', not {candidate!r}: {reason}")
     return "chunked"
@@ -146,7 +147,7 @@ def _module(backend: str) -> Any:
 
 
 def forward(problem: Problem, want_direction: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs [N], normalisers [n, 2] or [N, 2], direction [n, D] or [N, D] (or [0, D]), without autograd."""
+    """Returns log-probs [N], normalisers [n, 2] or [N, 2] and direction [n, D] or [N, D] (or [0, D]), without autograd."""
     if backend == "triton":
         return _module(backend).linear_logprobs_forward(problem, want_direction)
     return host.forward(_module(backend), problem, want_direction)
@@ -165,7 +166,8 @@ def backward(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Saves the direction [n, D] for hidden's gradient, and for the head's the normalisers [n, 2]: softmax = exp(z - a) / b."""
+    """Autograd of the op. Saves the direction [n, D] for hidden's gradient and, for the head's, the normalisers (a, b) [n, 2]:
+    softmax = exp(z - a) / b."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, rows, logit_scale, softcap, ignore_index, want_direction, backend):
@@ -179,7 +181,7 @@ class _LinearLogprobs(torch.autograd.Function):
         if any(ctx.needs_input_grad[1:3]):
             ctx.save_for_backward(hidden, weight, labels, bias, rows, logps, normalisers, direction)
         elif ctx.needs_input_grad[0]:
-            # A frozen head needs no more than the direction: of hidden, weight and log-probs only shapes are kept.
+            # With a frozen head the backward needs only the direction, so only shapes of hidden, weight and log-probs are kept.
             shapes = [_shape_only(tensor) for tensor in (hidden, weight, logps)]
             ctx.save_for_backward(shapes[0], shapes[1], labels, None, rows, shapes[2], normalisers, direction)
         ctx.options = (logit_scale, softcap, ignore_index, backend)
@@ -219,26 +221,26 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _shape_only(tensor: Tensor) -> Tensor:
-    """Shape, dtype and device of a tensor in the memory of one element."""
+    """A tensor with the same shape, dtype and device that takes the memory of one element."""
     return tensor.new_zeros(()).expand(tensor.shape)
 
 
 def _is_traced(hidden: Tensor) -> bool:
-    """Under torch.compile, and for tensors without values, the work is one opaque operator with known output shapes."""
+    """True under torch.compile and for tensors without values: the work is then one opaque operator with known output shapes."""
     if torch.compiler.is_compiling() or hidden.device.type == "meta":
         return True
     return type(hidden).__name__ == "FakeTensor"
 
 
 def _padded(values: Tensor, num_rows: int) -> Tensor:
-    """[n, ...] -> [num_rows, ...]: a traced operator's outputs have shapes that do not depend on the labels' values."""
+    """Pads [n, ...] to [num_rows, ...]: the output shapes of a traced operator must not depend on the labels' values."""
     if values.shape[0] == num_rows:
         return values
     return torch.cat([values, values.new_zeros(num_rows - values.shape[0], *values.shape[1:])])
 
 
-def _decide(hidden: Tensor, wish: str) -> str:
-    return choose_backend(hidden, None if wish == "auto" else wish)
+def _choose_at_run_time(hidden: Tensor, requested: str) -> str:
+    return choose_backend(hidden, None if requested == "auto" else requested)
 
 
 @torch.library.custom_op("synpo_fast::linear_logprobs_forward", mutates_args=())
@@ -247,7 +249,7 @@ def _traced_forward(
     logit_scale: float, softcap: float | None, ignore_index: int, want_direction: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
-    logps, normalisers, direction = forward(problem, want_direction, _decide(hidden, backend))
+    logps, normalisers, direction = forward(problem, want_direction, _choose_at_run_time(hidden, backend))
     num_labels = labels.shape[0]
     return logps, _padded(normalisers, num_labels), _padded(direction, num_labels if want_direction else 0)
 
@@ -267,7 +269,7 @@ def _traced_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
     needs = (needs_hidden, needs_weight, needs_bias)
-    grads = backward(problem, grad_logps, (logps, normalisers, direction), needs, _decide(hidden, backend))
+    grads = backward(problem, grad_logps, (logps, normalisers, direction), needs, _choose_at_run_time(hidden, backend))
     gh, gw, gb = (hidden.new_empty(0) if grad is None else grad for grad in grads)
     return gh, gw, gb
 

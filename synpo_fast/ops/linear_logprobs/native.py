@@ -1,4 +1,4 @@
-"""Token log-probs on CPUs through csrc/linear_logprobs.cpp, where the algorithm is described."""
+"""Backend "native": token log-probs on CPUs through csrc/linear_logprobs.cpp, which describes the algorithm."""
 
 import functools
 import sys
@@ -11,7 +11,7 @@ from synpo_fast.ops.linear_logprobs.problem import FLOAT_DTYPES, Problem
 
 
 def why_impossible(device: str, dtype: torch.dtype) -> str | None:
-    """None where the native backend can work on such tensors, else the reason it can not."""
+    """The reason why the native backend cannot work on such tensors, or None if it can."""
     if device not in ("cpu", "meta"):
         return f"it works on CPU tensors, hidden is on {device}"
     if dtype not in FLOAT_DTYPES:
@@ -24,7 +24,7 @@ def why_impossible(device: str, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _register_flops() -> None:
-    """Makes the work of the operators known to torch's FLOP counter. Importing that imports triton: not our doing."""
+    """Tells torch's FLOP counter the work of the operators. Only done on demand: that module imports triton."""
     from torch.utils.flop_counter import register_flop_formula
 
     operators = torch.ops.synpo_fast_native
@@ -48,7 +48,7 @@ def forward_rows(
 
 
 def forward_rows_kept(problem: Problem, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As forward_rows with a direction, and the exponentials [n, V] that kept.py describes (fp32 for fp16 inputs)."""
+    """Returns forward_rows (with direction) and the exponentials [n, V] that kept.py describes (fp32 for fp16 inputs)."""
     return torch.ops.synpo_fast_native.linear_logprobs_forward(
         hidden, problem.weight, labels, problem.bias, problem.logit_scale, problem.softcap, True, True
     )

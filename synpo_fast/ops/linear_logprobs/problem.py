@@ -1,4 +1,4 @@
-"""What a backend of `fused_linear_logprobs` is given: one checked problem in two dimensions, and nothing optional left open."""
+"""The input of every backend of `fused_linear_logprobs`: checked and flattened to two dimensions."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 @dataclass(frozen=True)
 class Problem:
-    """Shapes: hidden [M, D], weight [V, D], labels [N], bias [V], rows [N] indices into hidden (None: row n is hidden n)."""
+    """Checked arguments: hidden [M, D], weight [V, D], labels [N], bias [V], rows [N] into hidden (None: row n is hidden n)."""
 
     hidden: Tensor
     weight: Tensor
@@ -30,7 +30,7 @@ class Problem:
         return logits
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """df/draw, which follows from the logit alone."""
+        """Derivative df/draw, computed from the logit alone."""
         if self.softcap is None:
             return self.logit_scale
         return self.logit_scale * (1 - (logits / self.softcap) ** 2)
@@ -38,35 +38,35 @@ class Problem:
 
 @dataclass(frozen=True)
 class ValidRows:
-    """The n positions whose label counts, in order: everything a host backend does is done on these."""
+    """The n positions whose label is not ignored, in order. Host-driven backends compute only these."""
 
     positions: Tensor | None  # [n] into the labels; None: all of them
     sources: Tensor | None  # [n] into hidden's rows; None: row n is hidden n
     labels: Tensor  # [n]
 
     def gather_hidden(self, problem: Problem) -> Tensor:
-        """[M, D] -> [n, D], a copy only if it must be one."""
+        """Picks the hidden rows of the valid positions, [M, D] -> [n, D]. Copies only if needed."""
         return problem.hidden if self.sources is None else problem.hidden.index_select(0, self.sources)
 
     def scatter_hidden(self, grads: Tensor, problem: Problem) -> Tensor:
-        """[n, D] -> [M, D]: gradients of a row that was picked more than once add up."""
+        """Scatters gradients back, [n, D] -> [M, D]. Gradients of a row that was picked more than once add up."""
         if self.sources is None:
             return grads
         return grads.new_zeros(problem.hidden.shape).index_add_(0, self.sources, grads)
 
     def gather(self, values: Tensor) -> Tensor:
-        """[N] -> [n]."""
+        """Picks the valid positions, [N] -> [n]."""
         return values if self.positions is None else values.index_select(0, self.positions)
 
     def spread(self, values: Tensor, num_labels: int) -> Tensor:
-        """[n] -> [N], zero where a label is ignored."""
+        """Scatters values back, [n] -> [N], with 0 where the label is ignored."""
         if self.positions is None:
             return values
         return values.new_zeros(num_labels).index_copy_(0, self.positions, values)
 
 
 def valid_rows(problem: Problem) -> ValidRows:
-    """Finds the positions that count and checks the indices. Reads them on the host: free on a CPU, a sync on a GPU."""
+    """Finds the positions that are not ignored and checks the indices. The host reads them: free on a CPU, a sync on a GPU."""
     labels = problem.labels
     positions: Tensor | None = None
     kept = labels != problem.ignore_index
@@ -109,7 +109,7 @@ def make_problem(
     softcap: float | None,
     ignore_index: int,
 ) -> Problem:
-    """Checks everything that can be checked without reading a tensor, and flattens."""
+    """Checks everything that can be checked without reading tensor values, and flattens the tensors."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels), ("bias", bias), ("rows", rows)):
         if tensor is None and name in ("bias", "rows"):
             continue
@@ -168,7 +168,7 @@ def _check_dtypes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
 
 
 def check_numbers(logit_scale: float, softcap: float | None, ignore_index: int) -> None:
-    """ValueError for numbers that are not finite and non-zero in fp32, in which the kernels take them."""
+    """Raises ValueError for numbers that are not finite and non-zero in fp32, the type in which the kernels take them."""
     smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
         if value is None and name == "softcap":

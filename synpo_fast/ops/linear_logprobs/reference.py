@@ -1,7 +1,7 @@
-"""The definition, in plain differentiable torch: materialises the logits. Every other backend is tested against it.
+"""Backend "reference": the definition in plain torch, with materialised logits. Every other backend is tested against it.
 
-Computes in fp64 for fp64 inputs and in fp32 for everything else, from inputs cast up before the product. Autograd
-differentiates it, any number of times.
+Computes in fp64 for fp64 inputs and in fp32 otherwise; inputs are upcast before the product. Autograd can differentiate it any
+number of times.
 """
 
 import torch

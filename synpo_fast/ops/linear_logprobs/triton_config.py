@@ -1,7 +1,7 @@
-"""Tile sizes of the Triton kernels by GPU generation and dtype, and how a problem is cut to a memory bound.
+"""Tile sizes of the Triton kernels by GPU generation and dtype, and the split of a problem to meet a memory bound.
 
-Compiled ahead of time by tests/ops/linear_logprobs, which read the code: matrix instructions of the generation, no spills,
-shared memory within the chip's. Tuning on hardware starts from these.
+tests/ops/linear_logprobs compiles the kernels ahead of time with these sizes and checks the machine code: matrix instructions of
+the generation, no spills, shared memory within the chip's limit. Tuning on hardware starts from these sizes.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Tile:
-    """A matrix product's tile: rows x columns of the result, `depth` of the sum, `group` row tiles kept together in L2."""
+    """Tile of a matrix product: rows x columns of the result, `depth` of the sum, `group` row tiles kept together in L2."""
 
     rows: int
     columns: int
@@ -27,16 +27,17 @@ class Tile:
 class KernelConfig:
     logits: Tile  # hidden x W^T: rows are tokens, columns the vocabulary, depth D
     weighted: Tile  # exponentials x W: rows are tokens, columns D, depth the vocabulary
-    logit_grads: Tile  # as logits, with the coefficients of the backward
+    logit_grads: Tile  # hidden x W^T again, in the backward
     weight_grad: Tile  # logit_grads^T x hidden: rows are the vocabulary, columns D, depth tokens
-    copy_engine: bool  # operands through tensor descriptors: before Hopper those lose the software pipeline
+    copy_engine: bool  # load operands through tensor descriptors; before Hopper these lose the software pipeline
 
 
 def kernel_config(dtype: torch.dtype, capability: int, *, simple: bool = True) -> KernelConfig:
-    """`capability` is 80, 90, 100, ...; 0 stands for the interpreter, whose tiles are small so that tests cross many.
+    """Tile sizes for a dtype and a compute capability (80, 90, 100, ...; 0: Triton's interpreter).
 
-    simple: operands come by the copy engine and the logits have no softcap; anything else needs registers beside the widest
-    tiles. Consumer Blackwell (120) has the shared memory of the generation before Hopper.
+    The interpreter gets small tiles, so that small test problems span many of them.
+    simple: True if the copy engine can load the operands and the logits have no softcap. Otherwise the widest tiles would
+    need too many registers. Consumer Blackwell (120) has as little shared memory as the generation before Hopper.
     """
     if capability == 0:
         logits, weighted = Tile(16, 32, 16, 2, 1, 1), Tile(16, 16, 32, 2, 1, 1)
@@ -69,7 +70,7 @@ def kernel_config(dtype: torch.dtype, capability: int, *, simple: bool = True) -
 
 @dataclass(frozen=True)
 class Cut:
-    """Rows and vocabulary columns that are in flight at a time, and the parts a sum over the vocabulary is split into."""
+    """Split of a problem: rows and vocabulary columns processed at a time, and partial sums per sum over the vocabulary."""
 
     rows: int
     columns: int
@@ -79,12 +80,12 @@ class Cut:
 def cut_forward(
     num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, num_programs: int
 ) -> Cut:
-    """Keeps everything but the result within 5 % of full fp32 logits for N >= 4096, the copied rows included.
+    """Split of the forward pass that keeps extra memory (all but the result) within 5 % of full fp32 logits for N >= 4096.
 
-    Fewer rows may take 64 MiB of exponentials, and a strip is never below 16 MiB: with a small vocabulary (V < 12 D or so)
-    the copied rows alone pass 5 %.
+    The copied rows count as extra memory. With fewer rows the exponentials may take 64 MiB. A strip is allowed at least 16 MiB:
+    with a small vocabulary (V < 12 D or so) the copied rows alone exceed 5 %.
 
-    Wide strips read and write the partial sums less often; few rows are split over the vocabulary, because their
+    Wide strips read and write the partial sums less often. Few rows are split over the vocabulary, because their
     [rows, D] result alone has too few tiles to fill the chip.
     """
     rows = min(num_rows, 4096 if num_rows >= 8192 else 2048)
@@ -98,19 +99,19 @@ def cut_forward(
 
 
 def cut_weight_grad(num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig) -> int:
-    """Columns of the vocabulary whose logit gradients, for all rows, fit the same bound."""
+    """Number of vocabulary columns whose logit gradients, for all rows, fit the same bound."""
     allowed = _allowed(num_rows, vocabulary, num_rows * dim * element_size)
     return _strip(num_rows, vocabulary, element_size, allowed, config.logit_grads.columns, 1)
 
 
 def _allowed(num_rows: int, vocabulary: int, fixed: int) -> int:
-    """Bytes a strip may take."""
+    """Number of bytes that a strip may take."""
     least = 16 * MIB if num_rows >= 4096 else 64 * MIB
     return min(max(least, num_rows * vocabulary * 4 // 20 - fixed), 256 * MIB)
 
 
 def _strip(rows: int, vocabulary: int, element_size: int, allowed: int, multiple: int, splits: int) -> int:
-    """Columns of a strip: the fewest strips that fit, all of about the same width, in whole tiles."""
+    """Number of columns per strip: as few strips as fit, of about equal width, in whole tiles."""
     multiple *= splits
     widest = max(multiple, allowed // (rows * element_size) // multiple * multiple)
     strips = -(-vocabulary // widest)

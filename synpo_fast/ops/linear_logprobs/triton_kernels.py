@@ -1,12 +1,12 @@
-"""Triton kernels of fused_linear_logprobs. triton_launch.py drives them; README.md here counts what they do.
+"""Triton kernels of fused_linear_logprobs. triton_launch.py launches them; README.md in this folder counts their work.
 
-Work is done on compacted rows: valid rows come first in a [N, D] copy, and their number lives on the device, so dropping
-ignored rows costs no synchronisation. Row tiles beyond it are never visited.
+The kernels work on compacted rows: valid rows come first in a [N, D] copy. The number of valid rows stays on the device, so
+dropping ignored rows needs no synchronisation. Row tiles beyond that number are never visited.
 
-Exponentials are taken against a reference t_n that starts at the target's logit and is moved lazily: only where a tile holds
-a logit more than LIMIT above it does that tile use its own maximum, and only then does _settle_rows_kernel bring the row's
-earlier sums to the new reference. bf16 and fp32 keep their relative precision over e^+-60, so nothing is lost in between,
-and in ordinary data no partial sum is ever touched twice. The target itself stays out of every sum.
+Exponentials are exp(z - t_n) with a reference t_n that starts at the target's logit and changes lazily. A tile uses its own
+maximum only if it holds a logit more than LIMIT above the reference, and only then _settle_rows_kernel rescales the row's
+earlier sums to the new reference. bf16 and fp32 keep their relative precision from e^-60 to e^60, so this loses no precision,
+and in ordinary data no partial sum is rescaled. The target itself is excluded from every sum.
 """
 
 import triton
@@ -26,7 +26,7 @@ def _bounded_logit(raw, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _logit_slope(z, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """df/draw from z = f(raw)."""
+    """Derivative df/draw from z = f(raw)."""
     if HAS_SOFTCAP:
         t = z / softcap
         return logit_scale * (1.0 - t * t)
@@ -42,7 +42,7 @@ def _log1p(x):
 
 @triton.jit
 def _tile_of(index, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """Tile coordinates in an order that keeps GROUP row tiles beside each other, so that both operands stay in L2."""
+    """Tile coordinates in an order that visits GROUP row tiles together, so that both operands stay in L2."""
     per_group = GROUP * column_tiles
     first = (index // per_group) * GROUP
     height = tl.minimum(row_tiles - first, GROUP)
@@ -51,7 +51,7 @@ def _tile_of(index, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def _load_tile(source, row, column, stride, num_rows, num_columns, TMA: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """[R, C] at (row, column) of a row-major matrix, zero outside; `source` is a tensor descriptor or a pointer."""
+    """Loads the tile [R, C] at (row, column) of a row-major matrix, 0 outside. `source` is a tensor descriptor or a pointer."""
     if TMA:
         return source.load([row, column])
     else:
@@ -67,9 +67,9 @@ def _prepare_rows_kernel(
     ignore_index, compact, label_out, target_out, top_out, others_out,
     HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Copies a valid row to its place among the valid ones and takes its target logit as an fp32 dot product.
+    """Copies a valid row to its position among the valid rows and computes its target logit as an fp32 dot product.
 
-    A label or row out of range gives the target NaN: the log-prob shows it without a synchronisation.
+    For a label or row out of range the target is NaN, so that the log-prob shows the error without a synchronisation.
     """
     position = tl.program_id(0)
     label = tl.load(labels + position)
@@ -105,7 +105,7 @@ def _logits_tile(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z = f(x W^T + bias) of one tile, in fp32."""
+    """Logits z = f(x W^T + bias) of one tile, in fp32."""
     raw = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for d in range(0, D, BLOCK_D):
         a = _load_tile(x, row, d, D, num_rows, D, TMA, BLOCK_N, BLOCK_D)
@@ -124,7 +124,7 @@ def _exp_logits_forward_kernel(
     KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     LIMIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One strip of the vocabulary for one block of rows: exp(z - t) z' in the input's dtype, with each tile's t and sum.
+    """Computes exp(z - t) z' in the input's dtype for one vocabulary strip and one row block, and each tile's t and sum.
 
     exponentials [num_rows, strip_columns], tile_top and tile_sum [column tiles, num_rows].
     """
@@ -170,7 +170,7 @@ def _settle_rows_kernel(
     KEEP: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Adds a strip's sums to each row's; where a tile moved the reference, brings the row's earlier work along."""
+    """Adds the strip's sums to each row's total; if a tile raised the reference, rescales the row's earlier results."""
     r = tl.program_id(0)
     n = first_row + r
     if n < tl.load(count).to(tl.int32):
@@ -205,7 +205,7 @@ def _weighted_rows_kernel(
     FIRST: tl.constexpr, SPLITS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """totals[s] (+)= exponentials W over one strip, its columns cut into SPLITS parts with a partial sum of their own."""
+    """Adds exponentials x W of one strip to totals. The strip's columns are split into SPLITS parts, each with its own sum."""
     valid = tl.minimum(tl.load(count).to(tl.int32) - first_row, num_rows)
     row_tiles = tl.cdiv(valid, BLOCK_N)
     column_tiles = tl.cdiv(D, BLOCK_D)
@@ -220,7 +220,7 @@ def _weighted_rows_kernel(
         c = d + tl.arange(0, BLOCK_D)
         at = totals + (split * num_rows + r).to(tl.int64)[:, None] * D + c[None, :]
         inside = (r < valid)[:, None] & (c < D)[None, :]
-        # Earlier strips are read before the product: read after it, they would need registers beside the result's.
+        # The sum of earlier strips is loaded before the product; loading it afterwards would need additional registers.
         if FIRST:
             total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         else:
@@ -238,9 +238,9 @@ def _finish_rows_kernel(
     exponentials, first_row, num_rows, strip_columns, D, weight_stride, logit_scale, softcap, ignore_index,
     KEEP: tl.constexpr, KEEP_ALL: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Log-prob and normaliser (t, sum) of each valid row of a block; its direction (1 - p) z' W[y] - sum of p_v z'_v W[v].
+    """Writes log-prob, normaliser (t, sum) and direction (1 - p) z' W[y] - sum of p_v z'_v W[v] of each valid row of a block.
 
-    KEEP_ALL: the target gets its entry among the exponentials, see kept.py.
+    KEEP_ALL: also writes the target's entry of the exponentials, see kept.py.
     """
     position = tl.program_id(0)
     if tl.load(position_labels + position) != ignore_index:
@@ -257,7 +257,7 @@ def _finish_rows_kernel(
             if KEEP:
                 label = tl.load(labels + n)
                 toward = rest / total * _logit_slope(z, logit_scale, softcap, HAS_SOFTCAP)
-                scale = 1.0  # where the exponentials do not hold the slope
+                scale = 1.0  # the part of the slope that the exponentials do not include
                 if not HAS_SOFTCAP:
                     scale = logit_scale
                 away = scale / total
@@ -278,7 +278,7 @@ def _finish_rows_kernel(
 def _scale_rows_backward_kernel(
     grad_logps, grad_stride, direction, labels, place, out, D, ignore_index, BLOCK_D: tl.constexpr
 ):
-    """out[position] = grad_logps[position] * direction of that row, 0 where ignored."""
+    """Computes out[position] = grad_logps[position] * direction of that row, 0 where ignored."""
     position = tl.program_id(0).to(tl.int64)
     counted = tl.load(labels + position) != ignore_index
     n = tl.maximum(tl.load(place + position).to(tl.int64) - 1, 0)
@@ -296,9 +296,9 @@ def _logit_grads_backward_kernel(
     HAS_BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """c (onehot - softmax) z' of one strip for all valid rows, with 1 - p_y given as `misses`.
+    """Computes c (onehot - softmax) z' of one strip for all valid rows. `misses` holds 1 - p_y.
 
-    The rows between the last valid one and the end of its tile are 0: the next product sums over whole tiles.
+    Rows between the last valid one and the end of its tile are set to 0, because the next product sums over whole tiles.
     """
     valid = tl.load(count).to(tl.int32)
     row_tiles = tl.cdiv(valid, BLOCK_N)
@@ -342,7 +342,7 @@ def _weight_grad_backward_kernel(
     TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A strip of dW = logit_grads^T x over all valid rows: summed in fp32, rounded once."""
+    """Computes one strip of dW = logit_grads^T x over all valid rows, summed in fp32 and rounded once."""
     valid = tl.load(count).to(tl.int32)
     scale = tl.load(peak)
     row_tiles = tl.cdiv(tl.minimum(strip_columns, V - first_column), BLOCK_V)
@@ -353,7 +353,7 @@ def _weight_grad_backward_kernel(
         d = column_tile * BLOCK_D
         total = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
         for n in range(0, valid, BLOCK_N):
-            # Behind the last valid row a tile holds zeros (copy engine) or is not read at all (pointers).
+            # After the last valid row a tile holds zeros (copy engine) or is not read (pointers).
             g = _load_tile(logit_grads, n, v, strip_columns, valid, strip_columns, TMA, BLOCK_N, BLOCK_V)
             b = _load_tile(x, n, d, D, valid, D, TMA, BLOCK_N, BLOCK_D)
             total = tl.dot(g.T, b, total, input_precision=PRECISION)

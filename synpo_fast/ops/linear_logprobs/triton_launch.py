@@ -1,10 +1,10 @@
-"""Runs the kernels of triton_kernels.py: allocates, cuts rows and vocabulary to a memory bound, launches, never waits.
+"""Launches the kernels of triton_kernels.py: allocates, splits rows and vocabulary to meet a memory bound, never synchronises.
 
     prepare rows -> for each block of rows, for each strip of the vocabulary:
-        exponentials of the logits -> settle the rows' references and sums -> (with a gradient) add exponentials x W
+        exponentials of the logits -> update the rows' references and sums -> (with a gradient) add exponentials x W
     -> finish rows
 
-Nothing here reads a tensor on the host, so a call can be captured in a CUDA graph.
+The host reads no tensor here, so a call can be captured in a CUDA graph.
 """
 
 import functools
@@ -31,7 +31,7 @@ from synpo_fast.ops.linear_logprobs.triton_support import interpreting
 
 @functools.cache
 def _num_programs(device: torch.device) -> int:
-    """Programs of a persistent grid: one per multiprocessor."""
+    """Number of programs in a persistent grid: one per multiprocessor."""
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -44,7 +44,7 @@ def _config(problem: Problem, weight: Tensor) -> KernelConfig:
 
 @functools.cache
 def _capability(device: torch.device) -> int:
-    """80, 90, 100, ...; 0 where kernels are interpreted."""
+    """Compute capability as 80, 90, 100, ...; 0 where kernels are interpreted."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -52,12 +52,12 @@ def _capability(device: torch.device) -> int:
 
 
 def _limit(dtype: torch.dtype) -> float:
-    """How far above the reference a logit may lie: e^limit, summed over a vocabulary, must fit the dtype and fp32."""
+    """Largest allowed logit minus reference: e^limit must fit the dtype, and its sum over a vocabulary must fit fp32."""
     return 8.0 if dtype == torch.float16 else 60.0
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """fp32 products are exact unless torch was told that tf32 will do."""
+    """Input precision of fp32 products: tf32 if torch allows it, otherwise full fp32."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
@@ -66,7 +66,7 @@ def _block_dim(dim: int) -> int:
 
 
 def _tma_fits(*tensors: Tensor) -> bool:
-    """The copy engine wants rows of unit stride that start at multiples of 16 bytes."""
+    """True if the copy engine can load the tensors: unit stride within rows, and rows that start at multiples of 16 bytes."""
     return all(
         t.stride(1) == 1 and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors
     )
@@ -83,7 +83,7 @@ def _options(tile: Tile) -> dict[str, int]:
 
 
 class _Rows:
-    """The compacted valid rows on the device: hidden [N, D], labels [N], targets [N], and how many of them there are."""
+    """The compacted valid rows on the device: hidden [N, D], labels [N], target logits [N], and their number `count`."""
 
     def __init__(self, problem: Problem, weight: Tensor) -> None:
         num_labels, dim = problem.labels.shape[0], weight.shape[1]
@@ -104,7 +104,7 @@ class _Rows:
         )  # fmt: skip
 
     def compact(self, values: Tensor) -> Tensor:
-        """[N] in the order of the labels -> [N], valid ones first, zeros behind."""
+        """Reorders [N] from the order of the labels: values of valid rows first, then zeros."""
         slot = torch.where(self.kept, self.place - 1, values.shape[0])
         return values.new_zeros(values.shape[0] + 1).scatter_(0, slot, values)[:-1]
 
@@ -114,13 +114,13 @@ def _head(weight: Tensor) -> Tensor:
 
 
 def linear_logprobs_forward(problem: Problem, want_direction: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs [N] (0 where ignored), normalisers [N, 2] and direction [N, D] (or [0, D]) of the compacted rows."""
-    with torch.cuda.device_of(problem.hidden):  # Triton launches on the current device, wherever the tensors are
+    """Returns log-probs [N] (0 where ignored), and normalisers [N, 2] and direction [N, D] (or [0, D]) of the compacted rows."""
+    with torch.cuda.device_of(problem.hidden):  # Triton launches on the current device, not on the tensors' device
         return forward(problem, want_direction, keep_all=False)[:3]
 
 
 def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As linear_logprobs_forward, and the exponentials: a strip's, or with keep_all those of every row and word."""
+    """Returns linear_logprobs_forward and the exponentials: of the last strip, or with keep_all of all rows and columns."""
     device, dtype = problem.hidden.device, problem.hidden.dtype
     num_labels, (vocabulary, dim) = problem.labels.shape[0], problem.weight.shape
     logps = torch.zeros(num_labels, dtype=torch.float32, device=device)
@@ -138,14 +138,14 @@ def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Ten
         cut = Cut(rows=num_labels, columns=whole, splits=cut.splits)
     columns = cut.columns if want_direction else whole
     tiles = columns // config.logits.columns
-    # fp16 kept for a second product must not exceed 1, or its factors would fall below fp16's smallest number.
+    # fp16 exponentials kept for dW must not exceed 1, or the factors c / b would fall below fp16's smallest number.
     limit = 0.0 if keep_all and dtype == torch.float16 else _limit(dtype)
 
     rows = _Rows(problem, weight)
     kept_rows = cut.rows if want_direction else 0
     exponentials = torch.empty(kept_rows, columns, dtype=dtype, device=device)
     if keep_all and problem.bias is not None:
-        exponentials.zero_()  # the bias's gradient sums over all rows, whatever lies behind the valid ones
+        exponentials.zero_()  # the bias gradient sums over all rows, including the unused ones after the valid rows
     totals = torch.empty(cut.splits, kept_rows, dim, dtype=torch.float32, device=device)
     tile_top, tile_sum = torch.empty(2, tiles, cut.rows, dtype=torch.float32, device=device)
     tma = config.copy_engine and _tma_fits(rows.hidden, weight) and (not want_direction or _tma_fits(exponentials))
@@ -184,7 +184,7 @@ def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Ten
                     BLOCK_N=config.weighted.rows, BLOCK_D=config.weighted.columns, BLOCK_V=config.weighted.depth,
                     GROUP=config.weighted.group, **_options(config.weighted),
                 )  # fmt: skip
-        # Every valid row of this block has been read for the last time: its direction takes its place.
+        # The valid rows of this block are not read again, so their directions overwrite them.
         kernels._finish_rows_kernel[(num_labels,)](
             weight, problem.labels, rows.labels, rows.place, rows.target, rows.top, rows.others, totals,
             logps, normalisers, rows.hidden, exponentials, first_row, block, columns, dim, weight.stride(0),
@@ -196,7 +196,7 @@ def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Ten
 
 
 def _small_cut(num_rows: int, vocabulary: int, config: KernelConfig) -> Cut:
-    """In the interpreter: several blocks, strips and splits even for the few rows of a test."""
+    """Split for the interpreter: several blocks, strips and partial sums even for the few rows of a test."""
     strip = min(-(-vocabulary // (2 * config.logits.columns)) * 2, 4) * config.logits.columns
     return Cut(rows=min(num_rows, 2 * config.logits.rows), columns=strip, splits=2)
 
@@ -209,7 +209,7 @@ def linear_logprobs_backward(
     direction: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients to hidden [M, D], weight [V, D] and bias [V], each where `needs` says so."""
+    """Gradients to hidden [M, D], weight [V, D] and bias [V]; None where `needs` is False."""
     grad_hidden: Tensor | None = None
     grad_weight: Tensor | None = None
     grad_bias: Tensor | None = None
@@ -241,7 +241,7 @@ def _hidden_grad(problem: Problem, grad_logps: Tensor, direction: Tensor) -> Ten
     if problem.rows is None:
         return scaled
     grad_hidden = torch.zeros(problem.hidden.shape, dtype=direction.dtype, device=direction.device)
-    # Ignored positions hold zeros, whatever their row says; a row out of range has shown itself as NaN in the forward.
+    # Ignored positions hold zeros, so their row index does not matter. A valid row out of range gave NaN in the forward.
     safe = problem.rows.clamp(0, problem.hidden.shape[0] - 1)
     return grad_hidden.index_add_(0, safe, scaled)
 
@@ -257,7 +257,7 @@ def _weight_grads(
     columns = cut_weight_grad(num_labels, dim, vocabulary, dtype.itemsize, config)
     if interpreting():
         columns = _small_cut(num_labels, vocabulary, config).columns
-    # Late in SynPO a coefficient can be below fp16's smallest number: the products see coefficients of size 1.
+    # Late in SynPO training a coefficient can be below fp16's smallest number, so the products use c / max |c|.
     coefficients = rows.compact(grad_logps.float())
     peak = coefficients.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     coefficients = coefficients / peak
@@ -297,7 +297,7 @@ def _add_weight_grad(
     logit_grads: Any, hidden: Any, grad_weight: Tensor, peak: Tensor, count: Tensor, first_column: int, columns: int,
     tile: Tile, tma: bool, programs: int,
 ) -> None:  # fmt: skip
-    """Strip [first_column, first_column + columns) of grad_weight = peak * logit_grads^T hidden over the valid rows."""
+    """Computes strip [first_column, first_column + columns) of grad_weight = peak * logit_grads^T hidden over the valid rows."""
     kernels._weight_grad_backward_kernel[(programs,)](
         logit_grads, hidden, grad_weight, peak, count, first_column, columns, *grad_weight.shape, programs,
         TMA=tma, PRECISION=_precision(grad_weight.dtype),
@@ -307,7 +307,7 @@ def _add_weight_grad(
 
 @dataclass
 class KeptOnGPU:
-    """The Triton twin of kept.KeptLogprobs: rows are compacted on the device, their number is never read."""
+    """Triton counterpart of kept.KeptLogprobs: rows are compacted on the device, and the host never reads their number."""
 
     problem: Problem
     logps: Tensor
@@ -333,7 +333,7 @@ class KeptOnGPU:
         factor = torch.where(totals > 0, -rows.compact(coefficients.float()) / totals, 0.0)
         if problem.softcap is None:
             factor = factor * problem.logit_scale
-        # Late in SynPO a coefficient can be below fp16's smallest number: the product sees factors of size 1.
+        # Late in SynPO training a coefficient can be below fp16's smallest number, so the product uses factor / max |factor|.
         peak = factor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
         factor = factor / peak
         scaled = (rows.hidden * factor[:, None]).to(dtype)

@@ -1,4 +1,4 @@
-"""Whether the Triton backend can run here, answered without importing Triton at import time."""
+"""Checks if the Triton backend can run here, without importing Triton."""
 
 import functools
 import importlib.util
@@ -15,12 +15,12 @@ def _installed() -> bool:
 
 
 def interpreting() -> bool:
-    """Triton's interpreter runs kernels on CPU tensors; it must be chosen before triton is imported."""
+    """True if Triton's interpreter is selected. It runs kernels on CPU tensors and must be selected before triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def why_impossible(device: str, dtype: torch.dtype) -> str | None:
-    """None where the Triton backend can work on such tensors, else the reason it can not."""
+    """The reason why the Triton backend cannot work on such tensors, or None if it can."""
     if not _installed():
         return "triton is not installed; `pip install synpo-fast[gpu]`"
     if dtype not in FLOAT_DTYPES:

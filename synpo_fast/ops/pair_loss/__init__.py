@@ -1,4 +1,4 @@
-"""SynPO's loss and its token coefficients in one pass over token log-probs; see pair_loss.py."""
+"""SynPO's loss and its gradient to every token in one pass over token log-probs; see pair_loss.py."""
 
 from synpo_fast.ops.pair_loss.pair_loss import PairLoss, synpo_pair_loss
 

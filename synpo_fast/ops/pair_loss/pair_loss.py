@@ -6,9 +6,9 @@
     dL/dlp_t (chosen)   = -(alpha w G(y+) + beta exp(lp_t)) / T+        w = sigmoid(x) sigmoid(-x), or sigmoid(-x)
     dL/dlp_t (rejected) =   alpha w G(y-) / T-
 
-Written with eager operations this is some thirty small kernels and a few waits; here it is one launch (Triton), one parallel
-loop (C++), or, as the definition the others are tested against, plain torch. The coefficients are kept in fp32: late in
-training w is 1e-10 and less, which fp16 can not hold.
+Eager operations need about thirty small kernels and a few synchronisations for this. Here it is one launch (Triton) or one
+parallel loop (C++). A plain torch reference is the definition that both are tested against. The coefficients are kept in fp32:
+late in training w is 1e-10 or less, which fp16 cannot represent.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ BACKENDS = ("reference", "native", "triton")
 
 @dataclass(frozen=True)
 class PairLoss:
-    """Per pair, all [P] fp32: losses with autograd, the rest detached. num_empty [1] int32 counts pairs left out."""
+    """Results per pair, all [P] fp32: losses with autograd, the rest detached. num_empty [1] int32 counts skipped pairs."""
 
     losses: Tensor
     chosen_mean: Tensor
@@ -51,13 +51,13 @@ def synpo_pair_loss(
 
     Args:
         logps: [N] fp32, or fp64 for the reference. (bf16 and fp16 are converted first; autograd then rounds their gradient.)
-        chosen_offsets, rejected_offsets: [P + 1] int64; pair i's response is logps[offsets[i] : offsets[i + 1]]. A padded
-            [2P, T] batch, chosen half first, is offsets of step T, the rejected ones from P * T, and a mask.
+        chosen_offsets, rejected_offsets: [P + 1] int64; pair i's response is logps[offsets[i] : offsets[i + 1]]. For a padded
+            [2P, T] batch, chosen half first, use offsets in steps of T (the rejected ones start at P * T) and a mask.
         mask: [N] bool, the tokens that count; None: all.
         backend: "reference", "native" (CPU) or "triton" (GPU); None picks by device.
 
-    A pair with an empty response is a ValueError on the CPU. On a GPU looking would stall the device: such a pair's loss
-    and coefficients are 0 and num_empty counts it. Offsets on a GPU must lie within logps.
+    On the CPU a pair with an empty response raises ValueError. On a GPU that check would need a device sync, so the loss and
+    coefficients of such a pair are 0 and num_empty counts it. Offsets on a GPU must lie within logps.
     """
     _check(logps, chosen_offsets, rejected_offsets, mask, alpha, beta, link)
     chosen = _choose_backend(logps, backend)
@@ -104,7 +104,7 @@ def _check(
 
 
 def _choose_backend(logps: Tensor, wanted: str | None) -> str:
-    """Kernels work in fp32; fp64 is the reference's."""
+    """The backend that will run. The kernels compute in fp32, so fp64 needs the reference."""
     if wanted is not None and wanted not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {wanted!r}")
     if wanted == "reference":
@@ -112,7 +112,7 @@ def _choose_backend(logps: Tensor, wanted: str | None) -> str:
     candidate = wanted or ("triton" if logps.device.type == "cuda" else "native")
     reason = _why_impossible(candidate, logps)
     if reason is not None and wanted is not None:
-        raise ValueError(f"backend={wanted!r} can not be used here: {reason}")
+        raise ValueError(f"backend={wanted!r} cannot be used here: {reason}")
     return "reference" if reason is not None else candidate
 
 
@@ -163,7 +163,7 @@ class _SynPOPairLoss(torch.autograd.Function):
 
 
 def per_token(values: Tensor, chosen_offsets: Tensor, rejected_offsets: Tensor, num_tokens: int) -> Tensor:
-    """[P] -> [N]: each token gets its pair's value; where tokens belong to no response, anything finite."""
+    """Gives each token its pair's value, [P] -> [N]. A token that belongs to no response gets an arbitrary finite value."""
     token = torch.arange(num_tokens, device=values.device)
     last = values.shape[0] - 1
     as_chosen = torch.searchsorted(chosen_offsets, token, right=True) - 1

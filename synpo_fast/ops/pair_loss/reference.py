@@ -1,4 +1,4 @@
-"""SynPO's loss and coefficients in plain torch, pair by pair as the formulas stand: what the kernels are tested against."""
+"""SynPO's loss and coefficients in plain torch, written pair by pair from the formulas. The kernels are tested against it."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Triton kernel of synpo_pair_loss: one program a pair, one launch a batch, nothing read on the host."""
+"""Triton kernel of synpo_pair_loss: one program per pair, one launch per batch, no host synchronisation."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _segment_statistics(logps, mask, begin, end, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
-    """Number of tokens, sum of lp and sum of exp(lp) of one response."""
+    """Returns the number of tokens, the sum of lp and the sum of exp(lp) of one response."""
     count = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     likelihood = tl.zeros([BLOCK], tl.float32)
@@ -26,7 +26,7 @@ def _segment_statistics(logps, mask, begin, end, HAS_MASK: tl.constexpr, BLOCK: 
 def _store_coefficients(
     logps, mask, coefficients, begin, end, constant, slope, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """constant + slope * exp(lp) for each token that counts, 0 for the others."""
+    """Stores constant + slope * exp(lp) for each token that counts, 0 for the others."""
     for at in range(begin, end, BLOCK):
         t = at + tl.arange(0, BLOCK)
         counted = t < end
@@ -60,7 +60,7 @@ def _synpo_pair_loss_forward_kernel(
     G_chosen, G_rejected, A_chosen = tl.exp(mean_chosen), tl.exp(mean_rejected), likelihood / T_chosen
     x = alpha * (G_chosen - G_rejected)
     if LOGSIGMOID:
-        # log sigmoid(x) = min(x, 0) - log(1 + exp(-|x|)); the logarithm of 1 + e by its series where e is small
+        # log sigmoid(x) = min(x, 0) - log(1 + e) with e = exp(-|x|); where e is small, log(1 + e) is taken from its series
         e = tl.exp(-tl.abs(x))
         small = e * (1.0 - e * (0.5 - e * (0.3333333333 - e * (0.25 - e * 0.2))))
         link = tl.minimum(x, 0.0) - tl.where(e < 0.03125, small, tl.log(1.0 + e))

@@ -15,7 +15,7 @@ def synpo_pair_loss_forward(
     beta: float,
     logsigmoid: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns losses [P], statistics [5, P], coefficients [N] and the number of pairs left out [1]."""
+    """Returns losses [P], statistics [5, P], coefficients [N] and the number of skipped pairs [1]."""
     num_pairs = chosen_offsets.shape[0] - 1
     losses = torch.empty(num_pairs, dtype=torch.float32, device=logps.device)
     statistics = torch.empty(5, num_pairs, dtype=torch.float32, device=logps.device)

@@ -1,9 +1,9 @@
-"""Where a pixel goes: patches in rows, for vision towers that take their frames as one list of patches.
+"""Pixel layout for vision towers that take their frames as one list of patches, one patch per row.
 
-A grid (t, h, w) of patches, each of temporal_patch_size frames and patch_size x patch_size pixels.
-Rows: time, then blocks of merge_size x merge_size patches in reading order, then the patches of a block in reading order,
-so that patches which the tower merges into one token stand together.
-Columns: channel, frame within the patch, row, column.
+The video is a grid (t, h, w) of patches, each of temporal_patch_size frames and patch_size x patch_size pixels.
+Order of rows: time, then blocks of merge_size x merge_size patches in reading order, then the patches of a block in reading
+order. So the patches that the tower merges into one token are adjacent.
+Order within a row: channel, frame within the patch, pixel row, pixel column.
 """
 
 import math
@@ -23,7 +23,7 @@ class Packing:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
 
     def grid(self, num_frames: int, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(t, h, w). A video that temporal_patch_size does not divide is padded by repeating its last frame."""
+        """The grid (t, h, w). If temporal_patch_size does not divide num_frames, the last frame is repeated as padding."""
         block = self.patch_size * self.merge_size
         if size[0] % block or size[1] % block:
             raise ValueError(
@@ -32,7 +32,7 @@ class Packing:
         return -(-num_frames // self.temporal_patch_size), size[0] // self.patch_size, size[1] // self.patch_size
 
     def num_merged(self, num_frames: int, size: tuple[int, int]) -> int:
-        """Blocks of merge_size x merge_size patches in the whole grid: what the tower merges into one token each."""
+        """Number of merge_size x merge_size blocks in the whole grid. The tower merges each block into one token."""
         return math.prod(self.grid(num_frames, size)) // self.merge_size**2
 
     @property

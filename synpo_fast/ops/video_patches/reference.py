@@ -1,8 +1,8 @@
-"""video_patches in plain torch: resize, normalise, place, a few frames at a time.
+"""Backend "reference": video_patches in plain torch. Resizes, normalises and places a few frames at a time.
 
-On a CPU this is, bit for bit, what torchvision makes of uint8 frames, and the definition the kernel is tested against. On
-another device torch has no uint8 resize: the same filter runs in fp32 and is rounded once, not after each axis, so single
-values may differ by 1 of 255.
+On a CPU it gives the same bits as torchvision gives for uint8 frames, and it is the definition that the kernel is tested
+against. On other devices torch has no uint8 resize, so the same filter runs in fp32 and is rounded once instead of after each
+axis; single values may differ by 1 of 255.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from synpo_fast.ops.host_copy import to_device
 from synpo_fast.ops.video_patches.packing import Packing
 
-CHUNK_BYTES = 32 << 20  # of fp32 pixels at a time: all of a long video would take several times what comes out
+CHUNK_BYTES = 32 << 20  # fp32 pixels at a time; a whole long video would need several times the memory of the result
 
 
 def video_patches_reference(
@@ -43,7 +43,7 @@ def video_patches_reference(
 
 
 def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [T, H, W, 3] -> uint8 [T, 3, height, width]: bicubic (a = -0.5), widened where it shrinks (antialiasing)."""
+    """Resizes uint8 [T, H, W, 3] to uint8 [T, 3, height, width]: bicubic (a = -0.5), antialiased where it shrinks."""
     frames = frames.permute(0, 3, 1, 2)
     if frames.shape[-2:] == size:
         return frames
@@ -54,14 +54,14 @@ def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def normalise_frames(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [T, 3, H, W] -> fp32, (x / 255 - mean) / std with the division by 255 folded into mean and std."""
+    """Computes (x / 255 - mean) / std in fp32 from uint8 [T, 3, H, W]; the division by 255 is folded into mean and std."""
     levels = to_device({"levels": torch.tensor([mean, std], dtype=torch.float32)}, frames.device)["levels"]
     mean_255, std_255 = levels.view(2, 3, 1, 1) * 255
     return frames.float().sub_(mean_255).div_(std_255)
 
 
 def _places(pixels: Tensor, size: tuple[int, int], packing: Packing) -> Tensor:
-    """The rows of patches seen as frames: [t, temporal, 3, h / merge, merge, patch, w / merge, merge, patch]."""
+    """A view of the patch rows as frames: [t, temporal, 3, h / merge, merge, patch, w / merge, merge, patch]."""
     P, M = packing.patch_size, packing.merge_size
     blocks = pixels.view(-1, size[0] // (P * M), size[1] // (P * M), M, M, 3, packing.temporal_patch_size, P, P)
     return blocks.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)

@@ -1,14 +1,14 @@
-"""The weights of the resize, one axis at a time, as torch and Pillow take them.
+"""Weights ("taps") of the antialiased bicubic resize along one axis, identical to those of torch and Pillow.
 
-Output i of n_out looks at n_in with centre c = s (i + 1/2), s = n_in / n_out, and adds the inputs j in
-[c - r + 1/2, c + r + 1/2) with r = 2 max(s, 1) and weights k((j + 1/2 - c) / max(s, 1)) that are scaled to sum 1, where
+Output i of n_out has its centre c = s (i + 1/2) among the n_in inputs, s = n_in / n_out. It is the sum of the inputs j in
+[c - r + 1/2, c + r + 1/2), r = 2 max(s, 1), with weights k((j + 1/2 - c) / max(s, 1)) scaled to sum 1, where
 
     k(x) = 1.5 |x|^3 - 2.5 |x|^2 + 1               for |x| < 1          (bicubic, a = -1/2)
          = -0.5 |x|^3 + 2.5 |x|^2 - 4 |x| + 2      for |x| < 2
 
-On uint8 torch's CPU code multiplies integers: weights times 2^p, rounded to int16, p as large as they allow, and after each
-axis (sum + 2^(p - 1)) >> p, cut to [0, 255]. Integers are added in any order with the same result, so a GPU that uses the
-same weights gives the same pixels, to the bit.
+For uint8, torch's CPU code works in integers. The weights are multiplied by 2^p and rounded to int16, with p as large as fits,
+and after each axis the result is (sum + 2^(p - 1)) >> p, clamped to [0, 255]. Integer sums do not depend on the order of
+addition, so a GPU with the same weights gives the same pixels, to the bit.
 """
 
 import functools
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TAP_STEP = 4  # the kernel reads so many taps at a time; tables are filled up with weights of 0
+TAP_STEP = 4  # number of taps the kernel reads at a time; column tables are padded with weights of 0
 MAX_PRECISION = 22
 
 
 @dataclass(frozen=True)
 class Taps:
-    """num_taps counts the weights of one output (columns) or the inputs of one block of outputs (rows)."""
+    """A table of integer weights. num_taps: weights per output (column_taps) or inputs per block of outputs (row_taps)."""
 
     table: Tensor
     num_taps: int
@@ -33,9 +33,9 @@ class Taps:
 
 @functools.lru_cache(maxsize=64)
 def column_taps(n_in: int, n_out: int, pinned: bool) -> Taps:
-    """table int32 [1 + num_taps, n_out]: the first input of each output, then its weights.
+    """Taps with table int32 [1 + num_taps, n_out]: the first input of each output, then its weights.
 
-    pinned: in memory a GPU can copy from without a wait.
+    pinned: put the table in pinned memory, so that copying it to a GPU does not block.
     """
     starts, _, weights = float_taps(n_in, n_out)
     integers, precision = integer_taps(weights)
@@ -46,8 +46,8 @@ def column_taps(n_in: int, n_out: int, pinned: bool) -> Taps:
 
 @functools.lru_cache(maxsize=64)
 def row_taps(n_in: int, n_out: int, block: int, pinned: bool) -> Taps:
-    """table int32 [n_blocks, 2 + num_taps * block]: the first input and the end of the inputs of each block of outputs, then
-    for each of these inputs its weight in each output, 0 where it has none."""
+    """Taps with table int32 [n_blocks, 2 + num_taps * block]. Each row describes a block of outputs: the first of its inputs,
+    the end of its inputs, then for each input its weight in each output of the block (0 if that output does not use it)."""
     starts, ends, weights = float_taps(n_in, n_out)
     integers, precision = integer_taps(weights)
     firsts, lasts = starts[::block], ends[torch.arange(block - 1, n_out + block - 1, block).clamp(max=n_out - 1)]
@@ -63,7 +63,7 @@ def row_taps(n_in: int, n_out: int, block: int, pinned: bool) -> Taps:
 
 
 def integer_taps(weights: Tensor) -> tuple[Tensor, int]:
-    """Weights times 2^precision, rounded half away from 0, int32, and the largest precision that leaves them int16."""
+    """Returns weights * 2^precision, rounded half away from 0, as int32, and the largest precision at which they fit int16."""
     precision = 0
     while precision < MAX_PRECISION and int(0.5 + weights.max().item() * 2 ** (precision + 1)) < 2**15:
         precision += 1
@@ -72,7 +72,7 @@ def integer_taps(weights: Tensor) -> tuple[Tensor, int]:
 
 
 def float_taps(n_in: int, n_out: int) -> tuple[Tensor, Tensor, Tensor]:
-    """starts [n_out], ends [n_out] and fp64 weights [num_taps, n_out], 0 past the end of an output's inputs."""
+    """Returns starts [n_out], ends [n_out] and fp64 weights [num_taps, n_out], 0 after the end of an output's inputs."""
     if n_in == n_out:  # k is 1 at 0 and 0 at every other integer
         return torch.arange(n_out), torch.arange(1, n_out + 1), torch.ones(1, n_out, dtype=torch.float64)
     scale = n_in / n_out
@@ -83,7 +83,7 @@ def float_taps(n_in: int, n_out: int) -> tuple[Tensor, Tensor, Tensor]:
     ends = torch.minimum(ends, starts + 2 * math.ceil(2 * widened) + 1)
     tap = torch.arange(int((ends - starts).max()))[:, None]
     weights = _bicubic((tap + starts - centres + 0.5) * (1 / widened)).masked_fill(tap >= ends - starts, 0.0)
-    total = functools.reduce(torch.add, weights)  # tap by tap, as torch adds them
+    total = functools.reduce(torch.add, weights)  # one tap at a time, in the order in which torch adds them
     return starts, ends, weights / total
 
 

@@ -1,12 +1,12 @@
-"""Triton kernel of video_patches: each program resizes, normalises and places tiles of one frame.
+"""Triton kernel of video_patches: each program resizes, normalises and places tiles of frames.
 
-A tile is BLOCK_Y x BLOCK_X output pixels of all three channels. Walking down the input rows it needs, a program makes one
-row of horizontally resized pixels, rounds it to 0..255, and adds it to the outputs of the tile with its vertical weights
-(0 for those it does not reach). So nothing but uint8 is read and nothing but the result is written, and an input row is
-resized once for a tile, not once for each output row that needs it.
+A tile is BLOCK_Y x BLOCK_X output pixels of all three channels. A program loops over the input rows that its tile needs. It
+resizes each row horizontally, rounds it to 0..255, and adds it to the tile's output rows with its vertical weights (0 for
+output rows that do not use it). So the kernel reads only uint8 and writes only the result, and an input row is resized once
+per tile, not once per output row.
 
-Where a pixel goes is a sum of four terms, of the frame, the channel, y and x alone. Frames with the channel first are
-patches too: one patch as large as the frame.
+The position of a pixel in the output is a sum of four terms, which depend on the frame, the channel, y and x respectively.
+Channel-first frames are handled as one patch as large as the frame.
 """
 
 import triton
@@ -24,7 +24,7 @@ def _rounded(total, precision):
 
 @triton.jit
 def _resized_row(row, columns, stride_w, stride_c, weights, last_column, num_taps, out_width, precision):
-    """The three channels of one input row at some output columns; `columns` are their first inputs."""
+    """The three channels of one input row, resized to some output columns; `columns` holds the first input of each."""
     red = tl.zeros_like(columns)
     green = tl.zeros_like(columns)
     blue = tl.zeros_like(columns)
@@ -32,7 +32,7 @@ def _resized_row(row, columns, stride_w, stride_c, weights, last_column, num_tap
         for k in tl.static_range(TAP_STEP):
             tap = first + k
             weight = tl.load(weights + tap * out_width)
-            # Taps past the end have weight 0: any column of the row will do for them.
+            # Taps after the end have weight 0, so they may read any column of the row.
             pixel = row + tl.minimum(columns + tap, last_column) * stride_w
             red += weight * tl.load(pixel).to(tl.int32)
             green += weight * tl.load(pixel + stride_c).to(tl.int32)
@@ -42,7 +42,7 @@ def _resized_row(row, columns, stride_w, stride_c, weights, last_column, num_tap
 
 @triton.jit
 def _place_along(at, patch, merge, patch_step, row_step, block_step):
-    """The term of y or of x: the pixel in its patch, the patch in its block, the block."""
+    """The position term of y or of x: the pixel in its patch, the patch in its block, and the block."""
     index = at // patch
     return (
         (at % patch).to(tl.int64) * patch_step
@@ -77,7 +77,7 @@ def _video_patches_forward_kernel(
         inside = (y < out_height) & (x < out_width)
         y, x = tl.minimum(y, out_height - 1), tl.minimum(x, out_width - 1)
 
-        frame = frames + tl.minimum(t, num_frames - 1) * stride_t  # the last frame pads an odd video
+        frame = frames + tl.minimum(t, num_frames - 1) * stride_t  # padding repeats the last frame
         columns = tl.load(table_x + x)
         rows = table_y + tile // tiles_x % tiles_y * (2 + taps_y * BLOCK_Y)
         first_row = tl.load(rows)
@@ -95,7 +95,7 @@ def _video_patches_forward_kernel(
             green += weight * row_green
             blue += weight * row_blue
 
-        # All of a block's patches stand together, all of a patch's values too.
+        # The patches of a block are adjacent, and so are the values of a patch.
         place = (
             _place_along(y, patch_height, merge, patch_width, num_columns * merge, num_columns * merge * patches_x)
             + _place_along(x, patch_width, merge, 1, num_columns, num_columns * merge * merge)

@@ -1,4 +1,4 @@
-"""Launches the kernel of video_patches: one launch, no wait for the device, three small tables copied from pinned memory."""
+"""Launches the kernel of video_patches: one launch, three small tables copied from pinned memory, no synchronisation."""
 
 import functools
 
@@ -11,12 +11,12 @@ from synpo_fast.ops.video_patches.reference import normalise_frames
 from synpo_fast.ops.video_patches.taps import column_taps, row_taps
 
 BLOCK_Y, BLOCK_X = 8, 128
-MAX_PROGRAMS = 65_536  # a program with more to do takes further tiles
+MAX_PROGRAMS = 65_536  # if there are more tiles, a program processes several
 
 
 @functools.lru_cache(maxsize=64)
 def level_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
-    """[3, 256]: what each of a channel's 256 levels becomes. So normalising is the reference's, whatever the device."""
+    """Table [3, 256] of the normalised value of each channel's 256 levels, computed by the reference for identical bits."""
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).expand(1, 3, 1, 256)
     table = normalise_frames(levels, mean, std).to(dtype).view(3, 256)
     return table.pin_memory() if pinned else table
@@ -24,7 +24,7 @@ def level_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dt
 
 @functools.lru_cache(maxsize=2)
 def same_levels(pinned: bool) -> Tensor:
-    """[3, 256]: every level as it is, for frames that are resized and nothing else."""
+    """Identity table [3, 256]: every level maps to itself, for frames that are only resized."""
     table = torch.arange(256, dtype=torch.uint8).expand(3, 256).contiguous()
     return table.pin_memory() if pinned else table
 
@@ -41,12 +41,12 @@ def video_patches_forward(
 
 
 def resize_forward(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [T, H, W, 3] -> uint8 [T, 3, height, width]."""
+    """Resizes uint8 [T, H, W, 3] to uint8 [T, 3, height, width]."""
     return _launch(frames, size, same_levels(frames.device.type == "cuda"), None)
 
 
 def _launch(frames: Tensor, size: tuple[int, int], levels: Tensor, packing: Packing | None) -> Tensor:
-    """levels: [3, 256], what each level of each channel becomes; the result has its dtype."""
+    """Launches the kernel. levels [3, 256]: the output value of each level of each channel; the result has its dtype."""
     num_frames, in_height, in_width, _ = frames.shape
     height, width = size
     if packing is None:

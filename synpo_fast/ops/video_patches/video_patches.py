@@ -1,12 +1,12 @@
-"""video_patches: uint8 frames -> resized, normalised, cast and placed as a vision tower takes them, in one pass.
+"""video_patches: resizes, normalises, casts and places uint8 frames for a vision tower, in one pass.
 
     r = resize(frames)                     bicubic with antialiasing, uint8 to uint8, as torchvision does it on a CPU (taps.py)
     x = (r / 255 - mean) / std             in fp32, then cast
     pixels[place(t, c, y, x)] = x          channels first, or rows of patches (packing.py)
 
-With eager operations these are a cast, two resizing passes, a rounding, two for the normalisation, a cast and a permuted copy,
-each through memory in fp32. A kernel reads the bytes once and writes the result once. Both backends agree to the bit on what
-the reference makes on a CPU.
+Eager operations need a cast, two resizing passes, a rounding, two passes for the normalisation, a cast and a permuted copy, each
+through memory in fp32. The kernel reads the bytes once and writes the result once. Its result equals the reference's on a CPU,
+to the bit.
 """
 
 import math
@@ -34,22 +34,22 @@ def video_patches(
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Tensor:
-    """The pixels of a video.
+    """The pixel input of a vision tower for one video.
 
     Args:
         frames: uint8 [T, H, W, 3], with any strides: a slice or a permuted view is not copied.
         size: (height, width) to resize to; the frames' own size leaves them as they are.
         mean, std: three values each, of channels in [0, 1].
-        packing: None: pixels are [T, 3, height, width]. Else [t * h * w, 3 * temporal_patch_size * patch_size^2] for the
-            grid (t, h, w) = packing.grid(T, size); a last incomplete time step is filled by repeating the last frame.
-        dtype: float32, float16 or bfloat16, of the result; everything before the cast is fp32.
+        packing: with None, pixels are [T, 3, height, width]. Otherwise [t * h * w, 3 * temporal_patch_size * patch_size^2] for
+            the grid (t, h, w) = packing.grid(T, size); an incomplete last time step is filled by repeating the last frame.
+        dtype: dtype of the result: float32, float16 or bfloat16. Everything before the final cast is fp32.
         backend: "reference" or "triton" (CUDA, or Triton's interpreter); None picks by device.
 
-    On a CPU the reference's values are torchvision's; Triton's are the same, to the bit. The reference on another device may
+    On a CPU the reference gives torchvision's values, and Triton gives the same bits. On other devices the reference may
     differ by 1 of 255 before normalisation.
 
-    Raises ValueError for an empty video or another shape or dtype, a size that packing does not divide, and a backend that
-    can not work here.
+    Raises ValueError for frames that are empty or of another shape or dtype, for a size that packing does not divide, and for
+    a backend that cannot run here.
     """
     check_frames(frames)
     size, mean, std = _check(size, mean, std, dtype)
@@ -63,9 +63,10 @@ def video_patches(
 
 
 def resized_frames(frames: Tensor, size: tuple[int, int], *, backend: str | None = None) -> Tensor:
-    """uint8 [T, H, W, 3] -> uint8 [T, height, width, 3], on the frames' device: the first half of video_patches, whose
-    result with these frames equals its result with the original ones, to the bit. Frames that have this size come back
-    as they are, not copied. Raises ValueError as video_patches does.
+    """Resizes uint8 frames [T, H, W, 3] to [T, height, width, 3] on their device: the first step of video_patches.
+
+    video_patches gives the same bits for the resized frames as for the original ones. Frames that already have this size are
+    returned without a copy. Raises ValueError as video_patches does.
     """
     check_frames(frames)
     size = _check_size(size)
@@ -110,8 +111,8 @@ def _choose_backend(device: torch.device, wanted: str | None) -> str:
     if (reason := _why_no_triton(device)) is None:
         return "triton"
     if wanted is not None:
-        raise ValueError(f"backend='triton' can not be used here: {reason}")
-    warnings.warn(f"frames are resized by torch's own operations, several times slower: {reason}", stacklevel=3)
+        raise ValueError(f"backend='triton' cannot be used here: {reason}")
+    warnings.warn(f"frames are resized with torch operations, which is several times slower: {reason}", stacklevel=3)
     return "reference"
 
 

@@ -228,7 +228,7 @@ def test_the_cpu_has_the_reference(monkeypatch):
     assert torch.equal(video_patches(frames, **options), video_patches(frames, **options, backend="reference"))
     monkeypatch.setattr(triton_support, "interpreting", lambda: False)
     monkeypatch.setattr(triton_support, "_installed", lambda: True)
-    with pytest.raises(ValueError, match=r"backend='triton' can not be used here.*CUDA tensors, frames are on cpu"):
+    with pytest.raises(ValueError, match=r"backend='triton' cannot be used here.*CUDA tensors, frames are on cpu"):
         video_patches(frames, **options, backend="triton")
 
 
