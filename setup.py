@@ -1,10 +1,10 @@
-"""Builds csrc/ into the package, once per instruction set; the package works without it, only without its native backend.
+"""Compiles csrc/ into the package, once per instruction set. If that fails, the package works without its native backend.
 
-Everything static is in pyproject.toml. The C++ sources are compiled into one shared library for each CPU capability that
-torch itself distinguishes, so that an install on one machine of a cluster runs on all of them and no AVX-512 code can
-leak into the library loaded on an older chip. `synpo_fast.ops.native_library` loads the one that fits.
+All static metadata is in pyproject.toml. The C++ sources are compiled into one shared library for each CPU capability that
+torch distinguishes. So an install from one machine of a cluster runs on all of them, and no AVX-512 code can end up in the
+library that is loaded on an older CPU. `synpo_fast.ops.native_library` loads the library that fits.
 
-SYNPO_FAST_NATIVE=0 leaves the native backend out; SYNPO_FAST_NATIVE=1 makes its failure to build an error.
+SYNPO_FAST_NATIVE=0 skips the native backend. SYNPO_FAST_NATIVE=1 turns a failed build into an error.
 """
 
 import os
@@ -32,7 +32,7 @@ CAPABILITY_FLAGS = {
 }
 
 
-def say_once(reason: str) -> None:
+def report_not_built(reason: str) -> None:
     print(
         f"synpo_fast: the native CPU backend is not built: {reason}\n"
         "synpo_fast: everything else is installed; CPU tensors will use the slower backend='chunked'.",
@@ -41,16 +41,18 @@ def say_once(reason: str) -> None:
 
 
 def native_build() -> dict:
-    """Arguments of setup() that build the native libraries, or none of them with the reason printed."""
-    wish = os.environ.get("SYNPO_FAST_NATIVE", "auto")
-    if wish == "0":
+    """The arguments of setup() that build the native libraries, or {}. If torch is missing, also prints why."""
+    requested = os.environ.get("SYNPO_FAST_NATIVE", "auto")
+    if requested == "0":
         return {}
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
-        if wish == "1":
+        if requested == "1":
             raise
-        say_once(f"torch cannot be imported while building ({error}); install torch, then --no-build-isolation")
+        report_not_built(
+            f"torch cannot be imported during the build ({error}); install torch first, then run pip with --no-build-isolation"
+        )
         return {}
 
     capabilities = ["default"]
@@ -78,10 +80,10 @@ def native_build() -> dict:
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
-            except Exception as error:  # any compiler or linker trouble: the package must still install
-                if wish == "1":
+            except Exception as error:  # any compiler or linker error: the package must still install
+                if requested == "1":
                     raise
-                say_once(f"{type(error).__name__}: {error}")
+                report_not_built(f"{type(error).__name__}: {error}")
                 self.extensions = []
 
     return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildNative.with_options(no_python_abi_suffix=True)}}

@@ -1,4 +1,4 @@
-// Every operator of the native library: its schema, and the CPU function behind it.
+// Registers every operator of the native library: its schema and its CPU function.
 #include <torch/library.h>
 
 #include "linear_logprobs.h"
@@ -7,22 +7,23 @@
 
 TORCH_LIBRARY(synpo_fast_native, m) {
   // lp = log softmax(f(hidden W^T + bias))[label], f(z) = softcap * tanh(z * logit_scale / softcap). Every label is valid.
-  // Returns lp [N] and normalisers [N, 2] in fp32 (softmax = exp(z - a) / b) and, where wanted, the direction [N, D]: d lp / d hidden (else
-  // empty). With keep_exponentials also E [N, V], such that c_n / b_n E_nv (times logit_scale without a softcap) is minus the
-  // gradient of c_n lp_n to logit v, the target's included.
+  // Returns lp [N] and normalisers (a, b) [N, 2] in fp32, where softmax = exp(z - a) / b. With want_direction also returns the direction
+  // d lp / d hidden [N, D], otherwise an empty tensor. With keep_exponentials also returns E [N, V]: -c_n / b_n E_nv (times logit_scale
+  // without a softcap) is the gradient of c_n lp_n with respect to the raw logit v, including v = target.
   m.def(
       "linear_logprobs_forward(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float logit_scale, "
       "float? softcap, bool want_direction, bool keep_exponentials=False) -> (Tensor, Tensor, Tensor, Tensor)");
-  // Gradients of sum_n coefficients_n * lp_n with respect to weight and, where wanted, bias (else an empty tensor).
+  // Returns the gradients of sum_n coefficients_n * lp_n with respect to weight and, with want_bias, bias (otherwise an empty tensor).
   m.def(
       "linear_logprobs_weight_grad(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float logit_scale, "
       "float? softcap, Tensor logps, Tensor normalisers, Tensor coefficients, bool want_bias) -> (Tensor, Tensor)");
-  // Loss [P] of each pair, statistics [5, P] (mean lp of both, geometric means of both, arithmetic mean of the chosen),
-  // d loss / d lp [N] of each token, and how many pairs had an empty response and were left out [1].
+  // Returns the loss of each pair [P], statistics [5, P] (mean lp of both responses, geometric means of both, arithmetic mean of the
+  // chosen one), d loss / d lp of each token [N], and the number of pairs [1] that were skipped because a response was empty.
   m.def(
       "synpo_pair_loss(Tensor logps, Tensor chosen_offsets, Tensor rejected_offsets, Tensor? mask, float alpha, "
       "float beta, bool logsigmoid) -> (Tensor, Tensor, Tensor, Tensor)");
-  // An 8-bit 4:2:0 picture, its planes as they lie in memory, into out [H, W, 3]. The weights are those of red and blue in luma.
+  // Converts an 8-bit 4:2:0 picture, given as planes with row strides, to RGB in out [H, W, 3]. red_weight and blue_weight are the weights of
+  // red and blue in luma.
   m.def(
       "yuv420_to_rgb(Tensor luma, Tensor blue, Tensor red, int luma_stride, int blue_stride, int red_stride, "
       "Tensor(a!) out, float red_weight, float blue_weight, bool full_range, bool chroma_at_left) -> ()");

@@ -1,13 +1,13 @@
-// Token log-probs of a linear head without its logits, on CPUs.
+// Token log-probs of a linear head on CPUs, without storing all logits.
 //
-// A block of rows walks over tiles of the vocabulary. Each tile is one ATen GEMM, one softmax pass over the tile while it is
-// in cache, and, when a gradient is wanted, a second GEMM that turns the exponentials into a weighted sum of the rows of W:
+// Each block of rows is processed in tiles of the vocabulary. A tile takes one ATen GEMM, one softmax pass while the tile is in
+// cache, and, if a gradient is wanted, a second GEMM that multiplies the exponentials by the rows of W:
 //
 //   lp_n = -log1p(S_n / e_n)                     S_n = sum over v != y_n of exp(z_nv - m_n),   e_n = exp(z_ny - m_n)
 //   d lp_n / d hidden_n = (1 - p_n) z'_ny W[y_n] - sum over v != y_n of p_nv z'_nv W[v]
 //
-// The target stays out of S and of the second GEMM: its logit is an fp32 dot product of its own, never a rounded entry of a
-// tile, lp can not exceed 0, and a confident token (1 - p far below one ulp of 1) keeps its gradient. m starts at the target's
+// The target is excluded from S and from the second GEMM, and its logit is a separate fp32 dot product, not a rounded entry of a
+// tile. So lp cannot exceed 0, and a confident token (1 - p far below one ulp of 1) keeps its gradient. m starts at the target's
 // logit and follows the running maximum; earlier partial sums are scaled down as it grows.
 //
 // fp16 tiles are converted to fp32, because ATen's fp16 GEMM on CPUs is orders of magnitude slower than its fp32 one.
@@ -34,8 +34,8 @@ namespace {
 
 using Vec = at::vec::Vectorized<float>;
 
-constexpr int64_t kRowBlock = 1024;            // rows that share one walk over the vocabulary
-constexpr int64_t kTileElements = 512 * 2048;  // logits held at a time: 2-4 MB, so that a tile is still in cache for the pass
+constexpr int64_t kRowBlock = 1024;            // rows that are processed together in one pass over the vocabulary
+constexpr int64_t kTileElements = 512 * 2048;  // logits held at a time: 2-4 MB, so that a tile is still in cache for the softmax pass
 constexpr int64_t kMinTileColumns = 512;       // narrower GEMMs lose efficiency
 constexpr int64_t kMaxTileColumns = 4096;
 
@@ -43,7 +43,7 @@ struct Softmax {
   float scale;
   float softcap;  // 0: none
 
-  // z' = dz/d(raw) follows from z alone.
+  // slope is z' = dz/d(raw), computed from z alone.
   Vec value(Vec raw) const {
     Vec z = raw * Vec(scale);
     return softcap == 0.f ? z : (z / Vec(softcap)).tanh() * Vec(softcap);
@@ -92,7 +92,8 @@ float dot(const T* a, const T* b, int64_t n) {
   return at::vec::vec_reduce_all<float>([](Vec x, Vec y) { return x + y; }, sum);
 }
 
-// Logits of one row of a tile in fp32, bias and softcap applied, padded with -inf to a whole number of vectors.
+// Writes the logits of one row of a tile in fp32, with bias, scale and softcap applied, padded with -inf to whole vectors.
+// Returns their maximum.
 template <typename T>
 float unpack_row(const T* raw, const T* bias, float* z, int64_t n, const Softmax& f) {
   Vec top(-std::numeric_limits<float>::infinity());
@@ -113,8 +114,8 @@ struct RowState {
   float others;  // S
 };
 
-// Softmax pass over one row of a tile: advances the state and leaves exp(z - m) z' (target: 0) where the logits were.
-// Returns what earlier partial sums must be multiplied with.
+// Softmax pass over one row of a tile: updates the state and, with `keep`, overwrites the logits with exp(z - m) (target: 0), times z' if
+// there is a softcap. Returns the factor by which earlier partial sums must be multiplied.
 template <typename T>
 float softmax_row(T* tile, const T* bias, float* z, int64_t n, int64_t target, bool keep, const Softmax& f, RowState& s) {
   float top = unpack_row(tile, bias, z, n, f);
@@ -137,7 +138,7 @@ float softmax_row(T* tile, const T* bias, float* z, int64_t n, int64_t target, b
     if (!keep) return;
     if (f.softcap != 0.f) {
       e = e * f.slope(x);
-      // The padding and the target hold -inf, where the slope is not a number.
+      // The padding and the target hold -inf, where the slope is NaN.
       e = Vec::blendv(e, Vec(0.f), x == Vec(-std::numeric_limits<float>::infinity()));
     }
     store(tile + i, e, k);
@@ -146,7 +147,7 @@ float softmax_row(T* tile, const T* bias, float* z, int64_t n, int64_t target, b
   return shrink;
 }
 
-// A problem as the tiles see it: T is the dtype of the GEMMs (fp32 where the inputs are fp16).
+// The weight in vocabulary tiles, converted to the dtype of the GEMMs (fp32 for fp16 inputs).
 struct Tiles {
   const at::Tensor& weight;
   at::ScalarType gemm_dtype;
@@ -162,8 +163,8 @@ int64_t tile_columns(int64_t rows, int64_t vocabulary) {
 
 at::Tensor unit_stride_rows(const at::Tensor& t) { return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous(); }
 
-// Brings the exponentials of every tile to the row's last reference, and gives the target the entry whose share of
-// coefficient * exponentials is its own logit gradient: (1 - p) z'.
+// Rescales the exponentials of every tile to the row's final reference. Sets the target's entry so that the product with the row's
+// coefficient also gives the target's logit gradient, (1 - p) z'.
 template <typename T>
 void settle_exponentials(
     const at::Tensor& exponentials, const std::vector<float>& tile_top, int64_t columns, const std::vector<RowState>& state,
@@ -185,7 +186,7 @@ void settle_exponentials(
   });
 }
 
-// One block of rows: fills logps and, where wanted, the direction.
+// Computes one block of rows: fills logps and normalisers and, if requested, the direction and the exponentials.
 template <typename T, typename W>
 void forward_block(
     const at::Tensor& hidden, const at::Tensor& hidden_gemm, const Tiles& tiles, const at::Tensor& labels,
@@ -251,7 +252,7 @@ void forward_block(
   float* normaliser = normalisers.mutable_data_ptr<float>();
   W* out = keep ? direction.mutable_data_ptr<W>() : nullptr;
   const float* u = keep ? total.const_data_ptr<float>() : nullptr;
-  const float slope_scale = f.softcap == 0.f ? f.scale : 1.f;  // the scale of z' where the pass did not apply it
+  const float slope_scale = f.softcap == 0.f ? f.scale : 1.f;  // the part of z' that the softmax pass did not apply
   at::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const RowState& s = state[n];
@@ -373,7 +374,7 @@ std::tuple<at::Tensor, at::Tensor> linear_logprobs_weight_grad(
     const float* normaliser = normalisers.const_data_ptr<float>();
     const float* c = coefficients.const_data_ptr<float>();
 
-    // All rows of one strip at a time: a strip of dW is then a single GEMM, summed over the rows in fp32 and rounded once.
+    // Processes all rows of one strip at a time, so that a strip of dW is a single GEMM: summed over the rows in fp32, rounded once.
     for (int64_t v0 = 0; v0 < V; v0 += columns) {
       const int64_t width = std::min(columns, V - v0);
       at::Tensor tile = buffer.narrow(0, 0, N * width).view({N, width});

@@ -1,4 +1,4 @@
-// SynPO's loss of each pair and its gradient to every token log-prob, one parallel loop over the pairs.
+// SynPO's loss of each pair and its gradient to every token log-prob, in one parallel loop over the pairs.
 // The formulas are in synpo_fast/ops/pair_loss/pair_loss.py.
 #include "pair_loss.h"
 

@@ -1,9 +1,9 @@
-// A decoded 8-bit 4:2:0 picture as packed RGB, chroma interpolated. FFmpeg's swscale has two ways: a fast one that repeats each
-// chroma sample over a square of four pixels, and an exact one that takes as long as decoding does. This has the
-// colours of the second at the price of the first, and writes where the frame is wanted, which spares a copy.
+// Converts a decoded 8-bit 4:2:0 picture to packed RGB with interpolated chroma. FFmpeg's swscale has two variants: a fast one that
+// repeats each chroma sample over a square of four pixels, and an exact one that takes as long as decoding. This conversion has the
+// colours of the exact variant and the speed of the fast one, and it writes directly into the output frame, which saves a copy.
 //
-// 16-bit integers throughout: chroma in sixteenths (bilinear weights are 1/4, 1/2, 3/4 in both directions), colours in 32nds.
-// The rounded high products err by at most 1/64 each, so a colour is off by one at most, and seldom.
+// All arithmetic is in 16-bit integers: chroma in sixteenths (bilinear weights are 1/4, 1/2, 3/4 in both directions), colours in
+// 32nds. Each rounded high product has an error of at most 1/64, so a colour value differs from the exact one by at most 1, and rarely.
 #include "yuv_to_rgb.h"
 
 #ifdef __SSSE3__
@@ -18,7 +18,7 @@
 namespace synpo_fast {
 namespace {
 
-constexpr int64_t kBlock = 32;  // pixels; rows are padded to whole blocks, since what is left over would go one by one
+constexpr int64_t kBlock = 32;  // pixels; rows are padded to whole blocks, because a remainder would be processed one pixel at a time
 
 struct Plane {
   const uint8_t* data;
@@ -26,7 +26,7 @@ struct Plane {
   const uint8_t* row(int64_t y) const { return data + y * stride; }
 };
 
-// What a sample counts in each colour, as factors of high_product.
+// Weights of luma and chroma in each colour, as factors for high_product.
 struct Matrix {
   int16_t luma, offset, red_of_red, green_of_red, green_of_blue, blue_of_blue;
 
@@ -43,12 +43,13 @@ struct Matrix {
   }
 };
 
-// a b / 2^15, rounded, in the form that compilers know as one instruction (pmulhrsw).
+// Returns a * b / 2^15, rounded, written so that compilers emit a single instruction (pmulhrsw).
 inline int16_t high_product(int16_t a, int16_t b) { return static_cast<int16_t>(((int32_t{a} * b >> 14) + 1) >> 1); }
 
 inline uint8_t to_byte(int16_t colour) { return static_cast<uint8_t>(std::clamp<int16_t>(colour >> 5, 0, 255)); }
 
-// One row of chroma for `width` pixels, centred on 0, times 128. between [-1, width / 2 + 1) is scratch; half: samples that there are.
+// Interpolates one row of chroma to `width` pixels, centred on 0, times 128. `between` is scratch for [-1, width / 2 + 1); `half` is the number
+// of chroma samples in the row.
 void widen(
     const uint8_t* near, const uint8_t* far, int64_t half, int64_t width, bool at_left, int16_t* __restrict between,
     int16_t* __restrict wide) {
@@ -80,7 +81,7 @@ void colour(
 }
 
 #ifdef __SSSE3__
-// Byte k of the output's third j is byte (16 j + k) / 3 of plane (16 j + k) % 3; -1 takes none.
+// Byte k of the output's third j is byte (16 j + k) / 3 of plane (16 j + k) % 3; -1 gives 0.
 struct Shuffles {
   alignas(16) int8_t from[3][3][16];
 
@@ -93,7 +94,7 @@ struct Shuffles {
 constexpr Shuffles kShuffles;
 #endif
 
-// width is a multiple of kBlock.
+// Interleaves the three colour planes of a row into packed RGB. width is a multiple of kBlock.
 void interleave(const uint8_t* r, const uint8_t* g, const uint8_t* b, int64_t width, uint8_t* out) {
 #ifdef __SSSE3__
   __m128i from[3][3];
