@@ -1,6 +1,6 @@
-"""Preference losses as pure functions of token log-probs: LOSSES names them, `preference_loss` is the one entry.
+"""Preference losses as pure functions of token log-probs. LOSSES lists them; `preference_loss` computes one by name.
 
-Each loss takes `PairLogprobs` (dpo: and one for the reference) and returns a `LossOutput`. README.md has the table.
+Each loss takes `PairLogprobs` (dpo takes a second one for the reference) and returns a `LossOutput`. README.md has a table.
 """
 
 from __future__ import annotations
@@ -99,13 +99,13 @@ def preference_loss(
     auxiliary: AuxiliaryNLL | None = None,
     **options: float | str | bool,
 ) -> LossOutput:
-    """The loss called `name` on a batch of pairs, plus the auxiliary NLL if there is one.
+    """Computes the loss called `name` on a batch of pairs, plus the auxiliary NLL if one is given.
 
-    A pair that policy.preference marks False ("sft") has no preference term. What is left is its NLL: the loss's own
-    (orpo, cpo) and the auxiliary's, with their targets and weights; where there is neither, the token mean of
-    the NLL on its chosen response, weight 1.
+    A pair with policy.preference False ("sft") has no preference term. Its loss is its NLL: the loss's own (orpo, cpo) and the
+    auxiliary one, with their targets and weights. If there is neither, it is the token mean of the NLL on its chosen
+    response, with weight 1.
 
-    Adds the metric nll_loss/ground_truth when the auxiliary target is the ground truth.
+    Adds the metric nll_loss/ground_truth if the auxiliary target is the ground truth.
     Raises ValueError on an unknown name or option and on a reference that is missing or not needed.
     """
     if name not in LOSSES:
@@ -131,7 +131,7 @@ def preference_loss(
 
 
 def check_options(name: str, *, auxiliary: AuxiliaryNLL | None = None, **options: float | str | bool) -> None:
-    """Tries the loss on a few tokens: raises ValueError for options it refuses, or that are too large for fp32."""
+    """Runs the loss on a few tokens. Raises ValueError for options that it refuses or that overflow in fp32."""
     logps = torch.tensor([-0.5, -1.5, -3.0], requires_grad=True)
     responses = [(logps[:2], logps[1:]), (logps[1:], logps[:2]), (logps[:2], logps[:2])]
     policy = PairLogprobs.from_pairs(responses, ground_truth=[logps] * len(responses))
@@ -143,4 +143,4 @@ def check_options(name: str, *, auxiliary: AuxiliaryNLL | None = None, **options
     if not torch.isfinite(loss) or logps.grad is None or not torch.isfinite(logps.grad).all():
         given = options if auxiliary is None else {**options, "auxiliary weight": auxiliary.weight}
         values = ", ".join(f"{option}={value!r}" for option, value in given.items())
-        raise ValueError(f"the loss or its gradient is not finite with {values}: a number is too large or too small")
+        raise ValueError(f"the loss or its gradient is not finite with {values}: a value is too large or too small")

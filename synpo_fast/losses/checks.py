@@ -1,4 +1,4 @@
-"""Option checks shared by the losses: a wrong value is named in the ValueError."""
+"""Option checks shared by the losses. Each raises a ValueError that names the option and its value."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_number(
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} is {value!r}, expected a finite number")
-    if isinstance(value, float) and not math.isfinite(value):  # an int always is, but may be too large for isfinite
+    if isinstance(value, float) and not math.isfinite(value):  # isfinite fails on a huge int
         raise ValueError(f"{name} is {value!r}, expected a finite number")
     if above is not None and not value > above:
         raise ValueError(f"{name} is {value!r}, expected more than {above}")
@@ -35,7 +35,7 @@ def check_number(
 
 
 def check_label_smoothing(label_smoothing: object, variant: str) -> None:
-    """Smoothing flips the label of a log-sigmoid; the other variants have no such form."""
+    """Checks the range of label_smoothing, and that the variant supports it: only the log-sigmoid has a smoothed form."""
     check_number("label_smoothing", label_smoothing, at_least=0.0, below=0.5)
     if variant != "sigmoid" and label_smoothing != 0.0:
         raise ValueError(f"label_smoothing is {label_smoothing!r}, but variant {variant!r} has no smoothed form")

@@ -4,8 +4,8 @@
     sigmoid   L = -(1 - eps) * log sigmoid(beta * h) - eps * log sigmoid(-beta * h) + nll_weight * NLL(y+)
     hinge     L = max(0, 1 - beta * h) + nll_weight * NLL(y+)
 
-eps = label_smoothing. The contrast reads sums of log-probs. The NLL is a mean over all chosen tokens of the batch by
-default, as in TRL and Liger (nll_reduce, see nll.py); the paper writes a sum, which nll_reduce="sum" gives.
+eps = label_smoothing. The loss compares sums of log-probs. By default the NLL is a mean over all chosen tokens of the batch,
+as in TRL and Liger (nll_reduce, see nll.py). The paper writes a sum, which nll_reduce="sum" gives.
 Reward: beta * sum_t lp_t.
 """
 
@@ -33,7 +33,7 @@ def cpo(
     nll_weight: float = 1.0,
     nll_reduce: str = "batch_token_mean",
 ) -> LossOutput:
-    """CPO loss per pair, its NLL included. `logps` in the output are sums.
+    """CPO loss per pair, including its NLL. The log-probs in the output are sums.
 
     A pair that is not compared keeps the NLL of its chosen response.
     Raises ValueError on beta <= 0, nll_weight < 0, label_smoothing outside [0, 0.5) or with the hinge, and an

@@ -1,13 +1,13 @@
-"""DPO (arXiv 2305.18290) and two relatives on the same log-ratios.
+"""DPO (arXiv 2305.18290) and two variants on the same log-ratios: hinge and IPO.
 
     r(y) = sum_t (lp_t - ref_t)          h = r(y+) - r(y-)
     sigmoid   L = -(1 - eps) * log sigmoid(beta * h) - eps * log sigmoid(-beta * h)       eps = label_smoothing
     hinge     L = max(0, 1 - beta * h)
     ipo       L = (r(y+)/T+ - r(y-)/T- - 1/(2*beta))^2                     arXiv 2310.12036, whose tau is beta
 
-eps > 0 is conservative DPO (a share eps of the labels taken as flipped), not TRL's "robust", which also divides by
-1 - 2*eps and changes a sign. IPO averages over tokens, as its authors did in their experiments and TRL does; the other
-two sum. Reward: beta * r(y), summed for every variant.
+eps > 0 is conservative DPO (a fraction eps of the labels is assumed to be flipped). It is not TRL's "robust" loss, which also
+divides by 1 - 2*eps and changes a sign. IPO averages over tokens, as TRL does and as its authors did in their experiments; the
+other two variants sum. The reward beta * r(y) is a sum for every variant.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ def dpo(
     label_smoothing: float = 0.0,
     reference_free: bool = False,
 ) -> LossOutput:
-    """DPO loss per pair. `logps` in the output are sums.
+    """DPO loss per pair. The log-probs in the output are sums.
 
-    reference: log-probs of the same responses, one per token or one sum per response, without grad. The context they
-        were computed in may differ from the policy's (LongVPO's anchor clip). That the responses are the same ones is
-        checked on the CPU only.
-    reference_free: take ref_t = 0; then no reference may be given.
+    reference: log-probs of the same responses, one per token or one sum per response, without grad. Their context may
+        differ from the policy's (LongVPO's anchor clip). Response lengths are compared with the policy's on the CPU only.
+    reference_free: use ref_t = 0; a reference must then not be given.
     Raises ValueError on beta <= 0, label_smoothing outside [0, 0.5) or with a variant other than "sigmoid", an unknown
     variant, and a reference that is missing, unneeded, requires grad, or holds other responses.
     """
@@ -75,7 +74,7 @@ def dpo(
 
 
 def reference_sums(policy: PairLogprobs, reference: PairLogprobs) -> tuple[Tensor, Tensor]:
-    """Summed reference log-probs of each chosen and each rejected response, [P] and [P]."""
+    """Returns the summed reference log-probs of the chosen responses [P] and the rejected responses [P]."""
     if reference.num_pairs != policy.num_pairs or reference.device != policy.device:
         raise ValueError(
             f"reference has {reference.num_pairs} pairs on {reference.device}, "

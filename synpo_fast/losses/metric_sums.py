@@ -1,4 +1,4 @@
-"""Metrics of pair batches under TRL's names, as sums that may be added up over micro-batches and processes."""
+"""Metrics of pair batches under TRL's names, as sums that can be added over micro-batches and processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from synpo_fast.losses import LossOutput
 
-# What each metric is a mean over.
+# For each metric, the count that it is a mean over.
 WEIGHTS = {
     "rewards/chosen": "preference_pairs",
     "rewards/rejected": "preference_pairs",
@@ -25,9 +25,9 @@ WEIGHTS = {
 
 @torch.no_grad()
 def metric_sums(output: LossOutput, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each metric times its weight, and the weights: fp32 scalars on one device, not read by the host.
+    """Returns each metric times its weight, and the weights, as fp32 scalars on one device. The host does not read them.
 
-    output: last_output of the loss module; outputs: what the model's forward with pair_labels returned.
+    output: last_output of the loss module. outputs: the dict that the model's forward with pair_labels returned.
     """
     sums = {
         "preference_pairs": output.metrics["preference_pairs"],
@@ -45,8 +45,8 @@ def metric_sums(output: LossOutput, outputs: Mapping[str, Tensor]) -> dict[str, 
 
 
 def metric_means(sums: Mapping[str, float]) -> dict[str, float]:
-    """The metrics from added-up sums. One with nothing to average (rewards where no pair was compared) is not there, nor is
-    the count empty_pairs where it is 0."""
+    """Returns the metrics from added sums. Leaves out metrics with nothing to average (rewards if no pair was compared), and
+    empty_pairs if it is 0."""
     means = {name: sums[name] / sums[weight] for name, weight in WEIGHTS.items() if name in sums and sums[weight] > 0}
     if sums["empty_pairs"] > 0:
         means["empty_pairs"] = sums["empty_pairs"]

@@ -1,11 +1,11 @@
-"""Negative log-likelihood of the chosen response or of the ground truth, and the auxiliary term built from it.
+"""Negative log-likelihood of the chosen response or the ground truth, and the auxiliary loss term built from it.
 
-    token_mean         NLL_i = -sum_t lp_t / T_i                   LongVPO, and gDPO at one pair a batch
-    batch_token_mean   NLL_i = -P * sum_t lp_t / sum_j T_j         over pairs, this averages to the batch's token mean
+    token_mean         NLL_i = -sum_t lp_t / T_i                   LongVPO, and gDPO with one pair per batch
+    batch_token_mean   NLL_i = -P * sum_t lp_t / sum_j T_j         its mean over the pairs is the token mean of the batch
     sum                NLL_i = -sum_t lp_t
 
-batch_token_mean weighs a pair by its length and depends on what else is in the batch, so gradient accumulation changes
-it; it is what cross-entropy with reduction "mean" computes in TRL, Liger and the ORPO authors' code.
+batch_token_mean weights a pair by its length and depends on the other pairs in the batch, so gradient accumulation changes
+it. It equals cross-entropy with reduction "mean" in TRL, Liger and the ORPO authors' code.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class AuxiliaryNLL:
 
     Args:
         target: "chosen" or "ground_truth".
-        weight: LongVPO takes 1 on chosen, gDPO 0.1 on ground_truth.
-        reduce: "sum", "token_mean" (each response's own) or "batch_token_mean" (over the batch's tokens).
+        weight: LongVPO uses 1 with chosen, gDPO uses 0.1 with ground_truth.
+        reduce: "sum", "token_mean" (per response) or "batch_token_mean" (over the batch's tokens).
 
     Raises ValueError on an unknown target or reduce and on weight < 0.
     """
@@ -47,8 +47,8 @@ class AuxiliaryNLL:
 def nll(policy: PairLogprobs, *, target: str = "chosen", reduce: str = "token_mean") -> Tensor:
     """NLL of each pair's target, [P], with autograd.
 
-    Raises ValueError on an unknown target or reduce, a ground truth that is missing, and, on the CPU, an empty target;
-    elsewhere an empty target has NLL 0.
+    Raises ValueError on an unknown target or reduce, a missing ground truth, and, on the CPU, an empty target. On other
+    devices an empty target has NLL 0.
     """
     check_choice("target", target, TARGETS)
     check_choice("reduce", reduce, REDUCES)

@@ -3,9 +3,9 @@
     m(y)    = mean_t lp_t          odds(y) = exp(m) / (1 - exp(m))
     L       = NLL(y+) - beta * log sigmoid(log odds(y+) - log odds(y-))
 
-beta is the paper's lambda. The odds read means of log-probs. The NLL is a mean over all chosen tokens of the batch by
-default, as in the authors' code, Liger and TRL (nll_reduce, see nll.py). TRL's also covers the prompt; here
-and in Liger it covers the response. Reward: beta * m(y).
+beta is the paper's lambda. The odds use means of log-probs. By default the NLL is a mean over all chosen tokens of the batch,
+as in the authors' code, Liger and TRL (nll_reduce, see nll.py). In TRL it also covers the prompt; here and in Liger it covers
+only the response. Reward: beta * m(y).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from synpo_fast.losses.nll import REDUCES, nll
 from synpo_fast.losses.pair import LossOutput, PairLogprobs, preference_output
 from synpo_fast.losses.segments import segment_mean
 
-# The odds are infinite at m = 0, where the fp32 log-prob of a sure token ends up, and where an empty response is before it
-# is masked. 2^-24 is the rounding of 1 in fp32.
+# The odds are infinite at m = 0. The fp32 log-prob of a certain token rounds to 0, and an empty response has m = 0 before it is
+# masked. 2^-24 is the rounding error of 1 in fp32.
 _MAX_MEAN_LOGP = -(2.0**-24)
 
 
 def orpo(policy: PairLogprobs, *, beta: float = 0.1, nll_reduce: str = "batch_token_mean") -> LossOutput:
-    """ORPO loss per pair, its NLL included. `logps` in the output are means.
+    """ORPO loss per pair, including its NLL. The log-probs in the output are means.
 
     A pair that is not compared keeps the NLL of its chosen response.
     Raises ValueError if beta < 0 or nll_reduce is unknown.

@@ -1,13 +1,12 @@
-"""What goes into a preference loss, and what comes out.
+"""Input and output of a preference loss.
 
-In: `PairLogprobs`, the token log-probs of P pairs, ragged and flat. Out: `LossOutput`, one loss per pair with autograd,
-detached rewards, and metrics under TRL's names.
+The input `PairLogprobs` holds the token log-probs of P pairs, ragged and flat. The output `LossOutput` holds one loss per pair
+with autograd, detached rewards, and metrics under TRL's names.
 
-Which pairs take part in the preference term (`compared_pairs`):
-- a pair that `preference` marks False ("sft" rows of a manifest) does not: its preference loss and rewards are 0;
-- a pair with an empty response does not either. On the CPU, where looking is free, such a pair is a ValueError when
-  the `PairLogprobs` is made. On a GPU looking would stall the device, so it contributes 0 and the metric empty_pairs
-  counts it.
+All pairs take part in the preference term (`compared_pairs`) except:
+- a pair with `preference` False ("sft" rows of a manifest): its preference loss and rewards are 0;
+- a pair with an empty response. On the CPU such a pair raises ValueError when the `PairLogprobs` is created. On a GPU that check
+  would need a device sync, so the pair contributes 0 and the metric empty_pairs counts it.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from synpo_fast.ops.host_copy import to_device
 class PairLogprobs:
     """Token log-probs of P pairs. Response i of `chosen` is chosen[chosen_offsets[i] : chosen_offsets[i + 1]].
 
-    chosen [Nc], rejected [Nr]: floating point; 16-bit is converted to fp32 before any arithmetic, but autograd rounds
-        the gradient of a 16-bit tensor to 16 bits, so keep log-probs in fp32 up to here.
+    chosen [Nc], rejected [Nr]: floating point. 16-bit values are converted to fp32 before any arithmetic, but autograd
+        rounds the gradient of a 16-bit tensor to 16 bits, so pass fp32 log-probs.
     chosen_offsets, rejected_offsets [P+1]: int32 or int64, starting at 0.
     ground_truth [Ng], ground_truth_offsets [P+1]: for an `AuxiliaryNLL` on the ground truth.
     preference [P] bool: False skips the preference term of that pair; None means all True.
 
-    Raises ValueError on shapes, dtypes or devices that do not fit, and, for CPU tensors, on offsets that do not cover
-    the tokens and on an empty response in a pair that is compared.
+    Raises ValueError on shapes, dtypes or devices that do not match. For CPU tensors also on offsets that do not cover the
+    tokens and on an empty response in a pair that is compared.
     """
 
     chosen: Tensor
@@ -79,7 +78,7 @@ class PairLogprobs:
         ground_truth: Sequence[Tensor] | None = None,
         preference: Sequence[bool] | None = None,
     ) -> PairLogprobs:
-        """From one (chosen, rejected) couple of 1-D tensors per pair, as score_pairs returns them."""
+        """Builds the log-probs from one tuple (chosen, rejected) of 1-D tensors per pair, as score_pairs returns them."""
         if not pairs:
             raise ValueError("pairs is empty")
         chosen, chosen_offsets = _flatten("chosen", [pair[0] for pair in pairs])
@@ -94,15 +93,15 @@ class PairLogprobs:
 
     @classmethod
     def from_sums(cls, chosen: Tensor, rejected: Tensor) -> PairLogprobs:
-        """From one number per response, [P] and [P]: a reference whose log-probs were summed beforehand."""
+        """Builds a reference from one summed log-prob per response, [P] and [P]."""
         offsets = torch.arange(chosen.shape[0] + 1, device=chosen.device)
         return cls(chosen, rejected, offsets, offsets)
 
     @classmethod
     def from_padded(cls, logps: Tensor, mask: Tensor, *, preference: Tensor | None = None) -> PairLogprobs:
-        """From logps [2P, T] and a bool mask of its real tokens, chosen half first (the layout of Liger and TRL).
+        """Builds the log-probs from logps [2P, T] and a bool mask of its real tokens, chosen half first (as in Liger and TRL).
 
-        No host sync on a GPU: the flat tensors keep P*T entries there, and the offsets say how many count.
+        Needs no host sync on a GPU: the flat tensors keep P*T entries there, and the offsets mark the valid ones.
         """
         if logps.dim() != 2 or logps.shape[0] % 2 or mask.shape != logps.shape or mask.dtype != torch.bool:
             raise ValueError(
@@ -116,14 +115,14 @@ class PairLogprobs:
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:
-    """What a loss returns. Take `losses.mean()` for the loss of a batch: the mean is over all P pairs.
+    """Result of a loss. The loss of a batch is `losses.mean()`, the mean over all P pairs.
 
     losses [P]: with autograd.
     chosen_rewards, rejected_rewards [P]: detached; 0 for a pair that is not compared.
-    chosen_logps, rejected_logps [P]: detached; the sum or the mean of log-probs, whichever the loss reads.
+    chosen_logps, rejected_logps [P]: detached; the sum or the mean of log-probs, whichever the loss uses.
     metrics: detached scalars. rewards/{chosen,rejected,accuracies,margins} and logps/{chosen,rejected} are means over
-        the compared pairs and 0 if there are none; nll_loss is the NLL per chosen token over the batch;
-        preference_pairs and empty_pairs are counts, the former being the weight of the means when batches are averaged.
+        the compared pairs, or 0 if no pair is compared. nll_loss is the NLL per chosen token over the batch.
+        preference_pairs and empty_pairs are counts; preference_pairs is the weight of the means when averaging batches.
     """
 
     losses: Tensor
@@ -135,7 +134,7 @@ class LossOutput:
 
 
 def compared_pairs(policy: PairLogprobs) -> Tensor:
-    """Bool [P]: the pairs that take part in the preference term."""
+    """Mask of the pairs that take part in the preference term, bool [P]."""
     not_empty = _not_empty_pairs(policy)
     return not_empty if policy.preference is None else not_empty & policy.preference
 
@@ -149,7 +148,7 @@ def preference_output(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
 ) -> LossOutput:
-    """Mask the pairs that are not compared and put the metrics together. All tensors are [P]."""
+    """Builds the LossOutput from values per pair [P]: masks the pairs that are not compared and computes the metrics."""
     with torch.no_grad():
         chosen_nll = -segment_sum(policy.chosen, policy.chosen_offsets).sum()
     return masked_output(
@@ -177,7 +176,7 @@ def masked_output(
     num_chosen_tokens: Tensor,
     num_empty: Tensor,
 ) -> LossOutput:
-    """The same from numbers already reduced: compared [P] bool, chosen_nll summed over the num_chosen_tokens of the batch."""
+    """Builds the LossOutput from a mask compared [P] and chosen_nll, the NLL summed over the batch's num_chosen_tokens tokens."""
     losses = torch.where(compared, losses, 0.0)
     with torch.no_grad():
         chosen_rewards = torch.where(compared, chosen_rewards, 0.0)
@@ -209,7 +208,7 @@ def masked_output(
 
 
 def host_can_read(tensor: Tensor) -> bool:
-    """Whether looking at values costs no device sync."""
+    """True if the host can read the tensor's values without a device sync."""
     return tensor.device.type == "cpu"
 
 
@@ -256,7 +255,7 @@ def _check_not_empty(name: str, offsets: Tensor, preference: Tensor | None) -> N
 
 
 def _flatten(name: str, responses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """All tokens where they are, and the offsets on the host."""
+    """Returns all tokens concatenated on their device, and the offsets on the host."""
     offsets = [0]
     for i, logps in enumerate(responses):
         if logps.dim() != 1:
@@ -266,7 +265,7 @@ def _flatten(name: str, responses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _compact(logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The real tokens of logps [P, T] first, in order, the others behind them; offsets [P+1]."""
+    """Returns the real tokens of logps [P, T] in order (on a GPU followed by the masked ones), and offsets [P+1]."""
     order = torch.argsort((~mask).flatten().to(torch.uint8), stable=True)
     flat = logps.flatten()[order]
     offsets = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.sum(dim=1).cumsum(0)])

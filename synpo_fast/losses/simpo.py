@@ -3,8 +3,8 @@
     m(y) = mean_t lp_t          z = beta * (m(y+) - m(y-)) - gamma
     L    = -(1 - eps) * log sigmoid(z) - eps * log sigmoid(-z)          eps = label_smoothing
 
-gamma is the margin itself, as in the paper and in Liger; the authors' code takes gamma_beta_ratio = gamma / beta, whose
-default 0.25 at beta 2 is the gamma 0.5 here. Reward: beta * m(y).
+gamma is the margin itself, as in the paper and in Liger. The authors' code has gamma_beta_ratio = gamma / beta instead; its
+default 0.25 with beta 2 corresponds to gamma 0.5 here. Reward: beta * m(y).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from synpo_fast.losses.segments import segment_mean
 
 
 def simpo(policy: PairLogprobs, *, beta: float = 2.0, gamma: float = 0.5, label_smoothing: float = 0.0) -> LossOutput:
-    """SimPO loss per pair. `logps` in the output are means.
+    """SimPO loss per pair. The log-probs in the output are means.
 
     Raises ValueError if beta <= 0, gamma is not finite, or label_smoothing lies outside [0, 0.5).
     """

@@ -1,4 +1,4 @@
-"""Facts about one loss: the function, what it needs, what it reads, and its options."""
+"""LossSpec: the description of one loss."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from synpo_fast.losses.pair import LossOutput
 
 @dataclass(frozen=True)
 class LossSpec:
-    """One loss: the function that computes it, what it needs, and what it reads.
+    """One loss: the function that computes it, its inputs, its rewards and its options.
 
-    needs_reference: a second `PairLogprobs` must be given (dpo: unless reference_free).
-    reads: whether the contrast reads the sum or the mean of a response's log-probs (dpo's ipo variant: the mean). The
+    needs_reference: True if a second `PairLogprobs` must be given (dpo: unless reference_free).
+    reads: "sum" or "mean": the reduction of a response's log-probs that the loss compares (dpo's ipo variant: the mean). The
         metrics logps/chosen and logps/rejected are the same sums or means.
-    reward, reward_unit: what the metrics rewards/... are, as a formula, and what they are measured in (units.py).
-    has_nll: the loss includes an NLL on the chosen response.
-    choices: the words that an option takes, for each option that takes words.
+    reward, reward_unit: formula and unit of the metrics rewards/... (see units.py).
+    has_nll: True if the loss includes an NLL on the chosen response.
+    choices: allowed values of each option that takes a word.
     """
 
     function: Callable[..., LossOutput]
@@ -34,10 +34,10 @@ class LossSpec:
 
     @cached_property
     def options(self) -> dict[str, float | str | bool]:
-        """The function's keyword-only arguments with their defaults. The function itself checks their bounds."""
+        """The function's keyword-only arguments and their defaults. The function itself checks their values."""
         arguments = signature(self.function).parameters.values()
         return {each.name: each.default for each in arguments if each.kind is Parameter.KEYWORD_ONLY}
 
     def reads_reference(self, options: Mapping[str, Any]) -> bool:
-        """Whether a reference must be given with these options."""
+        """True if a reference must be given with these options."""
         return self.needs_reference and not options.get("reference_free")

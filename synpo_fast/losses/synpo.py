@@ -3,16 +3,16 @@
     G(y) = exp(mean_t lp_t)          A(y) = mean_t exp(lp_t)
     x    = alpha * (G(y+) - G(y-))
     L    = -sigmoid(x) - beta * A(y+)            link="sigmoid", the authors' code
-    L    = -log sigmoid(x) - beta * A(y+)        link="logsigmoid", one published reading
+    L    = -log sigmoid(x) - beta * A(y+)        link="logsigmoid", another published form
 
-No reference model. Reward: G(y), so margins lie in [-1, 1]. With s = sigmoid(x) and w = s * (1 - s), or 1 - s for the
-logsigmoid link, the gradient with respect to token log-probs is
+There is no reference model. The reward is G(y), so margins lie in [-1, 1]. With s = sigmoid(x), and w = s * (1 - s) or, for
+the logsigmoid link, w = 1 - s, the gradient with respect to token log-probs is
 
     dL/dlp_t (chosen)   = -(alpha * w * G(y+) + beta * exp(lp_t)) / T+
     dL/dlp_t (rejected) =   alpha * w * G(y-) / T-
 
-Here 1 - s is sigmoid(-x), never a subtraction: late in training w falls far below the rounding of s (1e-13 at x = 30),
-and a subtraction, or 16-bit arithmetic, returns 0 for the whole response.
+1 - s is computed as sigmoid(-x), never as a subtraction. Late in training w is far below the rounding error of s (1e-13 at
+x = 30), and a subtraction or 16-bit arithmetic would give 0 for the whole response.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LINKS = ("sigmoid", "logsigmoid")
 
 
 def synpo(policy: PairLogprobs, *, alpha: float = 30.0, beta: float = 0.2, link: str = "sigmoid") -> LossOutput:
-    """SynPO loss per pair. `logps` in the output are means.
+    """SynPO loss per pair. The log-probs in the output are means.
 
     Raises ValueError if alpha <= 0, beta < 0, or link is neither "sigmoid" nor "logsigmoid".
     """
@@ -66,10 +66,10 @@ def synpo_token_coefficients(
     link: str = "sigmoid",
     num_pairs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """d(sum of losses / num_pairs) / dlp_t in closed form: fp32 (fp64 for fp64 inputs) [Nc] and [Nr].
+    """Gradient d(sum of losses / num_pairs) / dlp_t in closed form: fp32 (fp64 for fp64 inputs) [Nc] and [Nr].
 
-    num_pairs divides; None takes the pairs of this batch, 1 gives the gradient of each pair's own loss. Tokens of a
-    pair that is not compared get 0.
+    num_pairs: the divisor. None uses the number of pairs in this batch; 1 gives the gradient of each pair's own loss. Tokens
+    of a pair that is not compared get 0.
     """
     _check_options(alpha, beta, link)
     num_pairs = policy.num_pairs if num_pairs is None else num_pairs
@@ -90,7 +90,7 @@ def synpo_token_coefficients(
 
 
 def _sigmoid(x: Tensor) -> Tensor:
-    """sigmoid whose autograd gradient keeps its relative precision: the branch taken never rounds to 1."""
+    """Sigmoid whose autograd gradient keeps its relative precision, because the selected sigmoid is at most 1/2."""
     return torch.where(x >= 0, 1.0 - torch.sigmoid(-x), torch.sigmoid(x))
 
 

@@ -1,8 +1,8 @@
-"""Units of a loss's numbers: the loss itself, its rewards, its log-probs.
+"""Units of a loss's metrics: the loss itself, its rewards and its log-probs.
 
-Every loss calls its numbers by the same names (rewards/chosen, logps/chosen, ...), but SynPO's reward is a probability where
-DPO's is a scaled log-ratio, and one loss reads means of log-probs where another reads sums. Whoever puts two losses beside
-each other asks here whether their numbers share a unit.
+All losses use the same metric names (rewards/chosen, logps/chosen, ...). But SynPO's reward is a probability and DPO's is a
+scaled log-ratio, and some losses use means of log-probs while others use sums. Code that compares two losses checks here if their
+metrics have the same unit.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 from synpo_fast.losses import LOSSES
 
 LOGPS_UNITS = {"mean": "nats a token", "sum": "nats a response"}  # by what the loss reads
-DEFAULT_FORMS = ("sigmoid", None)  # of `link` and `variant`
+DEFAULT_FORMS = ("sigmoid", None)  # values of `link` and `variant` that a unit does not mention
 SFT = "sft"  # the trainer's name for the NLL of the chosen response alone
 Options = Mapping[str, Any]
 
 
 def loss_unit(name: str, options: Options | None = None, *, auxiliary_nll: float = 0.0) -> str:
-    """The unit of the loss: nats a token for an NLL, for the others the loss's own name, its form and what is added to it."""
+    """The unit of the loss: nats a token for an NLL; otherwise the loss's name, its form if not the default, and added terms."""
     if name == SFT:
         return LOGPS_UNITS["mean"]
     own = {**_spec(name).options, **{key: value for key, value in (options or {}).items() if value is not None}}
@@ -29,8 +29,8 @@ def loss_unit(name: str, options: Options | None = None, *, auxiliary_nll: float
 
 
 def reward_unit(name: str, options: Options | None = None) -> str:
-    """The unit of rewards/chosen, rewards/rejected and rewards/margins. A reward that is multiplied by beta names its beta:
-    under another beta the same log-probs give other rewards."""
+    """The unit of rewards/chosen, rewards/rejected and rewards/margins. If the reward is multiplied by beta, the unit includes
+    beta, because the same log-probs give other rewards with another beta."""
     spec = _spec(name)
     unit = spec.reward_unit
     if spec.needs_reference and not spec.reads_reference(options or {}):
@@ -47,7 +47,7 @@ def logps_unit(name: str) -> str:
 
 
 def said(name: str, options: Options | None = None) -> str:
-    """One line for people: what this loss's rewards and log-probs are."""
+    """One line for the user that describes this loss's rewards and log-probs."""
     if name == SFT:
         return f"loss in {LOGPS_UNITS['mean']}"
     spec = _spec(name)
