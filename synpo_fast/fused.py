@@ -1,12 +1,13 @@
-"""Preference losses on hidden states: LM head, token log-probs, loss and gradients in one module, logits never held.
+"""Preference losses on hidden states: LM head, token log-probs, loss and gradients in one module, without storing the logits.
 
 The calling convention is Liger's: forward(lin_weight, _input, target, bias=None) with _input [2B, T, D], the chosen half first,
-and target [2B, T] already shifted. Swapping the import is all a user of Liger's classes does.
+and target [2B, T] already shifted. A user of Liger's classes only changes the import.
 
-Frozen head (LoRA): the op computes log-probs and their direction at once, autograd does the rest: 4*N*D*V for N valid tokens.
-Trainable head: the module works through groups of pairs. Once a group's log-probs are there its coefficients are known, so
-the exponentials of the group are kept for exactly that long and all three products are done on the spot: 6*N*D*V, with dW
-summed in fp32. A pair too large for `group_bytes` recomputes its logits instead (8*N*D*V), and says so once.
+Frozen head (LoRA): the op computes log-probs and their direction together, and autograd does the rest. This costs 4*N*D*V for N
+valid tokens.
+Trainable head: the module processes groups of pairs. The log-probs of a group determine its coefficients, so the exponentials are
+kept only until then and all three products are computed for the group. This costs 6*N*D*V, with dW summed in fp32. If a pair is
+too large for `group_bytes`, its logits are recomputed (8*N*D*V), with one warning.
 """
 
 import functools
@@ -31,21 +32,22 @@ GROUP_BYTES = {"cuda": 2 * 2**30, "cpu": 256 * 2**20}
 
 
 class FusedLinearPreferenceLoss(nn.Module):
-    """Any loss of synpo_fast.losses on hidden states and a head.
+    """Computes any loss of synpo_fast.losses from hidden states and a head.
 
     Args:
         loss: a key of LOSSES; `options` are its options, checked here.
         ignore_index: target entries that do not count (prompt, padding).
         auxiliary: an NLL term on the chosen response, added to the loss.
-        average_log_prob: losses that read sums read means instead (each response's log-probs are divided by its length).
+        average_log_prob: losses that use sums use means instead (each response's log-probs are divided by its length).
         logit_scale, softcap: as in fused_linear_logprobs.
-        group_bytes: what the kept exponentials of a trainable head may take; None: 2 GiB on a GPU, 256 MiB on a CPU.
+        group_bytes: memory limit of the kept exponentials with a trainable head; None: 2 GiB on a GPU, 256 MiB on a CPU.
         backend: as in fused_linear_logprobs.
 
     forward(lin_weight, _input, target, bias=None, ref_input=None, ref_weight=None, ref_bias=None) returns
         loss, (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss, chosen_rewards, rejected_rewards)
-    where everything in the tuple is detached; logps are what the loss reads (sums or means), [B] each, and the logit means
-    are over all positions and words, as Liger's are. `last_output` keeps the LossOutput with all metrics.
+    where everything in the tuple is detached. chosen_logps and rejected_logps [B] are the sums or means that the loss uses.
+    The logit means are over all positions and the whole vocabulary, as in Liger. `last_output` keeps the LossOutput with all
+    metrics.
     """
 
     def __init__(
@@ -71,21 +73,23 @@ class FusedLinearPreferenceLoss(nn.Module):
             )
         if auxiliary is not None and auxiliary.target != "chosen":
             raise ValueError(
-                f"auxiliary target {auxiliary.target!r} needs rows of its own; here only 'chosen' is at hand"
+                f"auxiliary target {auxiliary.target!r} needs rows of its own; this module supports only 'chosen'"
             )
         if group_bytes is not None and group_bytes < 0:
             raise ValueError(f"group_bytes must not be negative, got {group_bytes}")
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
         if average_log_prob and (LOSSES[loss].reads == "mean" or options.get("variant") == "ipo"):
-            raise ValueError(f"average_log_prob is for losses that read sums; {loss!r} as configured averages already")
+            raise ValueError(
+                f"average_log_prob is for losses that use sums; {loss!r} with these options already uses means"
+            )
         check_numbers(logit_scale, softcap, ignore_index)
         self.loss, self.options = loss, {**LOSSES[loss].options, **options}
         self.ignore_index, self.auxiliary, self.average_log_prob = ignore_index, auxiliary, average_log_prob
         self.logit_scale, self.softcap, self.group_bytes, self.backend = logit_scale, softcap, group_bytes, backend
         self.last_output: LossOutput | None = None
         self._mean_row: tuple[Any, int, Tensor] | None = None
-        # The losses check their own options: one pair of one token each shows a mistake here, not after the first step.
+        # The losses check their own options: a run on one pair with one token each shows a mistake here, not in the first step.
         one = torch.zeros(2, 1)
         self.loss_of_logps(one, torch.zeros(2, 1).long() + (ignore_index == 0), one if self.needs_reference else None)
 
@@ -128,7 +132,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         )  # fmt: skip
 
     def loss_of_logps(self, logps: Tensor, target: Tensor, reference: Tensor | None = None) -> LossOutput:
-        """The loss per pair from token log-probs [2B, T] (0 where ignored), with autograd."""
+        """Computes the loss per pair from token log-probs [2B, T] (0 where ignored), with autograd."""
         mask = target != self.ignore_index
         if self.average_log_prob:
             return self._averaged(logps, mask, reference)
@@ -139,7 +143,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         return preference_loss(self.loss, policy, ref, auxiliary=self.auxiliary, **self.options)
 
     def _averaged(self, logps: Tensor, mask: Tensor, reference: Tensor | None) -> LossOutput:
-        """Sums become means by dividing each response's log-probs by its length; the NLL is of the log-probs themselves."""
+        """Computes the loss with each response's log-probs divided by its length; the NLL uses the undivided log-probs."""
         lengths = mask.sum(1, keepdim=True).clamp(min=1)
         ref = None if reference is None else PairLogprobs.from_padded(reference / lengths, mask)
         output = preference_loss(self.loss, PairLogprobs.from_padded(logps / lengths, mask), ref, **self.options)
@@ -170,26 +174,27 @@ class FusedLinearPreferenceLoss(nn.Module):
         if hidden.dim() != 3 or hidden.shape[0] % 2 or hidden.shape[0] == 0:
             raise ValueError(f"_input must be [2B, T, D], chosen half first, got {list(hidden.shape)}")
         if target.shape != hidden.shape[:2]:
-            raise ValueError(f"target must be {list(hidden.shape[:2])} as _input, got {list(target.shape)}")
+            raise ValueError(f"target must be {list(hidden.shape[:2])} like _input, got {list(target.shape)}")
         if not self.needs_reference and (ref_input is not None or ref_weight is not None):
-            raise ValueError(f"loss {self.loss!r} as configured reads no reference, but one was given")
+            raise ValueError(f"loss {self.loss!r} with these options uses no reference, but one was given")
 
     @torch.no_grad()
     def _logit_means(self, weight: Tensor, hidden: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean raw logit over all positions and words: mean hidden row times mean row of W, so no logits are needed."""
+        """Mean raw logit over all positions and the vocabulary, computed as mean hidden row x mean row of W, without logits."""
         mean_row = self.mean_weight_row(weight)
         chosen, rejected = (half.mean((0, 1), dtype=torch.float32) @ mean_row for half in hidden.chunk(2))
         shift = 0.0 if bias is None else bias.mean(dtype=torch.float32)
         return chosen + shift, rejected + shift
 
     def mean_weight_row(self, weight: Tensor) -> Tensor:
-        """Kept while the same frozen tensor is passed. (A change through `.data` is not seen: it would show in this metric.)"""
+        """Mean row [D] of the weight, in fp32. Cached while the same frozen tensor is passed; a change through `.data` is missed,
+        and only the logit means would then be wrong."""
         if self._mean_row is not None and not weight.requires_grad:
             tensor, version, mean = self._mean_row
             if tensor() is weight and version == weight._version:
                 return mean
         total = weight.new_zeros(weight.shape[1], dtype=torch.float32)
-        for part in weight.split(4096):  # in parts: the whole would be copied to fp32 first
+        for part in weight.split(4096):  # in parts, because the sum copies its input to fp32
             total += part.sum(0, dtype=torch.float32)
         mean = total / weight.shape[0]
         self._mean_row = (weakref.ref(weight), weight._version, mean)
@@ -208,9 +213,9 @@ class FusedLinearPreferenceLoss(nn.Module):
             return loss, self.loss_of_logps(logps, target, reference)
 
     def coefficients(self, logps: Tensor, target: Tensor, reference: Tensor | None, pairs: slice) -> Tensor:
-        """Gradient of the batch's loss to each token log-prob [2B, T], through the given pairs alone.
+        """Gradient of the batch's loss to each token log-prob [2B, T], for the losses of the given pairs only.
 
-        Whole-batch counts (batch_token_mean) come from target, so pairs whose log-probs are still missing do no harm.
+        Whole-batch counts (batch_token_mean) come from target, so log-probs of other pairs may still be missing.
         """
         with torch.enable_grad():
             leaf = logps.detach().clone().requires_grad_()
@@ -220,7 +225,7 @@ class FusedLinearPreferenceLoss(nn.Module):
 
 
 def _synpo_output(logps: Tensor, mask: Tensor, *, alpha: float, beta: float, link: str) -> LossOutput:
-    """SynPO on a padded batch by the fused pair loss: the responses need not be compacted first."""
+    """Computes SynPO on a padded batch with the fused pair loss, which needs no compaction of the responses."""
     num_pairs, length = logps.shape[0] // 2, logps.shape[1]
     offsets = torch.arange(2 * num_pairs + 1, device=logps.device) * length
     pair = synpo_pair_loss(
@@ -242,7 +247,7 @@ def _synpo_output(logps: Tensor, mask: Tensor, *, alpha: float, beta: float, lin
 
 
 def cut_groups(tokens: list[int], bytes_per_token: int, allowed: int) -> list[tuple[slice, bool]]:
-    """Neighbouring pairs in groups whose exponentials fit, and whether each does: a pair alone may not."""
+    """Splits the pairs into groups of neighbours whose exponentials fit. The bool is False for a pair that does not fit alone."""
     groups: list[tuple[slice, bool]] = []
     first, size = 0, 0
     for pair, count in enumerate(tokens):
@@ -255,9 +260,9 @@ def cut_groups(tokens: list[int], bytes_per_token: int, allowed: int) -> list[tu
 
 
 class _GroupedPreference(torch.autograd.Function):
-    """Loss and all gradients of a batch in the forward, group by group; the backward hands them over.
+    """Computes loss and all gradients of a batch in the forward, group by group. The backward only scales and returns them.
 
-    Returns the loss and the log-probs [2B, T], which carry no gradient.
+    Returns the loss and the log-probs [2B, T]; the log-probs carry no gradient.
     """
 
     @staticmethod
@@ -265,7 +270,7 @@ class _GroupedPreference(torch.autograd.Function):
         num_pairs, (rows, length, dim) = hidden.shape[0] // 2, hidden.shape
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logps = torch.zeros(rows, length, dtype=dtype, device=hidden.device)
-        # Which positions count is read on the host: the one wait of this path. It buys memory and work by valid tokens.
+        # The host reads the positions that count: the only sync of this path. Memory and work then depend on valid tokens only.
         positions = (target.flatten() != module.ignore_index).nonzero().squeeze(1)
         pairs = positions // length % num_pairs
         groups = cut_groups(*_group_limits(module, weight, pairs, num_pairs))
@@ -274,7 +279,7 @@ class _GroupedPreference(torch.autograd.Function):
         grad_bias: Tensor | None = None
         for group, fits in groups:
             if not fits:
-                _say_once_that_a_pair_is_too_large()
+                _warn_once_pair_too_large()
             at = positions if len(groups) == 1 else positions[(pairs >= group.start) & (pairs < group.stop)]
             kept = linear_logprobs_kept(
                 make_problem(
@@ -304,7 +309,7 @@ class _GroupedPreference(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         if ctx.grads is None:
-            raise RuntimeError("the fused loss hands its gradients over once: retain_graph=True can not be served")
+            raise RuntimeError("the fused loss returns its gradients only once, so retain_graph=True is not supported")
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("the fused loss can be differentiated once, and create_graph=True asks for more")
         grads, ctx.grads = ctx.grads, None
@@ -312,12 +317,12 @@ class _GroupedPreference(torch.autograd.Function):
 
 
 def _kept_dtype(hidden: Tensor) -> torch.dtype:
-    """What gradients wait in for the loss scale: SynPO's late ones are 0 in fp16 until it has multiplied them."""
+    """Dtype of gradients kept until the backward: fp32 for fp16, where late SynPO gradients are 0 before the loss scale."""
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
 def _gradients(kept: Any, c: Tensor, want_bias: bool) -> list[Any]:
-    """Gradients to hidden, weight and bias. For fp16 the backend sees coefficients of size 1, and the rest is fp32."""
+    """Gradients to hidden, weight and bias. For fp16 the backend gets c / max |c|, and the result is rescaled in fp32."""
     if kept.problem.hidden.dtype != torch.float16:
         return list(kept.gradients(c, want_bias))
     if c.numel() == 0:
@@ -329,7 +334,7 @@ def _gradients(kept: Any, c: Tensor, want_bias: bool) -> list[Any]:
 def _group_limits(
     module: FusedLinearPreferenceLoss, weight: Tensor, pairs: Tensor, num_pairs: int
 ) -> tuple[list[int], int, int]:
-    """Valid tokens of each pair, bytes that a token's exponentials take, bytes allowed."""
+    """Returns the number of valid tokens of each pair, the bytes of a token's exponentials, and the bytes allowed."""
     tokens = torch.bincount(pairs, minlength=num_pairs).tolist()
     on_cpu = weight.device.type == "cpu"
     # The native backend keeps the exponentials of fp16 inputs in fp32.
@@ -339,7 +344,7 @@ def _group_limits(
 
 
 def _add(total: Tensor | None, part: Tensor, num_groups: int) -> Tensor:
-    """Sums in fp32; a single group needs no sum."""
+    """Adds part to total in fp32. A single group needs no sum."""
     if num_groups == 1:
         return part
     part = part.to(torch.promote_types(part.dtype, torch.float32))
@@ -347,10 +352,10 @@ def _add(total: Tensor | None, part: Tensor, num_groups: int) -> Tensor:
 
 
 @functools.cache
-def _say_once_that_a_pair_is_too_large() -> None:
+def _warn_once_pair_too_large() -> None:
     warnings.warn(
         "a pair's exponentials exceed group_bytes: its logits are computed twice (8NDV instead of 6NDV); "
-        "raise group_bytes if memory allows",
+        "increase group_bytes if memory allows",
         stacklevel=2,
     )
 
@@ -380,12 +385,12 @@ class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
     """DPO with the arguments of LigerFusedLinearDPOLoss; loss_type is "sigmoid", "hinge" or "ipo".
 
     Args:
-        beta: distance to the reference.
+        beta: scale of the log-ratios to the reference.
         alpha: weight of the NLL on the chosen response, with compute_nll_loss.
-        use_ref_model: False takes a reference of 0.
-        average_log_prob: means over tokens in place of sums.
-        label_smoothing: conservative DPO; it goes with "sigmoid", where Liger ignores it.
-        compiled, chunk_size: they tune Liger's way of working and change nothing here.
+        use_ref_model: with False the reference log-probs are 0.
+        average_log_prob: use means over tokens instead of sums.
+        label_smoothing: conservative DPO, only with "sigmoid". Liger ignores it.
+        compiled, chunk_size: tune Liger's implementation and have no effect here.
         settings: those of FusedLinearPreferenceLoss.
     """
 
@@ -417,12 +422,12 @@ class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
 
 
 class FusedLinearSimPOLoss(FusedLinearPreferenceLoss):
-    """SimPO with the arguments of LigerFusedLinearSimPOLoss, its default beta of 0.1 included.
+    """SimPO with the arguments of LigerFusedLinearSimPOLoss, including its default beta of 0.1.
 
     Args:
-        beta, gamma: scale of the mean log-probs, and the margin that their difference shall reach.
+        beta, gamma: scale of the mean log-probs, and the target margin for the scaled difference.
         alpha: weight of the NLL on the chosen response, with compute_nll_loss.
-        compiled, chunk_size: they tune Liger's way of working and change nothing here.
+        compiled, chunk_size: tune Liger's implementation and have no effect here.
         settings: those of FusedLinearPreferenceLoss.
     """
 
@@ -450,5 +455,5 @@ class FusedLinearSimPOLoss(FusedLinearPreferenceLoss):
 
 
 def _chosen_nll(weight: float) -> AuxiliaryNLL:
-    """Liger's NLL term: over all chosen tokens of the batch."""
+    """Liger's NLL term: the mean over all chosen tokens of the batch."""
     return AuxiliaryNLL(target="chosen", weight=weight, reduce="batch_token_mean")

@@ -75,7 +75,7 @@ def test_against_eager(backend, name, head, bias):
     weight, hidden, target, row = batch(device=device, bias=bias)
     group_bytes = {"groups": V * 4 * 2 * T, "too large": 0}.get(head)
     module = build(backend=backend, group_bytes=group_bytes, **ours)
-    fused._say_once_that_a_pair_is_too_large.cache_clear()
+    fused._warn_once_pair_too_large.cache_clear()
     reference = None
     if name == "dpo":
         reference = (weight.detach() + 0.1, hidden.detach() * 0.9)
@@ -236,7 +236,7 @@ def test_gradients_are_handed_over_once():
     weight, hidden, target, _ = batch()
     loss, _ = FusedLinearSynPOLoss(backend="chunked")(weight, hidden, target)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="retain_graph=True can not be served"):
+    with pytest.raises(RuntimeError, match="retain_graph=True is not supported"):
         loss.backward()
     loss, _ = FusedLinearSynPOLoss(backend="chunked")(weight, hidden, target)
     with pytest.raises(RuntimeError, match="create_graph=True asks for more"):
@@ -355,14 +355,14 @@ def test_identical_responses_cancel():
         (lambda: FusedLinearDPOLoss(loss_type="bogus"), r"'bogus'"),
         (lambda: FusedLinearSynPOLoss(softcap=-3.0), r"softcap must be positive, got -3.0"),
         (lambda: FusedLinearSynPOLoss(backend="nope"), r"backend must be one of .*'nope'"),
-        (lambda: FusedLinearDPOLoss(average_log_prob=True, loss_type="ipo"), r"averages already"),
-        (lambda: FusedLinearSimPOLoss(average_log_prob=True), r"averages already"),
+        (lambda: FusedLinearDPOLoss(average_log_prob=True, loss_type="ipo"), r"already uses means"),
+        (lambda: FusedLinearSimPOLoss(average_log_prob=True), r"already uses means"),
         (lambda: FusedLinearSynPOLoss(group_bytes=-1), r"group_bytes must not be negative, got -1"),
         (lambda: FusedLinearDPOLoss(loss_type="robust")(*batch()[:3], ref_input=batch()[1], ref_weight=batch()[0]), r"'robust'"),
         (lambda: FusedLinearDPOLoss()(*batch()[:3]), r"'dpo' needs ref_input and ref_weight"),
-        (lambda: FusedLinearSynPOLoss()(*batch()[:3], ref_input=batch()[1]), r"reads no reference"),
+        (lambda: FusedLinearSynPOLoss()(*batch()[:3], ref_input=batch()[1]), r"uses no reference"),
         (lambda: FusedLinearSynPOLoss()(batch()[0], batch()[1][:3], batch()[2][:3]), r"\[2B, T, D\].*\[3, 11, 16\]"),
-        (lambda: FusedLinearSynPOLoss()(batch()[0], batch()[1], batch()[2][:, 1:]), r"\[6, 11\] as _input, got \[6, 10\]"),
+        (lambda: FusedLinearSynPOLoss()(batch()[0], batch()[1], batch()[2][:, 1:]), r"\[6, 11\] like _input, got \[6, 10\]"),
         (lambda: FusedLinearSynPOLoss()(batch()[0], batch()[1], torch.full((6, T), -100)), r"pair 0"),
     ],
 )  # fmt: skip
