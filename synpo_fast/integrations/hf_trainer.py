@@ -3,14 +3,13 @@
     loss_func = synpo_loss_func(model)
     Trainer(model, args, train_dataset=rows, data_collator=PairCollator(pad_token_id), compute_loss_func=loss_func)
 
-with remove_unused_columns=False in args. Trainer calls model(**inputs) and gives compute_loss_func what the model
-returned: by that time the logits exist. So the model's forward gets an argument, pair_labels, that makes it
-return the loss instead (pair_forward.py), and PairCollator puts pair_labels into the batch. What is left for the loss
-function is the scale.
+with remove_unused_columns=False in args. Trainer calls model(**inputs) and passes the outputs to compute_loss_func, and
+normally the logits have been computed by then. So the model's forward gets an additional argument, pair_labels, that makes it
+return the loss instead (pair_forward.py), and PairCollator adds pair_labels to the batch. The loss function only scales.
 
-With gradient accumulation Trainer leaves the scale to compute_loss_func and hands it num_items_in_batch: the entries of
-`labels` other than -100 in all micro-batches of the step, on all processes. PairCollator's `labels` have one such entry
-a pair, so the loss of a step is the mean over its pairs, however they fall into micro-batches.
+With gradient accumulation Trainer leaves the scaling to compute_loss_func and passes it num_items_in_batch: the number of
+entries of `labels` other than -100 in all micro-batches of the step, on all processes. PairCollator's `labels` have one such
+entry per pair, so the loss of a step is the mean over its pairs, independent of their distribution over micro-batches.
 """
 
 from __future__ import annotations
@@ -28,20 +27,20 @@ from synpo_fast.losses.metric_sums import metric_means, metric_sums
 
 
 def synpo_loss_func(model: nn.Module, *, alpha: float = 30.0, beta: float = 0.2, link: str = "sigmoid") -> PairLossFunc:
-    """A compute_loss_func for Trainer. Gives `model` (peft may wrap it, nothing else) the argument pair_labels.
+    """Returns a compute_loss_func for Trainer. Adds the argument pair_labels to `model` (plain or wrapped by peft only).
 
     Args:
         alpha: steepness of the contrast between the two geometric means.
         beta: weight of the chosen response's mean token probability.
         link: "sigmoid" (the authors' code) or "logsigmoid".
 
-    Raises ValueError for an adapter on the head and whatever else head_of refuses.
+    Raises ValueError for an adapter on the head and for any other head that head_of refuses.
     """
     return PairLossFunc(add_pair_loss(model, "synpo", alpha=alpha, beta=beta, link=link))
 
 
 class PairLossFunc:
-    """Called by Trainer with the outputs of a forward with pair_labels; returns its share of the step's mean over pairs."""
+    """The loss function that Trainer calls: scales the loss of a forward with pair_labels to its share of the step's mean."""
 
     def __init__(self, module: FusedLinearPreferenceLoss) -> None:
         self.module = module
@@ -52,22 +51,22 @@ class PairLossFunc:
     ) -> Tensor:
         if "chosen_logps" not in outputs or labels is None:
             raise ValueError(
-                "the model returned no pair loss, or the batch had no labels: use PairCollator as data_collator, and let "
-                "nothing replace the model's forward after synpo_loss_func (use_liger_kernel does, unless "
+                "the model returned no pair loss, or the batch had no labels: use PairCollator as data_collator, and do "
+                "not replace the model's forward after synpo_loss_func (use_liger_kernel replaces it, unless "
                 "liger_kernel_config={'fused_linear_cross_entropy': False})"
             )
         num_pairs = outputs["chosen_logps"].shape[0]
         if labels.shape != (num_pairs, 2):
             raise ValueError(
                 f"labels is {list(labels.shape)}, expected [{num_pairs}, 2] as PairCollator makes it: Trainer counts its "
-                "entries to scale the loss, which here must be pairs and not tokens"
+                "entries to scale the loss, and these must be pairs and not tokens"
             )
         if num_items_in_batch is None:
             num_items_in_batch = num_pairs
         if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.dim() > 0:
             raise ValueError(
-                "Trainer runs nn.DataParallel, which splits the batch between chosen and rejected: start one process a "
-                "GPU with accelerate launch or torchrun"
+                "Trainer runs nn.DataParallel, which splits the batch between chosen and rejected: start one process "
+                "per GPU with accelerate launch or torchrun"
             )
         self._record(outputs)
         return outputs["loss"] * (num_pairs / num_items_in_batch)
@@ -80,7 +79,7 @@ class PairLossFunc:
             sums[name] = sums[name] + value if name in sums else value
 
     def pop_metrics(self, mode: Literal["train", "eval"] = "train") -> dict[str, float]:
-        """This process's metrics since the last call, under TRL's names (without eval_); {} if there was no batch."""
+        """Returns this process's metrics since the last call, under TRL's names (without eval_); {} if there was no batch."""
         sums, self._sums[mode] = self._sums[mode], {}
         if not sums:
             return {}
@@ -89,12 +88,12 @@ class PairLossFunc:
 
 @dataclass
 class PairCollator:
-    """Rows {prompt_ids, chosen_ids, rejected_ids} (lists of token ids, EOS included) to a batch of pairs, padded right.
+    """Collates rows {prompt_ids, chosen_ids, rejected_ids} (lists of token ids, EOS included) to a batch, padded on the right.
 
-    labels [B, 2]: -100 and 1 in each row, for Trainer to count pairs (it may leave the first column out).
+    labels [B, 2]: -100 and 1 in each row, so that Trainer counts pairs (it may skip the first column).
     input_ids, attention_mask, pair_labels [2B, T]: the chosen half first; pair_labels is -100 on prompt and padding.
 
-    Nothing is truncated: cut prompts when tokenising, so that no response loses its end.
+    The collator truncates nothing. Truncate prompts when tokenising, so that no response loses its end.
     """
 
     pad_token_id: int
@@ -116,7 +115,7 @@ class PairCollator:
         return {
             "labels": torch.tensor(
                 [[IGNORE_INDEX, 1]] * len(rows)
-            ),  # first: Trainer takes its length for the batch size
+            ),  # first entry: Trainer takes its length as the batch size
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "pair_labels": pair_labels,

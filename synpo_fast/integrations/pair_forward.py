@@ -1,7 +1,7 @@
-"""model(..., pair_labels=labels): hidden states, head and pair loss in one forward, no logits.
+"""Adds model(..., pair_labels=labels): hidden states, head and pair loss in one forward, without logits.
 
-The loss is computed inside the model's forward, not on what it returns, because that is where DDP, FSDP and DeepSpeed
-have the head's weight at hand and see the gradients of everything that took part.
+The loss is computed inside the model's forward and not from its outputs, because only there DDP, FSDP and DeepSpeed have
+gathered the head's weight and track the gradients of all parameters involved.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ IGNORE_INDEX = -100
 
 
 def add_pair_loss(model: nn.Module, loss: str = "synpo", **options: Any) -> FusedLinearPreferenceLoss:
-    """Give `model` (a transformers model, peft may wrap it) the argument pair_labels. Returns the loss module.
+    """Adds the argument pair_labels to `model` (a transformers model, plain or wrapped by peft). Returns the loss module.
 
     model(**inputs, pair_labels=labels), with inputs of 2B rows, the chosen half first, and labels [2B, T] as for a causal
     language model (not shifted, -100 on prompt and padding), returns a dict:
         loss: the mean over the B pairs, with autograd.
-        chosen_logps, rejected_logps: [B], means or sums, whichever the loss reads.
+        chosen_logps, rejected_logps: [B], means or sums, whichever the loss uses.
         chosen_rewards, rejected_rewards: [B], detached.
         chosen_tokens, rejected_tokens: [B], counts.
-        chosen_logits, rejected_logits: [B], mean logit over a response's tokens and the vocabulary; not with a softcap.
+        chosen_logits, rejected_logits: [B], mean logit over a response's tokens and the vocabulary; absent with a softcap.
 
-    Without pair_labels the model's forward is what it was. The module's last_output has all metrics of the last call.
+    Without pair_labels the model's forward is unchanged. The module's last_output has all metrics of the last call.
 
     loss and options are those of FusedLinearPreferenceLoss; a loss that needs a reference is refused.
-    Raises ValueError where head_of does, and for a model whose logits its head does not explain.
+    Raises ValueError where head_of does, and for a model whose logits differ from hidden states x head.
     """
     head, base = head_of(model), base_model_of(model)
     module = FusedLinearPreferenceLoss(loss, logit_scale=head.logit_scale, softcap=head.softcap, **options)
@@ -45,7 +45,7 @@ def add_pair_loss(model: nn.Module, loss: str = "synpo", **options: Any) -> Fuse
     else:
         warnings.warn(
             f"{type(base).__name__}'s head is a ZeRO-3 shard, so it was not compared with the model's own logits; "
-            "check_head does that where the weight is whole",
+            "call check_head where the whole weight is available",
             stacklevel=2,
         )
     replaced = base.__dict__.get("forward")
@@ -61,7 +61,7 @@ def add_pair_loss(model: nn.Module, loss: str = "synpo", **options: Any) -> Fuse
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword inputs of the backbone: what only a head reads is taken out."""
+    """Returns the keyword inputs of the backbone, without those that only a head reads."""
     if args:
         raise ValueError(f"pair_labels goes with keyword inputs only, got {len(args)} positional ones")
     if kwargs.get("labels") is not None:
@@ -75,7 +75,7 @@ def _pair_outputs(
     hidden, head = hidden_states(base, **inputs), head_of(base)
     if hidden.shape[:2] != pair_labels.shape:
         raise ValueError(f"pair_labels is {list(pair_labels.shape)}, the hidden states {list(hidden.shape)}")
-    hidden = hidden.to(head.weight.device)  # a model split by device_map may end elsewhere
+    hidden = hidden.to(head.weight.device)  # a model split by device_map may end on another device
     target = nn.functional.pad(pair_labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(hidden.device)
     loss, aux = module(head.weight, hidden, target, head.bias)
     chosen_logps, rejected_logps, _, _, _, chosen_rewards, rejected_rewards = aux
@@ -99,7 +99,7 @@ def _pair_outputs(
 
 @torch.no_grad()
 def _response_logits(hidden: Tensor, mean_row: Tensor, bias: Tensor | None, mask: Tensor, logit_scale: float) -> Tensor:
-    """[2B]: mean logit over a response's tokens and the vocabulary. The mean of W's rows [D] stands for all of them."""
+    """Mean logit over a response's tokens and the vocabulary, [2B], computed with mean_row [D], the mean of W's rows."""
     means = (hidden @ mean_row.to(hidden.dtype)).float()
     if bias is not None:
         means = means + bias.mean(dtype=torch.float32)

@@ -1,10 +1,10 @@
 """SynPO in TRL: DPOTrainer with its data pipeline, its loop and its metric names, and no reference model.
 
-TRL 1.16 computes DPO's loss in DPOTrainer._compute_loss, from a forward of the policy and one of the reference. Here that
-method is one forward of the policy, which returns the loss (pair_forward.py): the head sees completion tokens only.
+TRL 1.16 computes DPO's loss in DPOTrainer._compute_loss, from one forward of the policy and one of the reference. Here that
+method runs one forward of the policy, which returns the loss (pair_forward.py). The head is applied to completion tokens only.
 
-DPOTrainer.__init__ makes itself a reference unless it is given one. It is given a marker, and `ref_model` is a
-property that stays None, so nothing is copied, loaded, prepared or hashed and no adapter is duplicated.
+DPOTrainer.__init__ creates a reference model unless it is given one. We pass a marker, and `ref_model` is a property that
+stays None. So no model is copied, loaded, prepared or hashed, and no adapter is duplicated.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if not TRL_VERSION.startswith("1.16."):
     )
 
 NO_REFERENCE: Any = object()
-# A dataset may carry reference log-probs that an earlier DPO run precomputed; nothing reads them.
+# A dataset may contain reference log-probs that an earlier DPO run precomputed. They are not used.
 NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
-# DPOConfig's options that mean nothing here; each must stay at its default.
+# Options of DPOConfig that do not apply to SynPO; each must stay at its default.
 WHY_REFUSED = {
-    "beta": "it is DPO's distance to the reference; SynPO's weight of the language term is synpo_beta",
-    "loss_type": "the loss is SynPO; DPOTrainer has the others",
+    "beta": "it is DPO's distance to the reference; use synpo_beta for SynPO's weight of the language term",
+    "loss_type": "the loss is SynPO; use DPOTrainer for the others",
     "loss_weights": "the loss is SynPO alone",
     "label_smoothing": "SynPO has none",
-    "ld_alpha": "SynPO reads means over all tokens of a response",
+    "ld_alpha": "SynPO uses means over all tokens of a response",
     "f_divergence_type": "SynPO measures no divergence from a reference",
     "f_alpha_divergence_coef": "SynPO measures no divergence from a reference",
-    "use_weighting": "SynPO weighs no pairs",
+    "use_weighting": "SynPO does not weight pairs",
     "discopop_tau": "it belongs to loss_type='discopop'",
     "precompute_ref_log_probs": "SynPO reads no reference log-probs",
     "precompute_ref_batch_size": "SynPO reads no reference log-probs",
@@ -55,9 +55,9 @@ WHY_REFUSED = {
 
 @dataclass
 class SynPOConfig(DPOConfig):
-    """DPOConfig with SynPO's options. DPO's own options are refused when they are set, with the reason.
+    """DPOConfig with SynPO's options. Setting an option that only applies to DPO raises ValueError with the reason.
 
-    SynPO's carry a prefix because `beta` is taken: in DPOConfig it is another quantity with another default.
+    SynPO's options have a prefix because DPOConfig has a `beta` with another meaning and another default.
 
     Args:
         synpo_alpha: steepness of the contrast between the two geometric means.
@@ -86,19 +86,19 @@ def _default(option: dataclasses.Field) -> Any:
 
 
 class SynPOTrainer(DPOTrainer):
-    """DPOTrainer with SynPO as its loss. Takes what DPOTrainer takes, with a SynPOConfig and without a ref_model.
+    """DPOTrainer with SynPO as its loss. Takes the arguments of DPOTrainer, with a SynPOConfig and without a ref_model.
 
-    Datasets, tokenising, truncation, collators (images too), peft_config, gradient accumulation, mixed precision and
-    checkpoints are TRL's. A batch is one forward of the model, chosen and rejected concatenated.
+    Datasets, tokenising, truncation, collators (also for images), peft_config, gradient accumulation, mixed precision and
+    checkpoints are TRL's. A batch takes one forward of the model, with chosen and rejected concatenated.
 
-    Logged, in training and evaluation: rewards/{chosen,rejected,accuracies,margins}, where a reward is the geometric mean
-    of a response's token probabilities; logps/{chosen,rejected}, means over tokens as the loss reads them (DPOTrainer's
-    are sums); nll_loss of the chosen tokens; logits/{chosen,rejected} unless the model caps its logits; num_tokens.
-    Not logged: entropy and mean_token_accuracy, which would need more of the logits than the loss does. empty_pairs
-    appears when a pair had a response with no tokens left; on a CPU such a pair is an error.
+    Logged in training and evaluation: rewards/{chosen,rejected,accuracies,margins}, where a reward is the geometric mean
+    of a response's token probabilities; logps/{chosen,rejected}, means over tokens as in the loss (sums in DPOTrainer);
+    nll_loss of the chosen tokens; logits/{chosen,rejected} unless the model caps its logits; num_tokens.
+    Not logged: entropy and mean_token_accuracy, which need logits that the loss does not compute. empty_pairs is logged
+    if truncation left a response without tokens; on a CPU such a pair raises an error.
 
-    Raises ValueError for an adapter on the head and whatever else head_of refuses, for a ref_model, and for a mixture of
-    experts whose router has an auxiliary loss (set router_aux_loss_coef=0.0 to train without it).
+    Raises ValueError for an adapter on the head and for any other head that head_of refuses, for a ref_model, and for a
+    mixture of experts whose router has an auxiliary loss (set router_aux_loss_coef=0.0 to train without it).
     """
 
     _tag_names = ["trl", "synpo"]  # noqa: RUF012 - TRL declares it so
@@ -168,14 +168,14 @@ class SynPOTrainer(DPOTrainer):
         outputs = model(**model_inputs, use_cache=False, pair_labels=labels)
         loss = outputs["loss"]
         self._record(inputs["attention_mask"], outputs)
-        if return_outputs:  # compute_metrics and predict want logits; they are built after all, as in DPOTrainer
+        if return_outputs:  # compute_metrics and predict need logits, so they are computed as in DPOTrainer
             with torch.no_grad():
                 outputs = model(**model_inputs, use_cache=False)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
     def _record(self, attention_mask: torch.Tensor, outputs: dict[str, torch.Tensor]) -> None:
-        """Adds the batch to TRL's averages: one reduction over processes and one wait for the device."""
+        """Adds the batch to TRL's averages, with one reduction over processes and one device sync."""
         assert self.pair_loss.last_output is not None
         sums = metric_sums(self.pair_loss.last_output, outputs)
         sums["num_tokens"] = attention_mask.sum().float()
