@@ -1,4 +1,4 @@
-"""The fused losses: against eager autograd, against Liger's classes, counted work, and the ways they can be misused."""
+"""The fused losses: compared with eager autograd and with Liger's classes, their counted work, and their errors on misuse."""
 
 import copy
 import math
@@ -130,7 +130,7 @@ def test_sixteen_bit_heads_beside_eager(backend, dtype):
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("average_log_prob", [False, True])
 def test_swapping_ligers_import(compute_nll_loss, trainable, average_log_prob):
-    """The same constructor arguments, the same call, the same nine results and gradients."""
+    """Our class takes Liger's constructor arguments and call, and returns the same nine results and gradients."""
     liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
     settings = {
         "ignore_index": -100,
@@ -216,7 +216,7 @@ def test_the_loss_can_be_scaled_and_joined(backend):
 
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 def test_inside_a_compiled_model(trainable):
-    """Whatever graph breaks it costs, the result is the same."""
+    """Graph breaks are allowed, but the result must be the same."""
     torch.compiler.reset()
     weight, hidden, target, _ = batch()
     weight.requires_grad_(trainable)
@@ -277,7 +277,7 @@ def test_logit_means_follow_a_changing_head():
 
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 def test_fp16_gradients_survive_until_the_loss_scale(backend, trainable):
-    """Gradients of 1e-9, as late in training, are 0 in fp16: they must not be made so before the scale multiplies them."""
+    """Gradients of 1e-9, as late in training, are 0 in fp16: they must not be cast to fp16 before the loss scale is applied."""
     device = device_of(backend, torch.float16)
     weight, hidden, target, _ = batch(torch.float16, device, pairs=1)
     scale, options = 2.0**24, {"alpha": 1e-6, "beta": 1e-9}

@@ -1,4 +1,4 @@
-"""The package installs with and without a compiler, and says which it found."""
+"""The package installs with and without a compiler, and reports a missing one."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""head_of and hidden_states give the model's own logits, family by family; what they can not give is refused."""
+"""head_of and hidden_states give the model's own logits, family by family; heads that they cannot handle are refused."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ SHAPE = {
 # family: (class prefix, what its config says, logit_scale, softcap)
 FAMILIES = {
     "plain": ("Llama", {}, 1.0, None),
-    "its own way to the decoder": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}, 1.0, None),
+    "its own path to the decoder": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}, 1.0, None),
     "tied": ("Qwen2", {"tie_word_embeddings": True}, 1.0, None),
     "bias": ("Phi", {}, 1.0, None),
     "softcap": ("Gemma2", {"final_logit_softcapping": 3.0}, 1.0, 3.0),

@@ -134,7 +134,7 @@ def test_other_losses_and_those_that_need_a_reference():
         add_pair_loss(tiny.model(), "dpo")
 
 
-def test_a_head_that_can_not_be_checked_is_said():
+def test_a_head_that_cannot_be_checked_gives_a_warning():
     policy = tiny.model()
     policy.lm_head.weight = torch.nn.Parameter(torch.empty(0))  # as ZeRO-3 leaves it outside the engine's forward
     with pytest.warns(UserWarning, match=r"ZeRO-3 shard.*check_head"):

@@ -116,7 +116,7 @@ def batches_of(rows, size: int, steps: int) -> list[list]:
 
 
 def arguments(folder, **changes):
-    """What Trainer and TRL need to do as eager_training does."""
+    """The arguments with which Trainer and TRL train exactly as eager_training does."""
     settings = {
         "max_steps": STEPS,
         "learning_rate": LEARNING_RATE,

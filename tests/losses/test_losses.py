@@ -1,4 +1,4 @@
-"""What holds for every loss: the Python truth, gradients, masks, metrics, no host sync, and the entry's checks."""
+"""Tests that hold for every loss: the Python truth, gradients, masks, metrics, no host sync, and checks of preference_loss."""
 
 import inspect
 

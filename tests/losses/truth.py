@@ -118,7 +118,7 @@ def as_logprobs(pairs, dtype=torch.float64, **extra) -> PairLogprobs:
 
 
 def with_grad(policy: PairLogprobs) -> tuple[PairLogprobs, Tensor, Tensor]:
-    """The same pairs over fresh leaves that require grad, and those leaves."""
+    """Returns the pairs over new leaves that require grad, and those leaves."""
     chosen = policy.chosen.clone().requires_grad_()
     rejected = policy.rejected.clone().requires_grad_()
     return (

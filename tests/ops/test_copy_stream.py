@@ -1,4 +1,4 @@
-"""Frames on their way to a GPU: from pinned memory, on another stream, waited for by the computing stream and by nobody else."""
+"""CopyStream: copies start from pinned memory on another stream, and only the compute stream waits for them."""
 
 import copy
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ class FakeStream:
 
 
 class FakeStreams:
-    """Notes what is asked of it. The "device" is the meta device: a copy there has no bytes to be wrong."""
+    """Records the calls. The device is the meta device, where a copy has no values to check."""
 
     def __init__(self):
         self.calls, self.current = [], FakeStream(self, "computing")
@@ -117,7 +117,7 @@ def samples_of(policy, count):
 
 
 def test_a_policy_takes_its_frames_through_the_stream():
-    """The device is the CPU here: the stream hands over what the tower then sees."""
+    """The device is the CPU here: the vision tower must get the tensor that the stream returns."""
     policy = load_policy("tiny:qwen2_5_vl")
     samples = samples_of(policy, 2)
     expected = [features.features for features in policy.encode_videos(samples)]

@@ -1,4 +1,4 @@
-"""Many tensors in one buffer: what comes out is what went in, whatever the dtypes, shapes and sizes between."""
+"""Several tensors packed into one buffer and unpacked again are unchanged, for any dtypes, shapes and sizes."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from synpo_fast.ops.host_copy import ALIGNMENT, packed, to_device, unpacked
 
 
 def mixed():
-    """Sizes that leave every remainder behind them, empty ones and one that is not contiguous among them."""
+    """Tensors with every remainder modulo the alignment, including empty ones and one that is not contiguous."""
     return {
         "flags": torch.tensor([True, False, True]),
         "ends": torch.arange(5, dtype=torch.int32),

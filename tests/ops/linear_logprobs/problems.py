@@ -1,4 +1,4 @@
-"""Inputs for the tests of fused_linear_logprobs, their fp64 truth, and what eager torch makes of them.
+"""Inputs for the tests of fused_linear_logprobs, their fp64 truth, and the results of eager torch.
 
 The truth is computed apart from the package: cross entropy of materialised fp64 logits, differentiated by autograd.
 """
@@ -56,7 +56,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
     def rounded(self, dtype: torch.dtype) -> "Case":
-        """The same case as a dtype can hold it: truth and candidates start from the same numbers."""
+        """The case rounded to a dtype, so that truth and candidates start from the same numbers."""
         bias = None if self.bias is None else self.bias.to(dtype).double()
         return Case(
             self.hidden.to(dtype).double(), self.weight.to(dtype).double(), self.labels,
@@ -150,7 +150,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 
 def allowed(eager_error: float, dtype: torch.dtype) -> float:
-    """The bar: no worse than eager in the same dtype, but for a quarter more and one rounding of the result."""
+    """The allowed error: 1.25 times that of eager in the same dtype, plus one rounding of the result."""
     return 1.25 * eager_error + {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}[dtype]
 
 

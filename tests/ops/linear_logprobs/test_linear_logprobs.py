@@ -217,7 +217,7 @@ def test_gradients_only_where_required(backend, dtype):
 @every_backend
 def test_autocast_casts_as_a_linear_layer_does(backend, dtype):
     if dtype != torch.float32 or (backend == "triton" and not torch.cuda.is_available()):
-        pytest.skip("autocast starts from fp32, and here casts to a dtype the interpreter can not compute")
+        pytest.skip("autocast starts from fp32, and here casts to a dtype that the interpreter cannot compute")
     device = device_of(backend, dtype)
     hidden = torch.randn(12, 16, device=device, requires_grad=True)
     weight = torch.randn(40, 16, device=device, requires_grad=True)

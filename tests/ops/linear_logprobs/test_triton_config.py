@@ -1,4 +1,4 @@
-"""How a problem is cut: memory within its bound, no work past the vocabulary."""
+"""The split of a problem keeps memory within its bound and does no work past the vocabulary."""
 
 import pytest
 import torch

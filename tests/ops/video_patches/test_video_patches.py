@@ -19,7 +19,7 @@ CASES = {
     "patches of two frames, an odd T, up and down": ((3, 11, 7), (8, 12), Packing(2, 2, 2)),
     "T = 2 in threes, two tiles": ((2, 4, 14), (12, 12), Packing(2, 3, 3)),
     "patches of one frame and one pixel": ((2, 5, 3), (4, 6), Packing(1, 2, 1)),
-    "several tiles each way": ((1, 5, 4), (11, 130), None),
+    "several tiles in each direction": ((1, 5, 4), (11, 130), None),
     "one pixel to many": ((2, 1, 1), (3, 4), None),
     "many to one pixel": ((1, 11, 7), (1, 1), None),
     "one row, shrunk 13 times": ((1, 1, 40), (1, 3), None),
@@ -39,7 +39,7 @@ def backend(request) -> str:
 
 
 def device_of(backend: str) -> str:
-    """The reference's promise to the bit is about CPUs."""
+    """The device to test on. The reference is bit-exact only on CPUs."""
     return DEVICE if backend == "triton" else "cpu"
 
 
@@ -86,7 +86,7 @@ def test_the_kernel_equals_the_reference(case, dtype):
     check_case(case, dtype)
 
 
-@pytest.mark.parametrize("case", ["several tiles each way", "size kept, packed"])
+@pytest.mark.parametrize("case", ["several tiles in each direction", "size kept, packed"])
 def test_the_kernel_equals_the_reference_in_bfloat16(case):
     check_case(case, torch.bfloat16)
 
@@ -163,7 +163,7 @@ def test_views_are_read_where_they_lie(backend):
 
 @pytest.mark.parametrize("packing", [None, Packing(2, 2, 2)])
 def test_the_reference_takes_a_few_frames_at_a_time(monkeypatch, packing):
-    """What it holds beside its result follows the chunk, not the video; the result does not depend on the chunk."""
+    """Its memory besides the result depends on the chunk, not on the video; its result does not depend on the chunk."""
     frames = random_frames(11, 6, 6)
     options = {"size": (8, 8), "mean": MEAN, "std": STD, "packing": packing, "backend": "reference"}
     at_once = video_patches(frames, **options)
