@@ -83,7 +83,9 @@ def resized_frames(frames: Tensor, size: tuple[int, int], *, backend: str | None
 
 def check_frames(frames: Tensor) -> None:
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(f"frames must be uint8 [T, H, W, 3], none of them 0, got {frames.dtype} {list(frames.shape)}")
+        raise ValueError(
+            f"frames must be uint8 [T, H, W, 3] with no dimension of 0, got {frames.dtype} {list(frames.shape)}"
+        )
 
 
 def _check(
