@@ -31,8 +31,8 @@ class PairLogprobs:
     ground_truth [Ng], ground_truth_offsets [P+1]: for an `AuxiliaryNLL` on the ground truth.
     preference [P] bool: False skips the preference term of that pair; None means all True.
 
-    Raises ValueError on shapes, dtypes or devices that do not match. For CPU tensors also on offsets that do not cover the
-    tokens and on an empty response in a pair that is compared.
+    Raises ValueError on shapes, dtypes or devices that do not match. For CPU tensors it also raises ValueError on offsets
+    that do not cover the tokens and on an empty response in a pair that is compared.
     """
 
     chosen: Tensor

@@ -68,8 +68,9 @@ def synpo_token_coefficients(
 ) -> tuple[Tensor, Tensor]:
     """Gradient d(sum of losses / num_pairs) / dlp_t in closed form: fp32 (fp64 for fp64 inputs) [Nc] and [Nr].
 
-    num_pairs: the divisor. None uses the number of pairs in this batch; 1 gives the gradient of each pair's own loss. Tokens
-    of a pair that is not compared get 0.
+    Tokens of a pair that is not compared get 0.
+
+    num_pairs: the divisor. None uses the number of pairs in this batch; 1 gives the gradient of each pair's own loss.
     """
     _check_options(alpha, beta, link)
     num_pairs = policy.num_pairs if num_pairs is None else num_pairs
