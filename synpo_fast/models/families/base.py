@@ -1,9 +1,9 @@
-"""What differs between families of video-language models, behind one interface.
+"""The interface to a family of video-language models: everything that differs between them.
 
-A composite forward of transformers is never called. A prompt is a list of token ids; its video goes through the vision
-tower apart; the features replace the embeddings at the placeholder tokens; position ids are computed for each sample from
-its start; then the inner language model runs on embeddings, with an attention of our own. A `Family` supplies the pieces
-of that path which each model does in its own way, and refuses by name what it cannot do.
+The composite forward of transformers is never called. A prompt is a list of token ids. Its video goes through the vision
+tower separately, and the features replace the embeddings at the placeholder tokens. Position ids are computed for each
+sample from its start. Then the inner language model runs on the embeddings, with our own attention. A `Family` supplies the
+steps of this path that differ between models, and raises an error that names what it cannot do.
 
 `model` is always the transformers model with its head (what from_pretrained returns), not a peft wrapper around it.
 """
@@ -22,7 +22,7 @@ from synpo_fast.models.families.video_frames import PixelRecipe, VideoProcessing
 from synpo_fast.models.rope_length import ropes_by_length
 from synpo_fast.ops.video_patches import check_frames
 
-# Layers whose reach a mask decides. Anything else carries a state from token to token.
+# Layers that a mask can restrict. Layers of any other kind carry a state from token to token.
 MASKED_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
@@ -30,15 +30,15 @@ MASKED_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_at
 class VideoInputs:
     """One video, ready for the vision tower and for the prompt.
 
-    tensors: keyword arguments of the family's vision call, for this video alone, but for its pixels.
-    frames: uint8 [T, height, width, 3], resized for the tower; recipe: what makes them pixels, when the tower is called and on
-        its device. Both None: the pixels stand in tensors.
-    key: what the video is known by in a feature cache and among precomputed log-probs; None: its content is hashed.
-    features: what the tower makes of it, where that was found in a feature cache; then there are neither frames nor pixels.
-    token_ids: what stands for the video in the prompt: placeholders, with the timestamps, separators and newlines the
-        family puts between them.
-    placeholder_id: features replace the embeddings where token_ids equals it.
-    seconds_per_grid: seconds between two rows of the temporal grid, for families whose positions tell time.
+    tensors: keyword arguments of the family's vision call for this video, except the pixels.
+    frames: uint8 [T, height, width, 3], resized for the tower; recipe: converts them to pixels on the tower's device when the
+        tower is called. If both are None, the pixels are in tensors.
+    key: identifies the video in a feature cache and among precomputed log-probs; None: a hash of its content is used.
+    features: the tower's output, if it was found in a feature cache; then there are neither frames nor pixels.
+    token_ids: the video's tokens in the prompt: placeholders, with the timestamps, separators and newlines that the family
+        puts between them.
+    placeholder_id: features replace the embeddings where token_ids has this value.
+    seconds_per_grid: seconds between two rows of the temporal grid, for families whose position ids encode time.
     """
 
     tensors: dict[str, Tensor]
@@ -56,15 +56,17 @@ class VideoInputs:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its tensors, frames and features included."""
+        """Bytes held in memory: tensors, frames and features."""
         held = [*self.tensors.values(), *([] if self.frames is None else [self.frames])]
         if self.features is not None:
             held += [self.features.features, *self.features.deepstack]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def argument(self, name: str, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """One keyword argument of the vision call, on a device (None: where it is held). Pixels are made here; they and no
-        others take the dtype (None: fp32)."""
+        """One keyword argument of the vision call, on `device` (None: on its current device).
+
+        Frames become pixels here. Only pixels are converted to `dtype` (None: fp32).
+        """
         if self.recipe is None or self.recipe.name != name:
             if name not in self.tensors and self.features is not None:
                 raise ValueError(
@@ -78,52 +80,57 @@ class VideoInputs:
         return self.recipe.pixels(frames, dtype or torch.float32)
 
     def arguments(self) -> dict[str, Tensor]:
-        """All of the vision call's keyword arguments, pixels in fp32, where they are held."""
+        """All keyword arguments of the vision call, on their current device, with pixels in fp32."""
         names = [*([] if self.recipe is None else [self.recipe.name]), *self.tensors]
         return {name: self.argument(name) for name in names}
 
 
 @dataclass(frozen=True)
 class VideoFeatures:
-    """features [P, D] for the P placeholders of one video; deepstack: one [P, D] for each decoder layer that adds them."""
+    """The tower's output for one video.
+
+    features: [P, D] for the P placeholders; deepstack: one [P, D] for each decoder layer that adds one.
+    """
 
     features: Tensor
     deepstack: tuple[Tensor, ...] = ()
 
 
 class Family(abc.ABC):
-    """One family. Instances hold no state; FAMILIES in family.py has one of each."""
+    """A family of models. Instances hold no state; FAMILIES in registry.py has one instance per family."""
 
     name: str
     model_types: tuple[str, ...]
-    # The tokens a chat template writes for a video, longest first: the first one found is replaced by the video.
+    # Strings that a chat template writes for a video, longest first: the first one found is replaced by the video's tokens.
     video_markers: tuple[str, ...] = ()
     placeholder_token: str = ""
-    # The family's published template, for tokenizers that come without one (some repositories keep it with the processor).
+    # The family's published template, for tokenizers without one (some repositories store it with the processor).
     chat_template: str = ""
     default_seconds_per_frame: float = 0.5
-    # Whether the tower runs all frames as one row of patches, cut into segments that attend to themselves.
+    # True if the tower runs all frames as one row of patches, cut into segments that attend only to themselves.
     packs_frames: bool = False
 
     def load_class(self) -> Any:
-        """The auto class whose from_pretrained and from_config build the model with its head."""
+        """Returns the transformers auto class whose from_pretrained and from_config build the model with its head."""
         from transformers import AutoModelForImageTextToText
 
         return AutoModelForImageTextToText
 
     @abc.abstractmethod
     def default_processing(self, config: Any) -> VideoProcessing:
-        """How the family's published preprocessor makes frames into pixels."""
+        """Returns the settings of the family's published preprocessor."""
 
     @abc.abstractmethod
     def _video_inputs(
         self, config: Any, tokenizer: Any, frames: Tensor, seconds: float, processing: VideoProcessing
     ) -> VideoInputs:
-        """video_inputs, with frames checked and nothing left open."""
+        """Implements video_inputs. The frames are checked and every option has its value."""
 
     def processing(self, config: Any, preprocessor: Mapping[str, Any] | None = None) -> VideoProcessing:
-        """How frames become pixels: published defaults, then what `preprocessor` (the dict of a
-        video_preprocessor_config.json or preprocessor_config.json) and config.video_processing say."""
+        """Returns the video settings: the published defaults, overridden by `preprocessor`, then by config.video_processing.
+
+        `preprocessor` is the dict of a video_preprocessor_config.json or preprocessor_config.json.
+        """
         return processing_with(self.default_processing(config), config, preprocessor)
 
     def video_inputs(
@@ -135,10 +142,10 @@ class Family(abc.ABC):
         seconds_per_frame: float | None = None,
         processing: VideoProcessing | None = None,
     ) -> VideoInputs:
-        """frames uint8 [T, H, W, 3] -> VideoInputs, on the frames' device. config is the model's;
-        seconds_per_frame is the time between two of the frames given (None: default_seconds_per_frame); processing None:
-        self.processing(config).
+        """Prepares uint8 frames [T, H, W, 3] for the tower and the prompt, on the frames' device.
 
+        config: the model's config. seconds_per_frame: the time between two of these frames (None: default_seconds_per_frame).
+        processing: None means self.processing(config).
         Raises ValueError for frames of another shape or dtype, an empty video, or an aspect ratio above 200.
         """
         check_frames(frames)
@@ -147,28 +154,36 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:
-        """Features of each video, from one call of the vision tower for the whole list; [] for an empty list."""
+        """Computes the features of each video with one call of the vision tower for all of them; [] for an empty list."""
 
     @abc.abstractmethod
     def vision_modules(self, model: nn.Module) -> list[nn.Module]:
-        """Every parameter encode_videos uses: the tower first, then the projector where it stands apart, then the rest."""
+        """Returns modules with every parameter that encode_videos uses: the tower, then a separate projector, then the rest."""
 
     def language_model(self, model: nn.Module) -> nn.Module:
-        """Takes inputs_embeds, position_ids, attention_mask, use_cache; returns .last_hidden_state, final norm included."""
+        """Returns the inner language model.
+
+        It takes inputs_embeds, position_ids, attention_mask and use_cache. Its .last_hidden_state includes the final norm.
+        """
         return inner(model).language_model
 
     def language_kwargs(self, placeholders: Tensor, features: Sequence[VideoFeatures]) -> dict[str, Any]:
-        """Further keyword arguments of the language model. placeholders int64 [P]: where the video tokens of its one row stand
-        (for several rows: bool [B, L], which a GPU has to stop for). features: of the videos, in the same order."""
+        """Returns further keyword arguments for the language model.
+
+        placeholders: int64 [P], the positions of the video tokens in a single row (for several rows: bool [B, L], which costs a
+        host sync on a GPU). features: those of the videos, in the same order.
+        """
         return {}
 
     def position_ids(self, model: nn.Module, token_ids: Tensor, video: VideoInputs | None) -> Tensor:
-        """Positions of one sample from its start: token_ids [L] -> int64 [L], or [3, L] where rotary positions have three
-        components. The sample may go on after the prompt."""
+        """Computes the position ids of one sample from its start: token_ids [L] -> int64 [L], or [3, L] for mRoPE.
+
+        token_ids may continue after the prompt.
+        """
         return torch.arange(len(token_ids))
 
     def prompt_ids(self, tokenizer: Any, text: str, video_token_ids: Sequence[int] | None = None) -> list[int]:
-        """One user turn, the video (if any) before the text, and the opening of the assistant's turn.
+        """Returns the token ids of one user turn, with the video (if any) before the text, and of the assistant's header.
 
         Raises ValueError if the chat template writes no video token, or if the text itself holds the placeholder.
         """
@@ -186,12 +201,14 @@ class Family(abc.ABC):
         return [*self._text_ids(tokenizer, before), *video_token_ids, *self._text_ids(tokenizer, after)]
 
     def has_linear_attention(self, config: Any) -> bool:
-        """Whether some layer carries a state past any mask, so that branches of one row would see each other."""
+        """True if a layer carries a state that no mask stops, so that branches of one row would affect each other."""
         return not attention_kinds(config) <= MASKED_ATTENTION
 
     def why_apart(self, config: Any) -> str | None:
-        """Why each response has to be a row of its own, as the rest of a sentence that begins with the family's name; None:
-        responses and samples may share a row."""
+        """Returns the reason each response needs a row of its own, or None if responses and samples may share a row.
+
+        The reason continues a sentence that starts with the family's name.
+        """
         if self.has_linear_attention(config):
             return "has linear-attention layers, whose state would run from one branch into the next"
         if ropes := ropes_by_length(config):
@@ -209,18 +226,18 @@ class Family(abc.ABC):
     def _text_ids(self, tokenizer: Any, text: str) -> list[int]:
         if self.placeholder_token and self.placeholder_token in text:
             raise ValueError(
-                f"a prompt may not hold {self.placeholder_token!r}: family {self.name!r} puts its video there"
+                f"a prompt may not contain {self.placeholder_token!r}: family {self.name!r} puts its video there"
             )
         return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def inner(model: nn.Module) -> Any:
-    """The model without its head: vision tower, projector and language model."""
+    """Returns the model without its head: vision tower, projector and language model."""
     return model.model
 
 
 def token_ids_of(tokenizer: Any, pieces: Sequence[str | Sequence[int]]) -> tuple[int, ...]:
-    """Strings and ready token ids in order. Neighbouring strings are tokenised together."""
+    """Joins strings and token ids into one list of token ids. Neighbouring strings are tokenised together."""
     ids: list[int] = []
     text = ""
     for piece in [*pieces, ()]:
@@ -234,8 +251,11 @@ def token_ids_of(tokenizer: Any, pieces: Sequence[str | Sequence[int]]) -> tuple
 
 
 def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """The device and floating-point type of the first weight. A weight is a parameter, or a buffer in its place, as frozen ones
-    are that stay in fp32 while others train in 16 bits (training/fp32_parameters.py)."""
+    """Returns device and dtype of the first floating-point weight.
+
+    A weight may be a buffer: frozen parameters that stay in fp32 during 16-bit training become buffers
+    (training/fp32_parameters.py).
+    """
     for owner in module.modules():
         for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
             if tensor.is_floating_point() and name not in owner._non_persistent_buffers_set:
@@ -244,8 +264,10 @@ def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def concatenated(tower: nn.Module, videos: Sequence[VideoInputs], names: Sequence[str]) -> dict[str, Tensor]:
-    """The named arguments of all videos, concatenated along the first dimension, on the tower's device. Frames travel as
-    uint8 and become pixels there, in the dtype that the tower casts them to first of all."""
+    """Concatenates the named arguments of all videos along the first dimension, on the tower's device.
+
+    Frames are copied as uint8 and become pixels there, in the dtype to which the tower would cast them first.
+    """
     device, dtype = place_of(tower)
     joined = {}
     for name in names:
@@ -255,7 +277,7 @@ def concatenated(tower: nn.Module, videos: Sequence[VideoInputs], names: Sequenc
 
 
 def attention_kinds(config: Any) -> frozenset[str]:
-    """The kinds of the language model's layers: "full_attention", "sliding_attention", "linear_attention", "mamba", ..."""
+    """Returns the kinds of the language model's layers: "full_attention", "sliding_attention", "linear_attention", ..."""
     text = config.get_text_config()
     for name in ("layer_types", "layers_block_type", "block_types"):
         kinds = getattr(text, name, None)

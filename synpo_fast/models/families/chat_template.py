@@ -1,4 +1,4 @@
-"""The chat template most families publish, for tokenizers that come without one. What differs is what a video becomes."""
+"""The ChatML template that most families publish, for tokenizers without one. Families differ in what stands for a video."""
 
 _CHATML = """\
 {%- for message in messages -%}SYSTEM
@@ -28,7 +28,10 @@ _DEFAULT_SYSTEM = """
 
 
 def chatml_template(video: str, *, default_system: str = "") -> str:
-    """video: what stands for a video, as Jinja writes it between single quotes. default_system: the system prompt of a
-    conversation that brings none; "": none is written."""
+    """Builds the template as Jinja source.
+
+    video: the text for a video, escaped for a Jinja string in single quotes. default_system: the system prompt for a
+    conversation without one; "": no system prompt is added.
+    """
     system = _DEFAULT_SYSTEM.replace("TEXT", default_system) if default_system else ""
     return _CHATML.replace("SYSTEM", system).replace("VIDEO", video)

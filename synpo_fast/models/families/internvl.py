@@ -1,4 +1,4 @@
-"""InternVL: frames as fixed squares, each named and enclosed in the prompt, features shuffled to a quarter."""
+"""InternVL: frames of one fixed size, each numbered and enclosed in <img> tags; pixel shuffle merges 4 features into 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: frames as fixed squares, features pooled 2 x 2, one newline after the video."""
+"""LLaVA-OneVision: square frames of one fixed size, features pooled 2 x 2, one newline token after the video."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class LlavaOneVision(Family):
     def encode_videos(self, model: nn.Module, videos: Sequence[VideoInputs]) -> list[VideoFeatures]:
         if not videos:
             return []
-        # The tower sees frames one by one, so that videos of any length go in as one. What comes back ends with the
-        # newline or not, by the version of transformers.
+        # The tower treats frames separately, so videos of any length can be concatenated into one. The output ends with the
+        # newline feature in some versions of transformers only.
         name = "pixel_values_videos"
         pixels = concatenated(inner(model).vision_tower, videos, (name,))[name]
         output = inner(model).get_video_features(pixels[None], return_dict=True).pooler_output[0]
@@ -75,11 +75,11 @@ class LlavaOneVision(Family):
     def vision_modules(self, model: nn.Module) -> list[nn.Module]:
         base = inner(model)
         modules: list[nn.Module] = [base.vision_tower, base.multi_modal_projector]
-        if isinstance(base.image_newline, nn.Parameter):  # a buffer where it is kept from training's type
+        if isinstance(base.image_newline, nn.Parameter):  # a buffer if it stays in fp32 during 16-bit training
             modules.append(nn.ParameterList([base.image_newline]))
         return modules
 
 
 def tokens_per_frame(config: Any) -> int:
-    """The model pools the tower's square grid to half its side, rounded up."""
+    """Returns the number of features per frame: the model pools the tower's square grid to half its side, rounded up."""
     return math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2) ** 2

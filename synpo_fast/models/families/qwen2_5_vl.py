@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: patches of 2 frames, merged 2 x 2, positions of three components whose first one tells time."""
+"""Qwen2.5-VL: patches span 2 frames and are merged 2 x 2; positions have three components (mRoPE), the first one encodes time."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Qwen25VL(Family):
         return [VideoFeatures(features) for features in output.pooler_output]
 
     def tower_inputs(self, model: nn.Module, grids: Tensor) -> dict[str, Any]:
-        """Arguments that the tower would make of the grid, made beforehand (tower_inputs.py)."""
+        """Arguments that the tower would compute from the grid, computed beforehand on the host (tower_inputs.py)."""
         tower = inner(model).visual
         return tower_inputs(
             tower,
@@ -87,12 +87,12 @@ class Qwen25VL(Family):
         token_ids = token_ids.cpu()
         if video is None:
             return torch.arange(len(token_ids)).expand(3, -1)
-        time = {}  # Qwen3-VL tells it in the prompt
+        time = {}  # stays empty for Qwen3-VL, which writes timestamps into the prompt
         if video.seconds_per_grid is not None:
             time["second_per_grid_ts"] = torch.tensor([video.seconds_per_grid])
         positions, _ = inner(model).get_rope_index(
             token_ids[None],
-            # 2 marks a video's tokens. Without these the model falls back to one-dimensional positions.
+            # 2 marks the tokens of a video. Without this argument the model falls back to one-dimensional positions.
             mm_token_type_ids=2 * (token_ids == video.placeholder_id)[None].int(),
             video_grid_thw=video.tensors["video_grid_thw"].cpu(),
             **time,

@@ -1,4 +1,4 @@
-"""Qwen3-VL: a timestamp before each row of the temporal grid, and vision features added in the first decoder layers too."""
+"""Qwen3-VL: a timestamp before each row of the temporal grid; vision features are also added in the first decoder layers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from synpo_fast.models.families.video_frames import (
 class Qwen3VL(Qwen25VL):
     name = "qwen3_vl"
     model_types = ("qwen3_vl",)
-    # Every row of the temporal grid brings a start and an end of its own, so those of the template go.
+    # Every row of the temporal grid has its own start and end token, so those of the template are replaced, too.
     video_markers = ("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
     chat_template = chatml_template("<|vision_start|><|video_pad|><|vision_end|>")
 
@@ -77,7 +77,7 @@ class Qwen3VL(Qwen25VL):
         )
         encoded = [VideoFeatures(features) for features in output.pooler_output]
         for layer in output.deepstack_features:
-            # One tensor for all videos up to transformers 5.19, split by video after that.
+            # Up to transformers 5.19 this is one tensor for all videos; later versions split it by video.
             parts = layer.split([len(video.features) for video in encoded]) if isinstance(layer, Tensor) else layer
             encoded = [
                 replace(video, deepstack=(*video.deepstack, part)) for video, part in zip(encoded, parts, strict=True)
@@ -101,8 +101,10 @@ class Qwen3VL(Qwen25VL):
         )
 
     def language_model(self, model: nn.Module) -> nn.Module:
-        """transformers adds the features by a mask, and to find where a mask is True the host waits for the device, twice a
-        layer. This adds them by position, to the same result."""
+        """Returns the inner language model, with deepstack features added by position.
+
+        transformers adds them by a bool mask, for which the host waits for the device twice per layer. The result is the same.
+        """
         language_model: Any = super().language_model(model)
         language_model._deepstack_process = add_by_position
         return language_model
@@ -112,15 +114,15 @@ class Qwen3VL(Qwen25VL):
             return {}
         layers = zip(*(video.deepstack for video in features), strict=True)
         return {
-            "visual_pos_masks": placeholders,  # what reaches add_by_position, as positions
+            "visual_pos_masks": placeholders,  # despite its name: int64 positions, which are passed to add_by_position
             "deepstack_visual_embeds": [torch.cat(layer) for layer in layers],
         }
 
 
 def add_by_position(hidden_states: Tensor, placeholders: Tensor, features: Tensor) -> Tensor:
-    """hidden_states [1, L, D] with features [P, D] added where placeholders [P] say; in place of Qwen3VLTextModel's method.
+    """Adds features [P, D] to hidden_states [1, L, D] at positions placeholders [P]. Replaces a method of Qwen3VLTextModel.
 
-    transformers' own composite forward, which others may call on the same model, still brings a bool mask [B, L].
+    placeholders may also be a bool mask [B, L]: transformers' own composite forward of the same model still passes one.
     """
     if placeholders.dtype == torch.bool:
         return hidden_states.masked_scatter(
@@ -131,8 +133,10 @@ def add_by_position(hidden_states: Tensor, placeholders: Tensor, features: Tenso
 
 
 def grid_times(num_frames: int, temporal_patch_size: int, seconds_per_frame: float) -> list[float]:
-    """The time of each row of the temporal grid: halfway between its first frame and its last. The frame that pads an odd
-    video has the time of the frame it repeats."""
+    """Returns the time in seconds of each row of the temporal grid, halfway between its first frame and its last.
+
+    A video with an odd number of frames is padded by repeating its last frame; the repeated frame has the same time.
+    """
     last = num_frames - 1
     return [
         (first + min(first + temporal_patch_size - 1, last)) / 2 * seconds_per_frame

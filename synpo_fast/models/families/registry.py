@@ -1,4 +1,4 @@
-"""The families served, by name, and the one a config belongs to."""
+"""The supported model families by name, and the lookup of a config's family."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: Any) -> Family:
-    """The family that serves config.model_type. Raises ValueError naming the type and what is served."""
+    """Returns the family of config.model_type. Raises ValueError with the type and the supported ones."""
     for family in FAMILIES.values():
         if config.model_type in family.model_types:
             return family

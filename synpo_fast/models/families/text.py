@@ -1,4 +1,4 @@
-"""Language models without vision: the same path, with prompts of text only."""
+"""Language models without vision. Their prompts are text only; the rest of the path is the same."""
 
 from __future__ import annotations
 
@@ -68,8 +68,10 @@ class Text(Family):
         return model.base_model  # type: ignore[return-value]
 
     def prompt_ids(self, tokenizer: Any, text: str, video_token_ids: Sequence[int] | None = None) -> list[int]:
-        """One user turn in the tokenizer's chat template. A tokenizer without one (a base model's) gets the text as it is,
-        with the special tokens it puts before a text of its own accord."""
+        """Returns the token ids of one user turn in the tokenizer's chat template.
+
+        A tokenizer without a template (a base model's) encodes the plain text, with its default special tokens.
+        """
         if video_token_ids is not None:
             raise ValueError(f"a text model takes no video, got {len(video_token_ids)} tokens of one")
         if not tokenizer.chat_template:

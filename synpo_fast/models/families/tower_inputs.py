@@ -1,8 +1,8 @@
-"""Inputs that a vision tower makes of its grid, made on the host beforehand: positions, windows, ends of segments, interpolation.
+"""Vision tower inputs that depend on the grid alone, computed on the host: positions, windows, segment ends, interpolation.
 
-Towers of transformers (5.17 and later) compute these from `grid_thw` where it lies, and on a GPU every such number is a stop of
-the host. They take them as keyword arguments, too. So the grid stays on the host, transformers' own functions run there, and
-what the tower needs goes to the device in one copy. Nothing is then read back, in any layer, whatever attention runs.
+Towers in transformers (5.17 and later) compute these from `grid_thw` on its device; on a GPU each of them costs a host sync.
+The towers also accept them as keyword arguments. So the grid stays on the host, transformers' own functions run there, and
+all results go to the device in one copy. Then no layer reads anything back from the device, whichever attention runs.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from synpo_fast.models.families.base import VideoInputs
 from synpo_fast.models.vision_attention import Segments, is_flash, segments_of, takes_segments
 from synpo_fast.ops.host_copy import to_device
 
-# How a tower may cut its row of patches, and what transformers calls the ends of such segments and the longest of them.
+# The cuts that a tower may make in its row of patches, with transformers' argument names for segment ends and longest segment.
 CUTS = {"frames": ("cu_seqlens", "max_seqlen"), "windows": ("cu_window_seqlens", "max_window_seqlen")}
 PARTS = ("ends", "by_length", "back")  # the tensors of Segments
 
 
 def host_grids(videos: Sequence[VideoInputs]) -> Tensor:
-    """int64 [N, 3] on the host: rows of patches in time, height and width of each video."""
+    """Returns int64 [N, 3] on the host: the number of patches of each video in time, height and width."""
     return torch.cat([video.tensors["video_grid_thw"].cpu() for video in videos])
 
 
@@ -36,9 +36,9 @@ def tower_inputs(
     windows: tuple[int, int] | None = None,
     interpolation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of the tower's call for videos of these grids, beside pixels and grid.
+    """Computes the tower's keyword arguments for videos of these grids, other than pixels and grid.
 
-    windows: (window_size, patch_size) of a tower that has windowed layers. interpolation: keyword arguments of transformers'
+    windows: (window_size, patch_size) of a tower with windowed layers. interpolation: keyword arguments of transformers'
     get_vision_interpolation_indices_and_weights, for a tower with a learned table of positions.
     """
     from transformers import vision_utils
@@ -55,7 +55,7 @@ def tower_inputs(
         host["interp_indices"], host["interp_weights"] = vision_utils.get_vision_interpolation_indices_and_weights(
             grids, **interpolation
         )
-    if is_flash(tower.config):  # reads the ends on the device; sdpa and eager cut the row on the host
+    if is_flash(tower.config):  # flash attention needs the ends on the device; sdpa and eager cut the row on the host
         for cut, segments in cuts.items():
             host |= {f"{cut}.{part}": getattr(segments, part) for part in PARTS}
     sent = to_device(host, device)

@@ -1,6 +1,6 @@
-"""How frames become pixels, as the families' own processors do it, without torchvision: the size and the numbers.
+"""Video settings and frame sizes of the families' own processors, without torchvision.
 
-The work itself, resizing, normalising and packing, is ops/video_patches. Pillow's bicubic differs from it by 1 of 255.
+ops/video_patches does the resizing, normalising and packing. Pillow's bicubic differs from it by at most 1 of 255.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ MAX_ASPECT_RATIO = 200
 
 @dataclass(frozen=True)
 class VideoProcessing:
-    """mean, std: per channel, of values in [0, 1].
-    min_pixels, max_pixels: bounds for families that keep the aspect ratio. What they bound differs: a frame in Qwen2.5-VL,
-        the frames together in Qwen3-VL, and in VideoLLaMA3 a frame from below and the frames together from above.
-    size: (height, width) for families with fixed squares; None: from the model's config.
+    """Settings for turning frames into pixels.
+
+    mean, std: per channel, for values in [0, 1].
+    min_pixels, max_pixels: bounds for families that keep the aspect ratio. They apply to one frame in Qwen2.5-VL and to all
+        frames together in Qwen3-VL. In VideoLLaMA3, min_pixels applies to one frame and max_pixels to all frames together.
+    size: (height, width) for families with one fixed size; None for the others.
     drop_repeated_tokens: VideoLLaMA3's token compression: a patch that equals the one before it in time is left out.
-    max_tokens: budget of a video, for families that keep the aspect ratio: frames get smaller until its placeholders are no
-        more than this. Timestamps between them do not count, nor does what VideoLLaMA3 will leave out.
+    max_tokens: the maximum number of a video's placeholders, for families that keep the aspect ratio: frames are shrunk until
+        it is met. Timestamps do not count; tokens that VideoLLaMA3 will drop do.
     """
 
     mean: tuple[float, ...]
@@ -52,8 +54,11 @@ class VideoProcessing:
 
 
 def processing_with(defaults: VideoProcessing, config: Any, preprocessor: Mapping[str, Any] | None) -> VideoProcessing:
-    """`defaults`, overridden by a preprocessor config (its names: image_mean, image_std, size, min_pixels, max_pixels,
-    use_token_compression), then by config.video_processing, a dict in the names of VideoProcessing."""
+    """Returns `defaults`, overridden by a preprocessor config, then by config.video_processing.
+
+    The preprocessor config's keys are image_mean, image_std, size, min_pixels, max_pixels and use_token_compression.
+    config.video_processing is a dict with the field names of VideoProcessing.
+    """
     changes: dict[str, Any] = {}
     for name, key in (("mean", "image_mean"), ("std", "image_std")):
         if preprocessor and preprocessor.get(key) is not None:
@@ -83,8 +88,10 @@ def with_resolution(
     max_pixels: int | None = None,
     video_max_tokens: int | None = None,
 ) -> VideoProcessing:
-    """`processing` with those bounds that are given. Raises ValueError for a family of fixed squares, and for bounds that
-    cross, also where one of them is the model's own."""
+    """Returns `processing` with the given bounds in place of its own.
+
+    Raises ValueError for a family with a fixed frame size, and if the lower bound is above the upper one, given or its own.
+    """
     asked = {"min_pixels": min_pixels, "max_pixels": max_pixels, "video_max_tokens": video_max_tokens}
     given = {name: value for name, value in asked.items() if value is not None}
     if not given:
@@ -113,10 +120,10 @@ def fitting_size(
     tokens_of: Callable[[tuple[int, int]], int],
     processing: VideoProcessing,
 ) -> tuple[int, int]:
-    """The largest size whose tokens are within the budget, going from max_pixels down to min_pixels.
+    """Finds the largest size between min_pixels and max_pixels whose tokens are within the budget.
 
-    size_with: max_pixels -> size, by the family's rule; it never grows when max_pixels falls. Raises ValueError where even
-    min_pixels is too much.
+    size_with: the family's rule, max_pixels -> size; a lower max_pixels never gives a larger size. Raises ValueError if even
+    min_pixels takes too many tokens.
     """
     size, budget = size_with(processing.max_pixels), processing.max_tokens
     if budget is None or tokens_of(size) <= budget:
@@ -140,9 +147,9 @@ def fitting_size(
 
 @dataclass(frozen=True)
 class PixelRecipe:
-    """How frames that have the tower's size become its pixels: normalised, cast, and packed where the tower takes patches.
+    """Converts frames of the tower's size to pixels: normalises, casts, and packs them into patches if the tower needs that.
 
-    name: the argument of the tower's call that takes them. Frames are kept as uint8 until that call: pixels in fp32 are
+    name: the argument of the tower's call that takes the pixels. Frames stay uint8 until that call, because fp32 pixels take
     four times as many bytes.
     """
 
@@ -152,7 +159,7 @@ class PixelRecipe:
     packing: Packing | None = None
 
     def pixels(self, frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 [T, height, width, 3] -> [T, 3, height, width], or rows of patches; on the frames' device."""
+        """Converts uint8 [T, height, width, 3] to [T, 3, height, width], or to rows of patches, on the frames' device."""
         size = (frames.shape[1], frames.shape[2])
         return video_patches(frames, size=size, mean=self.mean, std=self.std, packing=self.packing, dtype=dtype)
 
@@ -165,13 +172,15 @@ def frames_and_recipe(
     *,
     name: str = "pixel_values_videos",
 ) -> tuple[Tensor, PixelRecipe]:
-    """uint8 [T, H, W, 3] -> uint8 [T, *size, 3] on the same device, and what makes them pixels."""
+    """Resizes uint8 [T, H, W, 3] to uint8 [T, *size, 3] on the same device; returns them with the recipe for their pixels."""
     return resized_frames(frames, size), PixelRecipe(name, processing.mean, processing.std, packing)
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size nearest to (height, width) with sides that are multiples of factor and an area in [min_pixels,
-    max_pixels], the aspect ratio nearly kept. A side is never below factor, whatever max_pixels says."""
+    """Returns the nearest size with sides that are multiples of factor and an area in [min_pixels, max_pixels].
+
+    The aspect ratio is nearly kept. A side is never below factor, even if the area then exceeds max_pixels.
+    """
     _check_aspect_ratio(height, width)
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
@@ -184,7 +193,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
 def smart_resize_volume(
     num_frames: int, height: int, width: int, *, temporal_factor: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """Qwen3-VL's rule: min_pixels and max_pixels bound frames x height x width. A side below factor is scaled up first."""
+    """Applies Qwen3-VL's rule: the bounds are on frames x height x width. A side below factor is scaled up first."""
     num_frames = max(num_frames, temporal_factor)  # a shorter video is padded by repeating its last frame
     if height < factor or width < factor:
         scale = max(factor / height, factor / width)

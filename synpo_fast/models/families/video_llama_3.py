@@ -1,4 +1,4 @@
-"""VideoLLaMA3: frames apart, a timestamp before each, and patches that equal those of the frame before left out."""
+"""VideoLLaMA3: a timestamp before each frame; patches that repeat those of the frame before are left out."""
 
 from __future__ import annotations
 
@@ -30,9 +30,13 @@ from synpo_fast.models.families.video_frames import (
 from synpo_fast.ops.host_copy import to_device
 from synpo_fast.ops.video_patches import Packing
 
-CHUNK_BYTES = 32 << 20  # of differences at a time: those of a long video take as much as its pixels
-MERGE_SIZE = 2  # of videos; the config does not say it, the preprocessor does
-REPEATED = 0.1  # a patch repeats the one before it when its pixels differ by less than this many of 255, on average
+CHUNK_BYTES = (
+    32 << 20
+)  # differences are computed in chunks: for a whole video they would take as much memory as its pixels
+MERGE_SIZE = 2  # the merge size for videos, from the preprocessor; it is not in the config
+REPEATED = (
+    0.1  # a patch repeats the one before it if 255 times the mean difference of normalised pixels is at most this
+)
 
 
 class VideoLlama3(Family):
@@ -95,7 +99,7 @@ class VideoLlama3(Family):
         output = inner(model).get_video_features(
             **pixels, video_grid_thw=grids, video_merge_sizes=merge_sizes, **made, return_dict=True
         )
-        # Chosen by position: to find where a mask on the device is True, the host would wait for the device.
+        # Selected by index, not by mask: the host would have to wait for a mask on the device.
         kept = {
             index: video.tensors["video_compression_mask"].cpu().nonzero()[:, 0] for index, video in enumerate(videos)
         }
@@ -109,7 +113,10 @@ class VideoLlama3(Family):
 
 
 def kept_tokens(merged_patches: Tensor) -> Tensor:
-    """fp32 [T, P, C], normalised -> bool [T, P]: all of the first frame, then what changes, at least one of each frame."""
+    """Marks the tokens to keep: normalised fp32 [T, P, C] -> bool [T, P].
+
+    All tokens of the first frame are kept, then those that changed, and at least one of each frame.
+    """
     kept = torch.ones(merged_patches.shape[:2], dtype=torch.bool, device=merged_patches.device)
     step = max(1, CHUNK_BYTES // (4 * merged_patches[0].numel()))
     for start in range(1, len(kept), step):

@@ -1,4 +1,4 @@
-"""What a prompt is made of: the chat template, the tokens that stand for a video, its timestamps."""
+"""The parts of a prompt: the chat template, the tokens that stand for a video, its timestamps."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_prompt(name):
 @pytest.mark.parametrize("name", VIDEO_FAMILIES)
 def test_prompt_refuses(name):
     family, _, tokenizer = tiny(name)
-    with pytest.raises(ValueError, match="may not hold"):
+    with pytest.raises(ValueError, match="may not contain"):
         family.prompt_ids(tokenizer, f"see {family.placeholder_token}", (1, 2))
     other = tiny_tokenizer(name)
     other.chat_template = "{{ messages[0]['content'][-1]['text'] }}"

@@ -1,4 +1,4 @@
-"""How large frames become: bounds in pixels, and a budget of tokens, against a search over all sizes."""
+"""The size of frames under bounds in pixels and a budget of tokens, against a search over all sizes."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def video_of(name, frames, **options):
 
 
 def all_tokens(video) -> int:
-    """Of the grid: VideoLLaMA3 leaves some of them out afterwards."""
+    """The number of tokens of the grid, of which VideoLLaMA3 drops some afterwards."""
     return int(video.tensors["video_grid_thw"].prod()) // 4
 
 
@@ -107,7 +107,7 @@ def test_a_text_model_has_no_frames():
 
 
 def test_a_wrong_size_is_said_before_weights_are_read(tmp_path):
-    """In one line for whoever trains: the folder has a config, and weights that nobody could read."""
+    """The error is one line for the user. The folder has a config, and weights that cannot be read."""
     _, model, _ = tiny("internvl")
     model.config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")

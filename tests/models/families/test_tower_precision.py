@@ -55,7 +55,7 @@ def frames_of(name):
 
 @torch.no_grad()
 def own_features(name, folder, dtype, sample):
-    """What transformers' composite forward puts in place of the placeholders: [P, D]."""
+    """The features [P, D] that transformers' composite forward puts in place of the placeholders."""
     model = FAMILIES[name].load_class().from_pretrained(folder, dtype=dtype)
     seen = []
 

@@ -1,4 +1,4 @@
-"""Sizes and numbers of the way from frames to pixels, against the processors; the way itself is tests/ops/video_patches."""
+"""Frame sizes and pixel settings against the processors. The conversion itself is tested in tests/ops/video_patches."""
 
 from types import SimpleNamespace
 
