@@ -1,4 +1,4 @@
-"""Video-language models as training sees them; see policy.py. Nothing here imports transformers before a model is loaded."""
+"""Loads video-language models for training (see policy.py). transformers is imported only when a model is loaded."""
 
 from synpo_fast.models.loading import load_policy
 from synpo_fast.models.policy import Policy, Sample

@@ -1,12 +1,12 @@
-"""Attention over packed rows: three ways to the same result, registered with transformers, no model code touched.
+"""Attention over packed rows: three variants with one result, registered with transformers. Model code is unchanged.
 
-    mask      a dense [L, L] mask for sdpa (bool) and eager (additive): any model, memory and work quadratic in the row
-    segments  plain torch, segment by segment: a prefix attends causally, a branch to prefix and itself; linear memory
-    varlen    flash attention over sequences of different query and key length; each branch's keys are its prefix's and its own,
-              gathered by index, and causality counts from the bottom right
+    mask      a dense [L, L] mask for sdpa (bool) and eager (additive): works with any model; memory and work quadratic in the row
+    segments  plain torch, segment by segment: a prefix attends causally, a branch to its prefix and itself; linear memory
+    varlen    flash attention over sequences whose query and key lengths differ; the keys of a branch are its prefix's and its
+              own, gathered by index; the causal mask is aligned to the bottom right
 
-`segments` is what a CPU uses, and the plain statement of the contract that `varlen` has on a GPU. The layout reaches the
-attention functions as the keyword `packed` of the language model's forward.
+`segments` runs on a CPU. It also serves as the readable definition of what `varlen` computes on a GPU. The layout reaches
+the attention functions as the keyword argument `packed` of the language model's forward.
 """
 
 import functools
@@ -23,17 +23,20 @@ from synpo_fast.models.layout import RowLayout
 
 SEGMENTS, VARLEN = "synpo_fast_segments", "synpo_fast_varlen"
 IMPLEMENTATIONS = ("sdpa", "eager", SEGMENTS, VARLEN)
-# Model types whose layers keep keyword arguments from their attention, so that `packed` would not arrive.
+# Model types whose layers do not pass keyword arguments on to their attention, so `packed` would not arrive.
 IGNORE_KEYWORDS = frozenset({"stablelm"})
-# What layers hand to any attention function, besides what is computed with here: a layout decides more than positions do.
+# Keyword arguments that layers pass to every attention function. The first two are used; the others can be ignored here,
+# because the layout decides what each row attends to.
 HARMLESS = frozenset({"scaling", "dropout", "position_ids", "cache_position"})
-FIRST_CAPABILITY = (8, 0)  # of flash attention, torch's and flash-attn's
+FIRST_CAPABILITY = (8, 0)  # the lowest compute capability that flash attention runs on, both torch's and flash-attn's
 
 
 def choose(wanted: str, device: torch.device, dtype: torch.dtype, config: Any = None) -> tuple[str, str]:
-    """The language model's attention for a device, the type of its weights and a model's config (None: any), and why that one.
+    """Chooses the language model's attention. Returns its name and a sentence with the reason.
 
-    Raises ValueError for an unknown name, for flash attention (varlen) where it cannot run, and for what the model cannot use.
+    device and dtype are those of the weights; config is the model's (None: do not check what the model supports).
+    Raises ValueError for an unknown name, for flash attention (varlen) that cannot run there, and for an attention that the
+    model cannot use.
     """
     if wanted not in ("auto", *IMPLEMENTATIONS):
         raise UserError(f"attn_implementation must be auto or one of {', '.join(IMPLEMENTATIONS)}, got {wanted!r}")
@@ -53,26 +56,30 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, config: Any = 
 
 
 def _usable(config: Any) -> tuple[tuple[str, ...], str]:
-    """Which implementations give a model's own result, the first one for auto, and why not the others ("": all do)."""
+    """Returns the implementations that reproduce the model's own result, and why the others do not ("": all of them do).
+
+    auto takes the first one.
+    """
     text = config.get_text_config()
     if caps_scores(config):
         return ("eager",), (
             f"{text.model_type} caps the scores of its attention at {text.attn_logit_softcapping:g} "
-            "(attn_logit_softcapping), which eager alone does"
+            "(attn_logit_softcapping), which only eager supports"
         )
     if text.model_type in IGNORE_KEYWORDS:
-        return ("sdpa", "eager"), f"the layers of {text.model_type} do not hand the row's layout on to their attention"
+        return ("sdpa", "eager"), f"the layers of {text.model_type} do not pass the row's layout on to their attention"
     return IMPLEMENTATIONS, ""
 
 
 def caps_scores(config: Any) -> bool:
+    """True if the language model caps its attention scores."""
     return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def scale_and_dropout(options: dict[str, Any], *, harmless: frozenset[str]) -> tuple[float | None, float]:
-    """Out of the keyword arguments with which a layer calls its attention.
+    """Reads scale and dropout from the keyword arguments that a layer passes to its attention.
 
-    Raises ValueError for any other one that asks for something, such as a window or a cap: left out, it would change the result.
+    Raises ValueError if another argument is set, such as a window or a cap: ignoring it would change the result.
     """
     unknown = [
         name for name, value in options.items() if name not in harmless and value is not None and value is not False
@@ -80,19 +87,17 @@ def scale_and_dropout(options: dict[str, Any], *, harmless: frozenset[str]) -> t
     if unknown:
         asked = ", ".join(f"{name}={options[name]!r}" for name in unknown)
         raise ValueError(
-            f"this attention does not know {asked[:200]}, which the model asks for: take attn_implementation=eager"
+            f"this attention does not support {asked[:200]}, which the model asks for: take attn_implementation=eager"
         )
     return options.get("scaling"), options.get("dropout") or 0.0
 
 
 def flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why flash attention cannot run, if so."""
+    """Returns why flash attention cannot run here, or None if it can. The text continues a sentence."""
     if device.type != "cuda":
         return f"needs a CUDA device, got {device}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return (
-            f"knows bfloat16 and float16 only, got {str(dtype).removeprefix('torch.')} (bf16=true trains in bfloat16)"
-        )
+        return f"supports bfloat16 and float16 only, got {str(dtype).removeprefix('torch.')} (bf16=true trains in bfloat16)"
     capability = torch.cuda.get_device_capability(device)
     if capability < FIRST_CAPABILITY:
         needed, found = (".".join(map(str, each)) for each in (FIRST_CAPABILITY, capability))
@@ -101,24 +106,24 @@ def flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def varlen_package() -> str:
-    """Whose kernel `varlen` runs: flash-attn's where that is installed, else torch's own."""
+    """Returns the package whose kernel `varlen` runs: flash-attn if it is installed, else torch."""
     return "torch" if importlib.util.find_spec("flash_attn") is None else "flash-attn"
 
 
 @dataclass(frozen=True, eq=False)
 class PackedRow:
-    """A layout as the attention functions want it, built once a row and used by every layer."""
+    """A row's layout in the form that the attention functions need. It is built once per row and used by every layer."""
 
     layout: RowLayout
     query_ends: Tensor  # [S + 1] int32, cumulative query lengths
     key_ends: Tensor  # [S + 1] int32, cumulative key lengths
-    key_index: Tensor  # [sum of key lengths] int64: which row of the packed row each key is
+    key_index: Tensor  # [sum of key lengths] int64: the position of each key in the packed row
     max_query: int
     max_key: int
 
 
 def pack_row(layout: RowLayout) -> PackedRow:
-    """The index arithmetic of varlen attention, on the host: a segment is a sequence whose keys are its prefix's and its own."""
+    """Computes the indices for varlen attention, on the host: each segment is a sequence with its prefix's and its own keys."""
     segments = layout.segments
     query_lengths = [segment.length for segment in segments]
     key_lengths = [segment.prefix_length + segment.length for segment in segments]
@@ -141,7 +146,7 @@ def _ends(lengths: list[int]) -> Tensor:
 
 
 def dense_mask(layout: RowLayout, device: torch.device | str = "cpu") -> Tensor:
-    """[L, L] bool: whether the row (first index) may see the column."""
+    """Returns a bool mask [L, L], True if the position of the first index may attend to that of the second."""
     mask = torch.zeros(layout.length, layout.length, dtype=torch.bool, device=device)
     for segment in layout.segments:
         rows = slice(segment.start, segment.end)
@@ -151,9 +156,9 @@ def dense_mask(layout: RowLayout, device: torch.device | str = "cpu") -> Tensor:
 
 
 def attention_mask(packed: PackedRow, implementation: str, dtype: torch.dtype) -> Tensor:
-    """The 4-D mask to hand to the language model; transformers passes one of four dimensions on as it is.
+    """Returns the mask for the language model. It has four dimensions, because transformers passes such a mask on unchanged.
 
-    Under eager a bool mask would be added to the scores, silently wrong: eager gets an additive one.
+    eager needs an additive mask: it would add a bool mask to the scores and be silently wrong.
     """
     device = packed.key_index.device
     if implementation in (SEGMENTS, VARLEN):
@@ -164,7 +169,7 @@ def attention_mask(packed: PackedRow, implementation: str, dtype: torch.dtype) -
     if implementation == "eager":
         return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)
     raise UserError(
-        f"packed rows can not be run with attn_implementation={implementation!r}; "
+        f"packed rows cannot be run with attn_implementation={implementation!r}; "
         f"use one of sdpa, eager, {SEGMENTS}, {VARLEN}"
     )
 
@@ -172,7 +177,7 @@ def attention_mask(packed: PackedRow, implementation: str, dtype: torch.dtype) -
 def segments_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, packed: PackedRow, **options: Any
 ) -> tuple[Tensor, None]:
-    """query [1, H, L, E], key and value [1, H_kv, L, E] -> [1, L, H, E]: one sdpa call a segment."""
+    """Attention with one sdpa call per segment: query [1, H, L, E], key and value [1, H_kv, L, E] -> [1, L, H, E]."""
     scale, dropout = scale_and_dropout(options, harmless=HARMLESS)
     grouped = query.shape[1] != key.shape[1]
     outputs = []
@@ -195,7 +200,7 @@ def segments_attention(
 def varlen_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, packed: PackedRow, **options: Any
 ) -> tuple[Tensor, None]:
-    """As segments_attention, through flash attention: no mask, memory linear in the row. GPU only."""
+    """Flash attention with the result of segments_attention: no mask, memory linear in the row. GPU only."""
     scale, dropout = scale_and_dropout(options, harmless=HARMLESS)
     run = _varlen_kernel()
     q = query[0].transpose(0, 1)  # [L, H, E]
@@ -206,7 +211,7 @@ def varlen_attention(
 
 @functools.cache
 def _varlen_kernel() -> Any:
-    """flash-attn's varlen function if it is installed, else torch's own."""
+    """Returns flash-attn's varlen function if it is installed, else torch's own."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
@@ -241,7 +246,7 @@ def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:
 
 @functools.cache
 def register() -> None:
-    """Makes `segments` and `varlen` known to transformers; called when a policy is loaded."""
+    """Registers `segments` and `varlen` with transformers. Called when a policy is loaded."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(SEGMENTS, segments_attention)

@@ -1,4 +1,4 @@
-"""One rank's step cut into micro-batches that fit the memory."""
+"""Cuts one rank's step into micro-batches that fit into memory."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,14 @@ from synpo_fast.models.policy import Sample
 
 
 def packed_tokens(sample: Sample) -> int:
-    """Rows of the language model that a sample takes with its prompt shared."""
+    """The number of tokens that the language model runs for a sample when its responses share the prompt."""
     return group_length(sample.lengths.prompt, sample.lengths.responses)
 
 
 def micro_batches(samples: Sequence[Sample], *, max_pairs: int, max_tokens: int | None = None) -> list[list[int]]:
-    """Indices of the samples in order, each batch as long as it can be with at most max_pairs samples and max_tokens tokens.
+    """Returns the sample indices of each batch, in order. Each batch takes as many samples as fit into max_pairs and max_tokens.
 
-    A sample that alone is above max_tokens gets a batch of its own, since cutting it would cut a response.
+    A sample longer than max_tokens gets a batch of its own, because cutting it would cut a response.
     """
     if max_pairs < 1 or (max_tokens is not None and max_tokens < 1):
         raise ValueError(f"max_pairs and max_tokens must be positive, got {max_pairs} and {max_tokens}")

@@ -1,4 +1,4 @@
-"""Keys by content: what was computed from these weights and these inputs, and from nothing else."""
+"""Content keys for stored results: SHA-256 digests of the weights and inputs that a result was computed from."""
 
 import hashlib
 import json
@@ -13,19 +13,19 @@ from synpo_fast.models.policy import Policy, Sample
 
 
 def weights_key(policy: Policy) -> str:
-    """A digest of all weights and of the config that says how they are used. Reads every parameter once."""
+    """A digest of all weights and of the model's config. Reads every parameter once."""
     return _digest([policy.family.name, policy.base.config.to_json_string()], _named(policy.model))
 
 
 def tower_key(policy: Policy) -> str:
-    """A digest of what decides a video's features: tower, projector, config."""
+    """A digest of all that a video's features depend on besides the video: tower, projector and config."""
     modules = policy.family.vision_modules(policy.base)
     tensors = [(f"{i}.{name}", tensor) for i, module in enumerate(modules) for name, tensor in _named(module)]
     return _digest([policy.family.name, policy.base.config.to_json_string()], tensors)
 
 
 def video_key(video: VideoInputs) -> str:
-    """The video's own key, or a digest of it as the tower gets it: frames, size, normalisation and packing included."""
+    """The video's own key, or else a digest of the tower's input: frames, size, normalisation and packing included."""
     if video.key is not None:
         return video.key
     facts = [video.token_ids, video.placeholder_id, video.seconds_per_grid, repr(video.recipe)]
@@ -34,12 +34,12 @@ def video_key(video: VideoInputs) -> str:
 
 
 def sample_key(sample: Sample) -> str:
-    """A digest of everything a sample's log-probs depend on besides the weights."""
+    """A digest of all that a sample's log-probs depend on besides the weights."""
     return _digest([sample.prompt, sample.responses, None if sample.video is None else video_key(sample.video)], [])
 
 
 def _named(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Buffers outside the state_dict, too: rotary frequencies decide a result as weights do."""
+    """Parameters and buffers, sorted by name. Buffers outside the state_dict count too: results depend on rotary frequencies."""
     return sorted({**module.state_dict(), **dict(module.named_buffers())}.items())
 
 

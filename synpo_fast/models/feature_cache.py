@@ -1,10 +1,10 @@
-"""Features of a frozen vision tower, kept on disk between epochs and runs, with the tokens that stand for their video.
+"""A disk cache for the features of a frozen vision tower, shared by epochs and runs, with the prompt tokens of each video.
 
-A folder belongs to one tower: its key, a digest of weights and config, is written into it, and opening it with another
-tower is an error. A file is named by the video's key (data/video_key.py), or by a digest of the video as the tower gets it, so
-frames, sizes or normalisation that changed are simply not found. A stale feature can not be returned.
+A folder belongs to one tower: it holds the tower's key (a digest of weights and config), and opening it with another tower is
+an error. A file is named by the video's key (data/video_key.py) or by a digest of the tower's input. So changed frames, sizes
+or normalisation lead to another file name, and a stale feature cannot be returned.
 
-StoredVideos is what a worker process has of it: it finds features before their video is decoded. Nothing is ever deleted.
+Worker processes use StoredVideos, which finds features before their video is decoded. Nothing is ever deleted.
 """
 
 import json
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredVideos:
-    """The videos of a folder, by key. Any number of processes may read and write it."""
+    """The videos of a cache folder, by key. Any number of processes may read and write the folder."""
 
     folder: Path
 
     def find(self, key: str) -> VideoInputs | None:
-        """The video with its features and tokens and without pixels, or None. A damaged file is said and counts as none."""
+        """Returns the video with features and tokens but without pixels, or None. A damaged file gives a warning and None."""
         stored = _load(self.folder / f"{key}.pt")
         if stored is None:
             return None
@@ -50,15 +50,15 @@ class StoredVideos:
 
 
 class FeatureCache:
-    """Set it as policy.feature_store; it is used while the tower is frozen. `tower` is digest.tower_key(policy).
+    """A feature cache for policy.feature_store, which is used while the tower is frozen. `tower` is digest.tower_key(policy).
 
-    hits and misses count the videos asked for, those that a worker found beforehand included.
+    hits and misses count the videos looked up, including those whose features a worker process had already found.
     """
 
     def __init__(self, folder: str | Path, *, tower: str) -> None:
         self.folder, self.tower = Path(folder), tower
         self.hits = self.misses = 0
-        self._writes = True  # until a write fails: a full disk is no reason to end a run
+        self._writes = True  # False after a failed write: a full disk does not end a run
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -72,15 +72,16 @@ class FeatureCache:
         if known.get("format") != FORMAT:
             raise UserError(
                 f"{self.folder} holds features in another version's format ({known.get('format')}, now {FORMAT}); give "
-                "this run a folder of its own or delete that one"
+                "this run another folder, or delete this one"
             )
         if known != {"format": FORMAT, "tower": tower}:
             raise UserError(
                 f"{self.folder} holds features of another vision tower ({known.get('tower', '?')[:12]}, "
-                f"now {tower[:12]}); give this run a folder of its own or delete that one"
+                f"now {tower[:12]}); give this run another folder, or delete this one"
             )
 
     def get(self, video: VideoInputs) -> VideoFeatures | None:
+        """Returns the video's stored features, or None."""
         features = video.features
         if features is None:
             stored = _load(self._file(video))
@@ -90,10 +91,12 @@ class FeatureCache:
         return features
 
     def put(self, video: VideoInputs, features: VideoFeatures) -> None:
+        """Stores a video's features. After a failed write, this process warns once and stores nothing more."""
         if not self._writes:
             return
         file = self._file(video)
-        # Without a recipe the pixels stand among the tensors, and nobody finds the video by a key that needs no pixels.
+        # Without a recipe the pixels are among the tensors, which are too large to store. Such a video is keyed by its content,
+        # so it is never looked up before decoding, and its tensors are not needed.
         small = {} if video.recipe is None else video.tensors
         content = {
             "features": _on_the_host(features.features),
@@ -107,18 +110,20 @@ class FeatureCache:
         try:
             torch.save(content, partial)
             partial.replace(file)
-        except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of a full disk
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             self._writes = False
             partial.unlink(missing_ok=True)
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            logger.warning("feature_cache: %s cannot be written (%s); this process writes no more features", file, said)
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            logger.warning(
+                "feature_cache: %s cannot be written (%s); this process writes no more features", file, reason
+            )
 
     def _file(self, video: VideoInputs) -> Path:
         return self.folder / f"{video_key(video)}.pt"
 
 
 def _on_the_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of its own, or a file would hold all of the storage that a slice is part of."""
+    """Copies a tensor to the host. Without a copy, torch.save would write the whole storage that a slice is part of."""
     return tensor.detach().cpu().clone()
 
 
@@ -128,7 +133,9 @@ def _load(file: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        logger.warning("%s is damaged and is made again: %s", file, str(error).splitlines()[0] if str(error) else error)
+        logger.warning(
+            "%s is damaged and will be recomputed: %s", file, str(error).splitlines()[0] if str(error) else error
+        )
         return None
 
 
@@ -139,5 +146,5 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def _partial(file: Path) -> Path:
-    """Other processes may write the same file, on other machines with the same process ids."""
+    """Returns a unique temporary name: processes on other machines may have the same id and write the same file."""
     return file.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.partial")

@@ -1,7 +1,7 @@
-"""Greedy captions from a policy, in plain torch: for a look at what the model says while it trains.
+"""Greedy captions from a policy, in plain torch, to show what the model generates during training.
 
-The prompt runs once and leaves keys and values in a cache; then one token after another, each the likeliest. Positions go on
-from the prompt's last one, as they do in training. One sample at a time: nothing to pad, nothing to get wrong.
+The prompt runs once and fills a key-value cache. Then the most likely token is appended, one at a time. Positions continue
+from the prompt's last one, as in training. Each call handles one sample, so nothing is padded.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from synpo_fast.models.rope_length import fresh_frequencies
 
 @torch.no_grad()
 def greedy_tokens(policy: Policy, sample: Sample, *, max_new_tokens: int, run_to_the_end: bool = False) -> list[int]:
-    """Tokens of the response, EOS not included. run_to_the_end goes on computing after EOS, so that the processes of a
-    sharded model call it equally often."""
+    """Generates the tokens of a response, without EOS.
+
+    run_to_the_end: continue computing after EOS up to max_new_tokens, so that all ranks of a sharded model call it equally often.
+    """
     from transformers import DynamicCache
 
     eos = policy.tokenizer.eos_token_id
@@ -53,6 +55,7 @@ def greedy_tokens(policy: Policy, sample: Sample, *, max_new_tokens: int, run_to
 
 
 def greedy_text(policy: Policy, sample: Sample, *, max_new_tokens: int, run_to_the_end: bool = False) -> str:
+    """Generates a response as text, without special tokens; see greedy_tokens."""
     tokens = greedy_tokens(policy, sample, max_new_tokens=max_new_tokens, run_to_the_end=run_to_the_end)
     return policy.tokenizer.decode(tokens, skip_special_tokens=True)
 
@@ -79,7 +82,7 @@ def _logits(policy: Policy, hidden: Tensor) -> Tensor:
 
 @contextmanager
 def _plain_attention(language_model: Any) -> Iterator[None]:
-    """Packed rows have an attention of their own, which knows no cache."""
+    """Switches to sdpa or eager inside the context: the attention of packed rows does not support a key-value cache."""
     config = language_model.config
     before = config._attn_implementation
     config._attn_implementation = "eager" if caps_scores(config) else "sdpa"

@@ -2,9 +2,9 @@
 
     logits = f(hidden @ weight.T + bias),   f(x) = softcap * tanh(logit_scale * x / softcap)
 
-`head_of` reads weight and bias from the output embedding, logit_scale and softcap from the config. Families name these
-differently and some do more to their logits than any config says, so `check_head` compares with the model's own code:
-it runs the model's forward on made-up hidden states, with the backbone left out.
+`head_of` reads weight and bias from the output embedding, and logit_scale and softcap from the config. Families name these
+differently, and some change their logits in a manner that no config entry shows. So `check_head` compares with the model's own
+code: it runs the model's forward on random hidden states, which replace the backbone's output.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor, nn
 
 from synpo_fast.errors import UserError
 
-# Config entries that multiply the logits: Cohere, Muse, Falcon-H1.
+# Config entries that multiply the logits, in Cohere, Muse and Falcon-H1.
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-# `logits_scaling` divides in Granite and MiniCPM3, and multiplies here.
+# `logits_scaling` divides the logits in Granite and MiniCPM3, and multiplies them in these model types.
 MULTIPLIED_BY_LOGITS_SCALING = ("hyperclovax",)
-# Gemma and its relatives, RecurrentGemma, xLSTM.
+# Config entries with the softcap, in Gemma and its relatives, RecurrentGemma and xLSTM.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @dataclass(frozen=True)
 class Head:
-    """How hidden states become logits: softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), softcap if any.
+    """A language-model head: logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap).
 
-    weight [V, D] and bias [V] are the model's own, so gradients reach its parameters.
+    softcap None: no cap. weight [V, D] and bias [V] are the model's own tensors, so gradients reach its parameters.
     """
 
     weight: Tensor
@@ -40,22 +40,23 @@ class Head:
     softcap: float | None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V], materialised: for checks."""
+        """Computes all logits, [..., D] -> [..., V]. Meant for checks and for generation."""
         logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a causal language model, which peft may wrap. Cheap: call it at each use, wrappers replace parameters.
+    """Returns the head of a causal language model, which peft may wrap.
 
-    Raises ValueError for a head whose weight alone does not give the logits: an adapter on it, quantised, offloaded, not a
-    plain linear layer; for a trained head that is sharded by itself; and for a wrapped model (DDP, DeepSpeed), whose head
-    must be read inside the wrapper's forward.
+    It is cheap: call it at each use, because wrappers replace parameters.
+    Raises ValueError for a head whose weight alone does not give the logits (it has an adapter, is quantised or offloaded, or is
+    not a plain linear layer), for a trained head that is sharded by itself, and for a wrapped model (DDP, DeepSpeed), whose
+    head must be read inside the wrapper's forward.
     """
     base = base_model_of(model)
     weight, bias = _weight_and_bias(base, base.get_output_embeddings())
     if not weight.is_floating_point():
-        raise UserError(f"the head's weight is {weight.dtype}: a quantised head can not be read; leave it unquantised")
+        raise UserError(f"the head's weight is {weight.dtype}: a quantised head cannot be read; leave it unquantised")
     if weight.is_meta:
         raise UserError("the head's weight is on the meta device (offloaded?): keep the head in memory")
     config = base.config.get_text_config()
@@ -63,7 +64,7 @@ def head_of(model: nn.Module) -> Head:
 
 
 def base_model_of(model: nn.Module) -> Any:
-    """The transformers model itself, adapters in place: what peft's get_base_model returns."""
+    """Returns the transformers model inside a peft wrapper (peft's get_base_model), with its adapters in place."""
     if hasattr(model, "get_base_model"):
         adapter = getattr(model, "active_peft_config", None)
         if getattr(adapter, "is_prompt_learning", False):
@@ -84,10 +85,10 @@ def base_model_of(model: nn.Module) -> Any:
 
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
-    """Last hidden states [B, T, D], final norm included, without the logits. `inputs` are the model's own.
+    """Computes the last hidden states [B, T, D], final norm included, without the logits.
 
-    Adapters of the layers (LoRA) act as in the model's forward. A wrapper's forward is not entered: under DDP, FSDP or
-    DeepSpeed call this inside it.
+    `inputs` are the keyword arguments of the model's forward. Adapters of the layers (LoRA) act as in that forward. The forward
+    of a wrapper (DDP, FSDP, DeepSpeed) is not called, so call this function inside it.
     """
     backbone: Any = _backbone_of(base_model_of(model))
     return backbone(**{"use_cache": False, **inputs, "return_dict": True}).last_hidden_state
@@ -95,13 +96,13 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Raises ValueError unless head_of gives the logits that the model's own forward gives. Costs a few rows of logits."""
+    """Raises ValueError if head_of does not give the logits of the model's own forward. Costs a few rows of logits."""
     head, base = head_of(model), base_model_of(model)
     size = head.weight.shape[1]
-    # Not torch's global generator: a check must not change the run. Logits up to 50 show a softcap of 30.
+    # Its own generator, because a check must not change the run's random numbers. Logits up to 50 reveal a softcap of 30.
     hidden = torch.randn(1, 2, size, generator=torch.Generator().manual_seed(0)).to(head.weight)
     hidden = hidden * (50 / nn.functional.linear(hidden, head.weight).abs().max())
-    fused = head.logits(hidden)  # first: DeepSpeed's hooks may take the weight away after the model's own forward
+    fused = head.logits(hidden)  # before the model's own forward, after which DeepSpeed's hooks may release the weight
     with _backbone_returning(base, hidden):
         own = base(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=hidden.device), use_cache=False).logits
     if own.shape != fused.shape:
@@ -120,7 +121,7 @@ def _weight_and_bias(base: Any, head: Any) -> tuple[Tensor, Tensor | None]:
     if head is None:
         raise UserError(f"{name} has no output embedding: it is not a language model with a head")
     if hasattr(head, "modules_to_save"):
-        # peft's copy of the head, trained in full: what the model's forward uses while the adapter is on.
+        # peft's fully trained copy of the head, which the model's forward uses while the adapter is on.
         on = not head.disable_adapters and head.active_adapters
         head = head.modules_to_save[head.active_adapters[0]] if on else head.original_module
     if hasattr(head, "base_layer") or hasattr(head, "original_module"):
@@ -172,7 +173,7 @@ def _backbone_of(base: Any) -> nn.Module:
 
 
 class _BackboneOutput:
-    """Stands in for any family's output class: what is not there reads as None."""
+    """Replaces any family's output class. Missing attributes are None."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -186,7 +187,7 @@ class _BackboneOutput:
 
 @contextmanager
 def _backbone_returning(base: Any, hidden: Tensor) -> Iterator[None]:
-    """OPT and Bart call the decoder inside their backbone, so that one is replaced too where it is another module."""
+    """Makes the backbone return `hidden`. OPT and Bart call the decoder inside their backbone, so it is replaced, too."""
     with _returning(_backbone_of(base), hidden), _returning(base.get_decoder(), hidden):
         yield
 

@@ -1,11 +1,14 @@
-"""Where everything stands in a packed row: prompts once, responses behind them, many prompts a row, no padding.
+"""The layout of packed rows: each prompt once, its responses after it, several prompts per row, no padding.
 
-A group is a prompt and its responses. In the row it is  [ prefix | branch 1 | branch 2 | ... ]  and attention is causal,
-except that a branch sees its own prefix and itself, never its siblings or another group. Token k of a response is predicted
-by the row before it: the first one by the last row of the prefix, for every response alike. So a response of T tokens has a
-branch of T - 1 rows (its last token predicts nothing) and T predicting rows.
+A group is a prompt and its responses. In the row it is  [ prefix | branch 1 | branch 2 | ... ]. Attention is causal, and a
+branch attends only to its own prefix and to itself, never to its siblings or to another group. A response token is predicted
+at the position before it; the first token of every response is predicted at the last position of the prefix. So a response
+of T tokens has a branch of T - 1 positions (its last token predicts nothing) and T predicting positions.
 
-Without sharing, each response is a group of its own behind a copy of the prefix: the same layout with one branch.
+Without prefix sharing, each response is a group of its own with a copy of the prefix: the same layout with one branch.
+
+"Row" has two meanings here: a packed row is one sequence of the language model; a row inside it is one of its positions, that
+is a row of the matrix of hidden states.
 """
 
 from collections.abc import Sequence
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring rows that attend causally to themselves and, if they are a branch, to all of their prefix."""
+    """Neighbouring positions that attend causally to themselves and, in a branch, to all of their prefix."""
 
     start: int
     length: int
@@ -28,7 +31,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt of one sample with some of its responses, placed in a row."""
+    """The prompt of one sample and some of its responses, placed in a packed row."""
 
     sample: int
     responses: tuple[int, ...]
@@ -36,27 +39,27 @@ class Group:
     branches: tuple[Segment, ...]
 
     def predicting_rows(self, branch: int) -> list[int]:
-        """The rows whose hidden states predict the tokens of one response, in order."""
+        """The rows whose hidden states predict the tokens of one response, in the order of the tokens."""
         segment = self.branches[branch]
         return [self.prefix.end - 1, *range(segment.start, segment.end)]
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """One packed row."""
+    """One packed row: its length and its groups."""
 
     length: int
     groups: tuple[Group, ...]
 
     @property
     def segments(self) -> list[Segment]:
-        """In the order of the row, empty ones left out: a response of one token has no rows of its own."""
+        """All segments in the order of the row, without empty ones (a response of one token has no rows of its own)."""
         return [segment for group in self.groups for segment in (group.prefix, *group.branches) if segment.length > 0]
 
 
 @dataclass(frozen=True)
 class SampleLengths:
-    """Tokens of a sample's prompt and of each of its responses."""
+    """The number of tokens in a sample's prompt and in each of its responses."""
 
     prompt: int
     responses: tuple[int, ...]
@@ -69,10 +72,10 @@ def group_length(prompt: int, responses: Sequence[int]) -> int:
 def plan_rows(
     samples: Sequence[SampleLengths], *, share_prefix: bool = True, pack: bool = True, row_tokens: int | None = None
 ) -> list[RowLayout]:
-    """Places every response of every sample, first-fit by falling length; the same input gives the same plan.
+    """Places every response of every sample in a row: first-fit, longest group first. The same input gives the same plan.
 
-    row_tokens bounds a row; a group longer than that gets a row to itself, since cutting it would cut a response. None
-    packs everything into one row. pack=False gives each group its own row.
+    row_tokens is the maximum length of a row; a longer group gets a row to itself, because cutting it would cut a response.
+    None packs everything into one row. pack=False gives each group its own row.
     """
     _check_samples(samples, row_tokens)
     wanted: list[tuple[int, tuple[int, ...]]] = []

@@ -1,11 +1,12 @@
-"""Liger's kernels in place of a model's norms, gated MLPs and rotary embedding, module by module.
+"""Replaces a model's norms, gated MLPs and rotary embedding by Liger's kernels, module by module.
 
-Liger's own `_apply_liger_kernel_to_instance` does not know every family (0 modules of LLaVA-OneVision), fails with some versions
-of transformers, and changes transformers' modules for the whole process. Here each module of a class known to compute what a
-kernel computes is replaced in this model alone, with the parameters it has; names and checkpoints stay as they are. The classes
-are those of inner language models and vision towers, so a family is served when its parts are. The loss is not Liger's: see ops/.
+Liger's own `_apply_liger_kernel_to_instance` does not support every family (0 modules of LLaVA-OneVision), fails with some
+versions of transformers, and changes transformers' modules for the whole process. Here, a module is replaced in this model
+alone, if its class is known to compute the same as a kernel. It keeps its parameters; names and checkpoints do not change. The
+classes are those of inner language models and vision towers, so a family is supported if its parts are. The loss is not
+Liger's: see ops/.
 
-A norm's backward is not done in place: where a norm feeds the residual stream, its gradient is used again.
+A norm's backward does not work in place, because a norm that feeds the residual stream has its gradient used again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import nn
 
 from synpo_fast.errors import UserError
 
-# How a norm rounds, in Liger's terms. llama: normalised in fp32, rounded, times weight. gemma: times 1 + weight in fp32, rounded.
+# Offset and casting mode of each norm, in Liger's terms. llama: normalise in fp32, round, multiply by weight.
+# gemma: normalise and multiply by 1 + weight in fp32, then round.
 RMS_NORMS: dict[str, tuple[float, str]] = {
     **dict.fromkeys(
         (
@@ -35,13 +37,13 @@ RMS_NORMS: dict[str, tuple[float, str]] = {
         ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm", "Qwen3_5RMSNorm"), (1.0, "gemma")
     ),
 }  # fmt: skip
-# down(act(gate(x)) * up(x)) from three linear layers.
+# Classes that compute down(act(gate(x)) * up(x)) with three linear layers.
 GATED_MLPS = frozenset({
     "LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen2MoeMLP", "Qwen3MLP", "Qwen3MoeMLP", "Qwen3NextMLP", "Qwen3_5MLP", "GemmaMLP",
     "Gemma2MLP", "Gemma3MLP", "Olmo2MLP", "Olmo3MLP", "GraniteMLP", "SmolLM3MLP", "CohereMLP", "Cohere2MLP", "StableLmMLP",
     "Exaone4MLP", "Qwen2_5_VLMLP", "Qwen3VLTextMLP",
 })  # fmt: skip
-# Halves of a head rotated by one angle, in the type of the query; a part of the head where the rest has no angle.
+# Classes that rotate the two halves of a head by one angle, in the dtype of the query. Some rotate only a part of the head.
 ROTARY_ATTENTIONS = frozenset({
     "LlamaAttention", "MistralAttention", "MixtralAttention", "Qwen2Attention", "Qwen2MoeAttention", "Qwen3Attention",
     "Qwen3MoeAttention", "Qwen3NextAttention", "Qwen3_5Attention", "GemmaAttention", "Gemma2Attention", "Gemma3Attention",
@@ -51,10 +53,10 @@ ROTARY = "apply_rotary_pos_emb"
 
 
 def apply_liger_kernels(model: nn.Module, language_model: nn.Module) -> dict[str, int]:
-    """Replaces what has a kernel in `model`, vision tower included, and returns how many modules of each kind that were:
-    RMSNorm, LayerNorm, SwiGLU, GEGLU, rotary.
+    """Replaces all modules of `model` that have a kernel, vision tower included, and returns how many of each kind were replaced.
 
-    Raises ValueError if nothing inside `language_model` has one. The kernels need a GPU to run, or Triton's interpreter.
+    The kinds are RMSNorm, LayerNorm, SwiGLU, GEGLU and rotary. Raises ValueError if no module of `language_model` has a kernel.
+    The kernels need a GPU, or Triton's interpreter, to run.
     """
     inside = {id(module) for module in language_model.modules()}
     found: Counter[str] = Counter()
@@ -71,7 +73,7 @@ def apply_liger_kernels(model: nn.Module, language_model: nn.Module) -> dict[str
     if not of_language_model:
         names = ", ".join(sorted({type(module).__name__ for module in language_model.modules()}))
         raise UserError(
-            f"liger_kernels=true would change nothing: Liger has no kernel for what any of {names} computes. Leave it out. It "
+            f"liger_kernels=true would change nothing: Liger has no kernel for any module of {names}. Leave it out. It "
             "works with qwen2_5_vl, qwen3_vl, llava_onevision, internvl, video_llama_3, and with text models built like Llama, "
             "Mistral, Qwen, Gemma, Phi-3, Granite or GLM"
         )
@@ -87,7 +89,7 @@ def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 def _replacement(module: nn.Module) -> tuple[str, nn.Module] | None:
     name = type(module).__name__
     if not type(module).__module__.startswith(("transformers.models.", "torch.nn.")):
-        return None  # the same name elsewhere may mean something else
+        return None  # a class of the same name in other code may compute something else
     if name in RMS_NORMS:
         return "RMSNorm", _rms_norm(module, *RMS_NORMS[name])
     if type(module) is nn.LayerNorm and module.bias is not None and len(module.normalized_shape) == 1:
@@ -128,7 +130,7 @@ def _gated_mlp(module: Any) -> tuple[str, nn.Module] | None:
     sizes = types.SimpleNamespace(
         hidden_size=module.gate_proj.in_features, intermediate_size=module.gate_proj.out_features, hidden_act="silu"
     )
-    with torch.device("meta"):  # layers that the module's own replace at once
+    with torch.device("meta"):  # no memory: these layers are replaced by the module's own just below
         new = kinds[activation](sizes)
     for name in ("gate_proj", "up_proj", "down_proj"):
         setattr(new, name, getattr(module, name))
@@ -136,8 +138,10 @@ def _gated_mlp(module: Any) -> tuple[str, nn.Module] | None:
 
 
 def _rotate_with_liger(module: nn.Module) -> bool:
-    """Gives this attention a forward that finds Liger's function under the name of transformers' own, which is a global of the
-    module it is written in: there it would change every model of the process."""
+    """Gives this attention a copy of its forward that calls Liger's rotary function. Returns False if that is impossible.
+
+    The function is a global of the transformers module; replacing it there would change every model of the process.
+    """
     from liger_kernel.transformers import liger_rotary_pos_emb
 
     forward: Any = type(module).forward

@@ -1,4 +1,4 @@
-"""load_policy: a hub name, a folder, or tiny:<family> -> a Policy ready to train or to score."""
+"""Loads a Policy, ready to train or to score, from a hub name, a folder, or tiny:<family>."""
 
 import json
 from pathlib import Path
@@ -42,27 +42,28 @@ def load_policy(
     """Loads a model with its tokenizer and finds its family.
 
     Args:
-        name_or_path: "tiny:<family>" builds a small random model with a tokenizer of its own, without network; `seed` and
-            `tiny_options` (sizes) are for those.
-        dtype: type of the weights, "bfloat16" or "bf16" and so on; None: fp32 on a CPU, bf16 on a GPU. What transformers
-            keeps in fp32 (rotary frequencies, parameters a model declares) stays in fp32.
+        name_or_path: a hub name or a folder. "tiny:<family>" builds a small random model with its own tokenizer, without
+            network; `seed` and `tiny_options` (sizes) apply to such a model only.
+        dtype: dtype of the weights, "bfloat16" or "bf16" and so on; None: fp32 on a CPU, bf16 on a GPU. Tensors that
+            transformers keeps in fp32 (rotary frequencies, parameters that a model declares) stay in fp32.
         attn_implementation: sdpa, eager, synpo_fast_segments, synpo_fast_varlen, or auto: varlen for bf16 and fp16 on a GPU of
             compute capability 8.0 or above, else segments.
-        vision_attn_implementation: of the vision tower: auto, sdpa, eager, synpo_fast_varlen, synpo_fast_segments or
+        vision_attn_implementation: attention of the vision tower: auto, sdpa, eager, synpo_fast_varlen, synpo_fast_segments or
             flash_attention_2. auto: on a GPU varlen (segments in fp32) for towers that pack frames into one row, else sdpa.
-        device: None: the GPU if there is one.
-        freeze_vision: tower and projector do not train; their features may then be kept.
-        gradient_checkpointing: recompute activations in the backward, for less memory.
-        liger_kernels: Liger's norms, rotary and gated MLPs, on a GPU; none to replace is an error.
-        row_tokens: bound of a packed row; None: a call's samples are one row.
-        min_pixels, max_pixels: bounds of a video's size in place of the model's own, in the meaning of the family's processor:
-            of a frame (qwen2_5_vl), of all frames together (qwen3_vl), of a frame from below and all together from above
-            (video_llama_3). Families that scale every frame to a square refuse them.
-        video_max_tokens: frames get smaller, down to min_pixels, until their video takes no more tokens than this.
+        device: None: the GPU if there is one, else the CPU.
+        freeze_vision: do not train tower and projector; their features can then be cached.
+        gradient_checkpointing: recompute activations in the backward, to save memory.
+        liger_kernels: use Liger's norms, rotary embedding and gated MLPs, on a GPU. An error if no module can be replaced.
+        row_tokens: maximum length of a packed row; None: all samples of a call share one row.
+        min_pixels, max_pixels: bounds for a video's size that replace the model's own, as the family's processor defines them:
+            for one frame (qwen2_5_vl), for all frames together (qwen3_vl), or min_pixels for one frame and max_pixels for all
+            together (video_llama_3). Families that scale every frame to a fixed size refuse them.
+        video_max_tokens: maximum number of tokens of a video: frames are shrunk, down to min_pixels, until it is met.
         trust_remote_code: run code that comes with the model.
-        like: a policy whose tokenizer and processing of videos are taken, whatever lies beside these weights.
+        like: a policy whose tokenizer and video settings are used in place of those stored with these weights.
 
-    Raises ValueError for an unknown family, an attention that cannot run packed rows, or an option that cannot be had.
+    Raises ValueError for an unknown family, for an attention that cannot run packed rows, and for an option that the model or
+    the device does not support.
     """
     attention.register()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -124,8 +125,11 @@ def _pretrained(
     tokenizer: Any,
     resolution: dict[str, int | None],
 ) -> tuple[Any, Any, Any, VideoProcessing | None]:
-    """place: what find_model made of the name. What is made of the model, such as an adapter, shall know it by its name.
-    What is wrong with the resolution is said before weights are read."""
+    """Loads (model, tokenizer, family, video settings) from `place`, the result of find_model(name).
+
+    Model and tokenizer get the name that the user gave, so that an adapter saves it as its base model. An error in the
+    resolution is raised before weights are read.
+    """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer
 
@@ -137,7 +141,7 @@ def _pretrained(
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
             tokenizer.name_or_path = name
-    except (OSError, SafetensorError) as error:  # transformers' way to say that a file is not there, or not whole
+    except (OSError, SafetensorError) as error:  # raised by transformers if a file is missing or truncated
         reason = " ".join(str(error).split())
         raise UserError(f"model_name_or_path={name!r} cannot be loaded: {reason}") from error
     for part in (model, model.config):
@@ -148,7 +152,7 @@ def _pretrained(
 def _processing(
     family: Family, config: Any, place: str | None, resolution: dict[str, int | None]
 ) -> VideoProcessing | None:
-    """None: what the family makes of the config. place: where the model's own video settings lie."""
+    """Returns the video settings, or None for the family's defaults. place: the folder or repository with the model's own."""
     processing = None
     if place is not None and family.placeholder_token:
         processing = family.processing(config, _preprocessor(place))
@@ -158,7 +162,7 @@ def _processing(
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> tuple[Any, Family]:
-    """The tokenizer that load_policy gives a model, and the model's family, without the model."""
+    """Loads the tokenizer that load_policy would use, and finds the model's family, without loading the model."""
     if name_or_path.startswith("tiny:"):
         from synpo_fast.models.tiny import tiny_tokenizer
 
@@ -172,7 +176,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> tup
 
 
 def _known_family(name: str) -> Family:
-    """The family that "tiny:<family>" names."""
+    """Returns the family in "tiny:<family>"."""
     family = FAMILIES.get(name.removeprefix("tiny:"))
     if family is None:
         raise UserError(f"unknown family in {name!r}, expected one of {', '.join(FAMILIES)}")
@@ -180,7 +184,10 @@ def _known_family(name: str) -> Family:
 
 
 def _set_attention(policy: Policy, wanted: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Makes the language model use it. Responses in rows of their own need no layout: there auto leaves transformers' choice."""
+    """Sets the language model's attention.
+
+    Responses that run in rows of their own need no layout, so there auto keeps transformers' choice.
+    """
     config: Any = policy.family.language_model(policy.base).config
     why_apart = policy.why_apart
     if why_apart is None:
@@ -202,14 +209,14 @@ def _set_attention(policy: Policy, wanted: str, device: torch.device, dtype: tor
 
 
 def _check_layers(config: Any, family: str) -> None:
-    """Our attention is full attention: a window inside it would be ignored, silently."""
+    """Raises ValueError for layers without full attention: our attention would silently ignore a sliding window."""
     others = attention_kinds(config) - {"full_attention"}
     if others:
-        raise UserError(f"{family}: layers of type {', '.join(sorted(others))} can not be run on packed rows")
+        raise UserError(f"{family}: layers of type {', '.join(sorted(others))} cannot be run on packed rows")
 
 
 def _preprocessor(name: str) -> dict[str, Any] | None:
-    """The model's own video settings: a file of its folder or repository, the one for videos first."""
+    """Reads the model's own video settings from its folder or repository; the file for videos has priority."""
     from transformers.utils import cached_file
 
     for file in ("video_preprocessor_config.json", "preprocessor_config.json"):

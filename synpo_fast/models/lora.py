@@ -1,4 +1,4 @@
-"""LoRA adapters on a policy's language model. The only importer of peft."""
+"""LoRA adapters on a policy's language model. Only this module imports peft."""
 
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,18 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def add_lora(
     policy: Policy, *, r: int = 128, alpha: int = 64, dropout: float = 0.05, targets: tuple[str, ...] = TARGETS
 ) -> Policy:
-    """Puts a new LoRA adapter on the policy's language model, in place; all else is frozen. Defaults are the SynPO authors'.
+    """Adds a new LoRA adapter to the policy's language model, in place, and freezes all other parameters.
+
+    The defaults are those of the SynPO authors.
 
     Args:
         r, alpha: rank and scale.
-        dropout: in front of the adapter.
-        targets: names of the layers that get one.
+        dropout: dropout on the adapter's input.
+        targets: names of the layers that get an adapter.
 
-    The vision tower has layers of the same names: only those inside the language model get an adapter.
-    Raises ValueError if a target is not there, or is the head (the fused loss reads its weight and would miss an adapter).
+    The vision tower has layers of the same names, but only those inside the language model get an adapter.
+    Raises ValueError for a target that is not a layer of the language model. The head counts as outside: the fused loss reads
+    its weight and would miss an adapter.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -42,9 +45,9 @@ def add_lora(
         raise UserError(f"the language model of {policy.family.name} has no layer called {', '.join(missing)}")
     names = [name for each in found.values() for name in each]
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none")
-    # autocast_adapter_dtype would put the adapter in fp32 under ZeRO-3, where dtypes must match.
+    # With autocast_adapter_dtype the adapter would be in fp32; under ZeRO-3 dtypes must match.
     model: Any = get_peft_model(policy.base, config, autocast_adapter_dtype=False)
-    # peft gives an adapter its layer's type. A layer kept in fp32 stays so; what trains has one type.
+    # peft gives an adapter the dtype of its layer, which may be one kept in fp32. All trained parameters need one dtype.
     dtype = policy.base.get_input_embeddings().weight.dtype
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -54,7 +57,7 @@ def add_lora(
 
 
 def save_adapter(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:
-    """Writes what peft loads, from whole tensors by the names of the policy's parameters."""
+    """Writes the adapter in peft's format. `state` has whole tensors, by the names of the pair module's parameters."""
     model: Any = policy.model
     prefix = "policy.model."
     names = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -62,7 +65,7 @@ def save_adapter(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None
 
 
 def load_adapter(policy: Policy, folder: Path) -> None:
-    """Puts a saved adapter's weights into the policy's adapter. Raises ValueError if they do not fit."""
+    """Loads a saved adapter's weights into the policy's adapter. Raises ValueError if they do not fit."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -79,12 +82,12 @@ def load_adapter(policy: Policy, folder: Path) -> None:
     if missing or result.unexpected_keys:
         raise UserError(
             f"the adapter in {folder} does not fit this run's lora_target_modules: {len(missing)} tensors are missing, "
-            f"{len(result.unexpected_keys)} have no place"
+            f"{len(result.unexpected_keys)} are unexpected"
         )
 
 
 def load_adapter_model(adapter: Path, model_name_or_path: str | None, dtype: torch.dtype) -> tuple[Any, Any, str]:
-    """(peft model, tokenizer, name of the base model): the base is the one the adapter names, unless another is given."""
+    """Loads (peft model, tokenizer, name of the base model). The adapter names its base, unless model_name_or_path is given."""
     from peft import PeftConfig, PeftModel
 
     from synpo_fast.models.loading import load_policy
@@ -105,13 +108,13 @@ def load_adapter_model(adapter: Path, model_name_or_path: str | None, dtype: tor
     model: Any = policy.model
     try:
         return PeftModel.from_pretrained(model, str(adapter)), policy.tokenizer, base
-    except (RuntimeError, ValueError) as error:  # of other shapes, or for layers that are not there
+    except (RuntimeError, ValueError) as error:  # shapes that differ, or missing layers
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{adapter} does not fit its base model {base!r}: {reason}") from error
 
 
 def _config_of_run(adapter: Path) -> dict[str, Any]:
-    """The run's config.yaml, in the adapter's folder or in the one above a checkpoint; {} where there is none."""
+    """Reads the run's config.yaml from the adapter's folder, or from the folder above a checkpoint; {} if there is none."""
     import yaml
 
     for folder in (adapter, adapter.resolve().parent):
@@ -126,10 +129,10 @@ def _config_of_run(adapter: Path) -> dict[str, Any]:
 
 
 def _base_of(adapter: Path, name: str | None) -> str:
-    """The base model that an adapter names, as a place to load it from.
+    """Finds the base model that an adapter names, and returns the argument for from_pretrained.
 
-    A relative path was relative to the folder in which training was started. Here it may be another one: then the path is looked
-    for beside the adapter and in the folders above it, where a run's folder usually lies.
+    A relative path was relative to the folder in which training was started. If it does not exist relative to the current folder,
+    it is looked up in the adapter's folder and in all folders above it, which usually include the one training started in.
     """
     if not name:
         raise UserError(f"{adapter} does not say which model it belongs to: name it with --model_name_or_path")

@@ -1,8 +1,8 @@
-"""A model in bf16 or fp16, as transformers' from_pretrained(dtype=...) loads it.
+"""Casts a model to bf16 or fp16 as transformers' from_pretrained(dtype=...) would load it.
 
-`model.to(dtype)` casts too much. Rotary frequencies are buffers that have to stay in fp32: rounded to bf16, an angle is off by
-radians at position 2,000. Some models declare parameters that have to stay in fp32, too (`_keep_in_fp32_modules`). Both follow
-from the model's class, so that a model built from a config, or merged from parts in fp32, gets the types it would be loaded with.
+`model.to(dtype)` casts too much. Rotary frequencies are buffers that must stay in fp32: rounded to bf16, an angle is off by
+radians at position 2,000. Some models also declare parameters that must stay in fp32 (`_keep_in_fp32_modules`). Both follow from
+the model's class. So a model built from a config, or merged from fp32 parts, can get the dtypes that loading would give it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 
 
 def cast_as_loaded(model: Any, dtype: torch.dtype) -> Any:
-    """Casts a transformers model in place, each tensor to the type from_pretrained(dtype=dtype) gives it, and returns it.
+    """Casts a transformers model in place, each tensor to the dtype that from_pretrained(dtype=dtype) gives it, and returns it.
 
-    The model has to hold its weights in a type that loses nothing: what is to be fp32 is only widened, not restored.
+    The model must still have full precision: casting a rounded tensor to fp32 does not restore it.
     """
     wanted = dtypes_as_loaded(model, dtype)
     for name, tensor in _named_tensors(model):
@@ -30,20 +30,20 @@ def cast_as_loaded(model: Any, dtype: torch.dtype) -> Any:
 
 
 def dtypes_as_loaded(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The type of every parameter and buffer, by name, after from_pretrained(dtype=dtype) of this model's class and config."""
+    """Returns the dtype of every parameter and buffer, by name, after from_pretrained(dtype=dtype) of this class and config."""
     from transformers.initialization import meta_device_safe_creation_ops
 
-    # Shapes and types alone: from_pretrained begins like that, too, and lets a model's code read numbers from torch.linspace.
+    # Shapes and dtypes only. from_pretrained uses the same context, in which a model's code can read values of torch.linspace.
     with torch.device("meta"), meta_device_safe_creation_ops():
         empty = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
     types = {name: tensor.dtype for name, tensor in _named_tensors(empty)}
     declared = [re.compile(pattern.replace("*", ".*")) for pattern in empty._get_dtype_plan(dtype)]
-    for name in empty.state_dict():  # what is no part of a checkpoint has the type that the model's code gives it
+    for name in empty.state_dict():  # tensors outside the checkpoint keep the dtype that the model's code gives them
         if types[name].is_floating_point and any(pattern.search(name) for pattern in declared):
             types[name] = torch.float32
     return types
 
 
 def _named_tensors(model: Any) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and buffers; tied ones under each of their names."""
+    """All parameters and buffers with their names. Tied ones appear under each of their names."""
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]

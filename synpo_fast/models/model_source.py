@@ -1,7 +1,7 @@
-"""Finds a model's files: a folder, or a repository of the hub that can be reached, or its cached copy.
+"""Finds a model's files: a local folder, a repository on the hub, or its cached copy if the hub cannot be reached.
 
-Looked at before anything is loaded, so that a wrong name is one line and no traceback, and so that a machine without a network
-is told within seconds: transformers would try every file six times over.
+This check runs before anything is loaded. So a wrong name gives one line without a traceback, and a machine without a network
+gets its error within seconds, while transformers would retry every file six times.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def find_model(name: str) -> str:
-    """The argument for from_pretrained: `name`, or the folder of its cached copy where the hub cannot be reached.
+    """Returns the argument for from_pretrained: `name`, or the folder of its cached copy if the hub cannot be reached.
 
-    Raises UserError for a folder that is not there or holds no model, for a repository that is not there, is not open to this
-    user or cannot be reached, and for a model of a type that no family serves.
+    Raises UserError for a folder that does not exist or holds no model, for a repository that does not exist, is closed to this
+    user or cannot be reached, and for a model type that no family supports.
     """
     if name.startswith("tiny:"):
         if name.removeprefix("tiny:") not in FAMILIES:
@@ -45,80 +45,81 @@ def find_model(name: str) -> str:
     if name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name:
         raise UserError(f"model_name_or_path={name!r}: there is no such folder (looked for {folder.absolute()})")
     if not HUB_NAME.fullmatch(name):
-        raise UserError(f"model_name_or_path={name!r} is no folder, and no name that the hub could know")
+        raise UserError(f"model_name_or_path={name!r} is not a folder, and not a valid name on the hub")
     return _find_on_hub(name)
 
 
 def _check_folder(name: str, folder: Path) -> None:
-    told = f"model_name_or_path={name!r}"
+    option = f"model_name_or_path={name!r}"
     if (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"{told} is an adapter: `synpo-fast merge {name} OUT` makes a model of it, or give its base model"
+            f"{option} is an adapter: merge it into a model with `synpo-fast merge {name} OUT`, or give its base model"
         )
     if not (folder / "config.json").is_file():
         inside = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
-        hint = f"; it holds {inside[-1]}: is that what you mean?" if inside else ""
-        raise UserError(f"{told} holds no config.json, so no model{hint}")
-    _check_type(told, folder / "config.json")
+        hint = f"; did you mean its {inside[-1]}?" if inside else ""
+        raise UserError(f"{option} holds no config.json, so it is not a model{hint}")
+    _check_type(option, folder / "config.json")
     if not any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
         raise UserError(
-            f"{told} holds a config.json but no weights ({', '.join(WEIGHTS[:2])}): was it downloaded whole?"
+            f"{option} holds a config.json but no weights ({', '.join(WEIGHTS[:2])}): is the download complete?"
         )
 
 
-def _check_type(told: str, file: Path) -> None:
+def _check_type(option: str, file: Path) -> None:
     try:
         config: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{told}: its config.json cannot be read as JSON: {error}") from error
+        raise UserError(f"{option}: its config.json cannot be read as JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UserError(f"{told}: its config.json names no model_type, so it is not a model of transformers")
+        raise UserError(f"{option}: its config.json names no model_type, so it is not a transformers model")
     try:
         family_of(SimpleNamespace(model_type=config["model_type"]))
     except UserError as error:
-        raise UserError(f"{told}: {error}") from error
+        raise UserError(f"{option}: {error}") from error
 
 
-@functools.cache  # asked at the start, and when the model is loaded
+@functools.cache  # called when the run starts and again when the model is loaded
 def _find_on_hub(name: str) -> str:
+    """Implements find_model for a name on the hub."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub import errors as hub
 
-    told = f"model_name_or_path={name!r}"
+    option = f"model_name_or_path={name!r}"
     found = try_to_load_from_cache(name, "config.json")
     cached = Path(found) if isinstance(found, str) else None
     page = f"{constants.ENDPOINT}/{name}"
     if constants.HF_HUB_OFFLINE:
         if cached is None:
             raise UserError(
-                f"{told} is no folder, and HF_HUB_OFFLINE is set while {constants.HF_HUB_CACHE} has no copy of it: {LOCAL}"
+                f"{option} is not a folder, HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} has no copy of it: {LOCAL}"
             )
-        _check_type(told, cached)
+        _check_type(option, cached)
         return name
-    # By kind, not by class: the hub's client has changed its HTTP library twice, and each has its own errors.
+    # Base classes only: the hub's client has changed its HTTP library twice, and each library has its own errors.
     unreachable: tuple[type[Exception], ...] = (OSError, getattr(hub, "HTTPError", OSError))
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json", endpoint=constants.ENDPOINT), timeout=HUB_SECONDS)
         file = Path(hf_hub_download(name, "config.json", endpoint=constants.ENDPOINT))
     except hub.GatedRepoError as error:
         raise UserError(
-            f"{told} is gated: accept its conditions at {page}, then log in (`hf auth login`, or set HF_TOKEN)"
+            f"{option} is gated: accept its conditions at {page}, then log in (`hf auth login`, or set HF_TOKEN)"
         ) from error
     except hub.RepositoryNotFoundError as error:
         raise UserError(
-            f"{told}: there is no such folder (looked for {Path(name).absolute()}) and no repository {page}; if it is "
+            f"{option}: there is no such folder (looked for {Path(name).absolute()}) and no repository {page}; if it is "
             "private, log in (`hf auth login`, or set HF_TOKEN)"
         ) from error
     except hub.EntryNotFoundError as error:
-        raise UserError(f"{told}: {page} holds no config.json, so no model that transformers loads") from error
+        raise UserError(f"{option}: {page} holds no config.json, so it is not a transformers model") from error
     except unreachable as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if cached is None:
             raise UserError(
-                f"{told} is no folder, and {constants.ENDPOINT} cannot be reached ({reason}): {LOCAL}"
+                f"{option} is not a folder, and {constants.ENDPOINT} cannot be reached ({reason}): {LOCAL}"
             ) from error
-        _check_type(told, cached)
+        _check_type(option, cached)
         logger.warning("%s cannot be reached (%s): using the cached copy %s", constants.ENDPOINT, reason, cached.parent)
         return str(cached.parent)
-    _check_type(told, file)
+    _check_type(option, file)
     return name

@@ -1,11 +1,11 @@
-"""A video-language model as training sees it: samples in, token log-probs of their responses out.
+"""A video-language model for training: it takes samples and returns the token log-probs of their responses.
 
-The composite forward of the model is not used. A sample's video goes through the vision tower once, its features replace
-the placeholders among the prompt's embeddings, prompts and responses are packed into rows (layout.py), and the language model
-runs on each row with an attention that keeps branches apart (attention.py). Only rows that predict a response token meet
-the vocabulary, through fused_linear_logprobs.
+The composite forward of the model is not used. A sample's video goes through the vision tower once, and its features replace
+the embeddings of the prompt's placeholders. Prompts and responses are packed into rows (layout.py), and the language model
+runs on each row with an attention that keeps branches apart (attention.py). Only hidden states that predict a response token
+are projected to the vocabulary, by fused_linear_logprobs.
 
-Adapters, gradient checkpointing, frozen and trainable towers all go through this one path.
+Adapters, gradient checkpointing, frozen and trainable towers all use this one path.
 """
 
 import functools
@@ -34,7 +34,10 @@ Logps = list[list[Tensor]]  # for each sample, for each of its responses: [T] fp
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A prompt with its video's placeholders in place, and any number of responses, EOS included; encode_pairs makes them."""
+    """The tokens of a prompt, its video's placeholders included, and of any number of responses, each closed by EOS.
+
+    encode_pairs makes samples from pairs.
+    """
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
@@ -47,7 +50,7 @@ class Sample:
 
 
 class FeatureStore(Protocol):
-    """Where features of a frozen tower are kept between epochs."""
+    """Storage for the features of a frozen tower, such as FeatureCache. get returns None for a video that is not stored."""
 
     def get(self, video: VideoInputs) -> VideoFeatures | None: ...
     def put(self, video: VideoInputs, features: VideoFeatures) -> None: ...
@@ -56,9 +59,9 @@ class FeatureStore(Protocol):
 class Policy(nn.Module):
     """A model with its tokenizer and family: call it with samples to get the log-probs of their responses.
 
-    load_policy makes one. Its `model` is a transformers model, possibly wrapped by peft; `notes` says what was chosen at loading.
-    Inside a module under ZeRO-3 call forward() instead: DeepSpeed hooks the backward of every tensor that __call__ returns, one a
-    response, and ranks with unequal numbers of them would wait for each other for ever.
+    load_policy makes one. `model` is a transformers model, possibly wrapped by peft. `notes` has sentences about the choices made
+    at loading. Inside a module under ZeRO-3 call forward() instead: DeepSpeed hooks the backward of every tensor that __call__
+    returns, one per response, and ranks with different numbers of responses would deadlock.
     """
 
     def __init__(
@@ -75,10 +78,10 @@ class Policy(nn.Module):
         self.model, self.tokenizer, self.family = model, tokenizer, family
         self.attn_implementation, self.row_tokens, self.backend = attn_implementation, row_tokens, backend
         self.vision_attn_implementation: str | None = None  # None: no tower
-        self.processing: VideoProcessing | None = None  # None: what the family makes of the model's config
+        self.processing: VideoProcessing | None = None  # None: the family's defaults for the model's config
         self.feature_store: FeatureStore | None = None
         self._copies: CopyStream | None = None
-        self.notes: list[str] = []  # sentences on what was chosen at loading, to be said when a run starts
+        self.notes: list[str] = []  # choices made at loading, printed when a run starts
 
     @property
     def base(self) -> Any:
@@ -92,13 +95,15 @@ class Policy(nn.Module):
 
     @property
     def why_apart(self) -> str | None:
-        """Why each response runs as a row of its own, as the rest of a sentence that begins with the family's name; None: rows
-        are shared."""
+        """The reason each response runs in a row of its own, or None if rows are shared.
+
+        The reason continues a sentence that starts with the family's name.
+        """
         return self.family.why_apart(self.base.config)
 
     @property
     def can_share(self) -> bool:
-        """Whether responses and samples may share a row, without one changing the other."""
+        """True if responses and samples may share a row without affecting each other."""
         return self.why_apart is None
 
     def head(self) -> Head:
@@ -113,7 +118,7 @@ class Policy(nn.Module):
             module.requires_grad_(False)
 
     def forward(self, samples: Sequence[Sample], *, share_prefix: bool = True, pack: bool = True) -> Logps:
-        """Token log-probs of every response of every sample, with autograd: a list of fp32 tensors for each sample.
+        """Computes the token log-probs of every response, with autograd: for each sample, a list of fp32 tensors [T].
 
         Args:
             share_prefix: run a sample's video and prompt once for all its responses.
@@ -121,7 +126,7 @@ class Policy(nn.Module):
         """
         why_apart = self.why_apart
         if why_apart is not None and (share_prefix or pack):
-            _say_once_that_nothing_is_shared(self.family.name, why_apart)
+            _warn_once_that_nothing_is_shared(self.family.name, why_apart)
             share_prefix = pack = False
         features = self.encode_videos(samples)
         plan = plan_rows(
@@ -136,7 +141,7 @@ class Policy(nn.Module):
         return [[logps for logps in sample if logps is not None] for sample in results]
 
     def encode_videos(self, samples: Sequence[Sample]) -> list[VideoFeatures | None]:
-        """Each sample's features, the tower called once a video, and not at all for stored ones."""
+        """Returns each sample's features (None without a video). The tower encodes each video once, and none that is stored."""
         found: list[VideoFeatures | None] = [None] * len(samples)
         frozen = self.vision_is_frozen()
         store = self.feature_store if frozen else None
@@ -160,14 +165,14 @@ class Policy(nn.Module):
         return found
 
     def begin_copies(self, samples: Sequence[Sample]) -> None:
-        """Starts copying the frames of samples that are encoded next to a GPU, beside what it computes."""
+        """Starts copying the frames of the samples to be encoded next to the GPU, in parallel with its computation."""
         if self.copies is not None:
             videos = [sample.video for sample in samples if sample.video is not None]
             self.copies.begin([video.frames for video in videos if video.frames is not None])
 
     @property
     def copies(self) -> CopyStream | None:
-        """None on a CPU. A stream is made when it is first needed."""
+        """The stream for copies to the GPU, made when it is first needed. None on a CPU."""
         if self._copies is None and self.device.type == "cuda":
             self._copies = CopyStream(self.device)
         return self._copies
@@ -184,7 +189,7 @@ class Policy(nn.Module):
         features: Sequence[VideoFeatures | None],
         inputs: RowInputs | None = None,
     ) -> Tensor:
-        """[L, D] of one packed row, final norm included. inputs None: made for this row alone."""
+        """Computes the hidden states [L, D] of one packed row, final norm included. inputs None: they are made for this row."""
         inputs = inputs or self._row_inputs([row], samples)[0]
         embeddings = self.base.get_input_embeddings()(inputs.tokens)
         parts = _features_in_order(row, samples, features)
@@ -222,7 +227,7 @@ class Policy(nn.Module):
 
 
 def _on(device: torch.device, features: VideoFeatures) -> VideoFeatures:
-    """Features that a store has read from disk are on the host."""
+    """Copies features to the device if they are on the host, as those read from disk are."""
     parts = dict(enumerate((features.features, *features.deepstack)))
     if features.features.device.type != "cpu":
         return features
@@ -233,7 +238,7 @@ def _on(device: torch.device, features: VideoFeatures) -> VideoFeatures:
 def _features_in_order(
     row: RowLayout, samples: Sequence[Sample], features: Sequence[VideoFeatures | None]
 ) -> list[VideoFeatures]:
-    """The features of a row's videos, in the order in which their placeholders stand.
+    """Returns the features of a row's videos, in the order of their placeholders.
 
     Raises ValueError for a prompt that has more or fewer video tokens than its video has features.
     """
@@ -258,8 +263,8 @@ def _video(sample: Sample) -> VideoInputs:
 
 
 @functools.cache
-def _say_once_that_nothing_is_shared(family: str, why: str) -> None:
+def _warn_once_that_nothing_is_shared(family: str, why: str) -> None:
     warnings.warn(
-        f"{family} {why}: prefix sharing and packing are off, each response runs as a row of its own",
+        f"{family} {why}: prefix sharing and packing are off, each response runs in a row of its own",
         stacklevel=3,
     )

@@ -1,9 +1,9 @@
-"""Rotary embeddings whose frequencies depend on how long the row is: rope types "dynamic" and "longrope".
+"""Rotary embeddings whose frequencies depend on the length of the row: rope types "dynamic" and "longrope".
 
-transformers takes the length from the highest position of the row. In a row that holds several responses, each would change the
-others' angles, so models with such a rope run every response as a row of its own. Two things are left to see to here:
-the length is that of the whole sequence, its last token included, which predicts nothing and is not in our row; and "dynamic"
-remembers a longer row that was computed before, which would make a result depend on the order of samples.
+transformers takes the length from the highest position of the row. In a row with several responses, each would change the
+others' angles, so models with such a rope run every response in a row of its own. This module handles two more problems.
+First, the length must include the last token of the sequence, which predicts nothing and is not in our row. Second, "dynamic"
+remembers the longest row computed so far, so without a reset a result would depend on the order of samples.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BY_LENGTH = frozenset({"dynamic", "longrope"})
 
 
 def ropes_by_length(config: Any) -> list[str]:
-    """The language model's rope types whose frequencies depend on the row's length, sorted; mostly none."""
+    """Returns the language model's rope types whose frequencies depend on the row's length, sorted. Most models have none."""
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     each = [parameters, *(value for value in parameters.values() if isinstance(value, Mapping))]
     return sorted({str(one.get("rope_type")) for one in each} & BY_LENGTH)
@@ -27,7 +27,7 @@ def ropes_by_length(config: Any) -> list[str]:
 
 @contextmanager
 def fresh_frequencies(language_model: nn.Module) -> Iterator[None]:
-    """Inside, the first row is computed as by a model that has just been loaded; afterwards the model is as it was loaded."""
+    """Resets the ropes' frequencies to those of a freshly loaded model, both on entering and on leaving the context."""
     _forget(language_model)
     try:
         yield
@@ -37,7 +37,7 @@ def fresh_frequencies(language_model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole_sequence(language_model: nn.Module) -> Iterator[None]:
-    """fresh_frequencies, and ropes count one position more than the row has: its sequence's last token."""
+    """Applies fresh_frequencies and makes ropes count one position more than the row has, for the last token of its sequence."""
     with fresh_frequencies(language_model), ExitStack() as hooks:
         for rope in _ropes(language_model):
             hooks.callback(rope.register_forward_pre_hook(_one_more, with_kwargs=True).remove)
@@ -48,7 +48,7 @@ def whole_sequence(language_model: nn.Module) -> Iterator[None]:
 def _one_more(
     rope: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Called as rope(x, position_ids), by position or by keyword."""
+    """Appends a position to position_ids. Models call rope(x, position_ids), with a positional or a keyword argument."""
     arguments, keywords = (*arguments,), dict(keywords)
     positions = keywords.pop("position_ids") if "position_ids" in keywords else arguments[1]
     longer = torch.cat([positions, positions[..., -1:] + 1], -1)
@@ -64,7 +64,7 @@ def _ropes(module: nn.Module) -> list[Any]:
 
 
 def _types(module: nn.Module) -> list[str]:
-    """Prefixes of a rope's buffers, by length-dependent type: "" where all layers have one type."""
+    """Returns the prefixes of a rope's buffers with a type in BY_LENGTH; the prefix is "" if all layers have one type."""
     kind = getattr(module, "rope_type", None)
     if isinstance(kind, str):
         return [""] if kind in BY_LENGTH else []
@@ -75,6 +75,6 @@ def _forget(language_model: nn.Module) -> None:
     for rope in _ropes(language_model):
         for prefix in _types(rope):
             now = getattr(rope, f"{prefix}inv_freq")
-            # A copy: transformers would register the original itself, and a tensor with two names is counted once.
+            # A copy: otherwise one tensor would be registered under two names, and be counted once.
             setattr(rope, f"{prefix}inv_freq", getattr(rope, f"{prefix}original_inv_freq").to(now.device, copy=True))
             setattr(rope, f"{prefix}max_seq_len_cached", rope.original_max_seq_len)

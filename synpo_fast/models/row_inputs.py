@@ -1,8 +1,8 @@
-"""The integers of packed rows, made on the host and sent to the device together: one copy for a whole micro-batch.
+"""The integer inputs of packed rows, made on the host and sent to the device in one copy for a whole micro-batch.
 
-Tokens, positions, where a video's features go, which rows predict which labels, and where each segment of attention begins
-and ends: all of it follows from the plan of the rows and from the samples, and nothing of it is on the device. Sent one by
-one, every such tensor would stop the host until the device has caught up.
+They are the tokens, positions, placeholder positions, predicting rows with their labels, and the start and end of each attention
+segment. All of them follow from the row plan and the samples, which are on the host. If they were sent one by one, the host
+would wait for the device at each of them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class RowInputs:
-    """Inputs of one packed row of length L, on the policy's device, int64.
+    """The inputs of one packed row of length L: int64 tensors on the policy's device.
 
-    tokens [L]; positions [L], or [3, L] for mRoPE; placeholders [P]: the rows that hold a video token; rows [N] and labels [N]:
-    which row predicts which token, response after response.
+    tokens [L]; positions [L], or [3, L] for mRoPE; placeholders [P]: the indices of video tokens; rows [N] and labels [N]: the
+    row index that predicts each response token, and that token, response after response.
     """
 
     tokens: Tensor
@@ -42,7 +42,7 @@ class RowInputs:
 def row_inputs(
     plan: Sequence[RowLayout], samples: Sequence[Sample], *, family: Family, model: Any, device: torch.device
 ) -> list[RowInputs]:
-    """The inputs of every row of a plan, in one copy. `model` is the transformers model: its config decides positions."""
+    """Makes the inputs of every row of a plan and sends them in one copy. `model` is the transformers model (for positions)."""
     positions = _prompt_positions(plan, samples, family, model)
     host: dict[tuple[int, str], Tensor] = {}
     longest = []
@@ -71,7 +71,7 @@ def row_inputs(
 
 
 def _prompt_positions(plan: Sequence[RowLayout], samples: Sequence[Sample], family: Family, model: Any) -> list[Tensor]:
-    """Each sample's own, on the host, from its prompt's start; the same for every group that holds its prompt."""
+    """Computes the position ids of each sample's prompt, on the host. All groups with that prompt share them."""
     used = {group.sample for row in plan for group in row.groups}
     return [
         family.position_ids(model, torch.tensor(sample.prompt), sample.video) if index in used else torch.empty(0)
@@ -80,13 +80,13 @@ def _prompt_positions(plan: Sequence[RowLayout], samples: Sequence[Sample], fami
 
 
 def _positions(row: RowLayout, prompts: Sequence[Tensor]) -> Tensor:
-    """[L], or [3, L] for mRoPE: every prompt starts anew, and every branch goes on where its prompt ends."""
+    """Returns the position ids of a row, [L] or [3, L] for mRoPE: each prompt starts anew, each branch continues its prompt."""
     parts = []
     for group in row.groups:
         prompt = prompts[group.sample]
         parts.append(prompt)
         for branch in group.branches:
-            # From the last position, not the highest: a video's time may run ahead of the text behind it.
+            # From the last position, not the highest: a video's time positions may exceed those of the text after it.
             parts.append(prompt[..., -1:] + 1 + torch.arange(branch.length))
     return torch.cat(parts, -1)
 

@@ -1,4 +1,4 @@
-"""One pass of a frozen vision tower for several policies that have the same one: a policy and its reference."""
+"""Lets policies with the same frozen vision tower, such as a policy and its reference, encode each video only once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from synpo_fast.models.policy import FeatureStore, Policy
 
 @contextmanager
 def videos_encoded_once(policies: Sequence[Policy]) -> Iterator[None]:
-    """Inside, what one of `policies` encodes the others take over. A policy whose tower trains takes no part."""
+    """Shares the features that one of `policies` encodes with the others, inside the context.
+
+    A policy whose tower trains takes no part.
+    """
     before = [policy.feature_store for policy in policies]
     try:
-        kept = _Kept(before[0])
+        kept = _SharedFeatures(before[0])
         for policy in policies:
             policy.feature_store = kept
         yield
@@ -23,8 +26,8 @@ def videos_encoded_once(policies: Sequence[Policy]) -> Iterator[None]:
             policy.feature_store = store
 
 
-class _Kept:
-    """By the video object itself, in front of a store that outlives the step."""
+class _SharedFeatures:
+    """A feature store for one step, keyed by the identity of the video object. `inner` is a store that outlives the step."""
 
     def __init__(self, inner: FeatureStore | None) -> None:
         self.inner = inner

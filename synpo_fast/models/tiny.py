@@ -1,8 +1,8 @@
-"""Small random models of every family, with a tokenizer of their own: built from a config in a second or two, no network.
+"""Small random models of every family with their own tokenizer, built from a config in a second or two, without network.
 
-The tokenizer has one token a byte, so that any text survives a round trip and a length can be asked for exactly, and the
-special tokens and the chat template of the family. Weights depend on the seed and the sizes alone. They are drawn wider
-than transformers does (1 / sqrt(width) instead of 0.02), or a small model would hardly react to what it is shown.
+The tokenizer has one token per byte, so any text survives a round trip and texts of an exact length can be made. It also has
+the family's special tokens and chat template. Weights depend on the seed and the sizes only. Their standard deviation is
+1 / sqrt(width) instead of transformers' 0.02: otherwise a small model's output would hardly depend on its input.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ TEXT_CHAT_TEMPLATE = """\
 """
 
 PATCH_SIZE = 14
-SQUARE = 4 * PATCH_SIZE  # frames of fixed size: 4 x 4 patches, 4 tokens
-# Frames of free size: from 1 token to 6 for a frame, or for each two frames.
+SQUARE = 4 * PATCH_SIZE  # side of frames with a fixed size: 4 x 4 patches, 4 tokens
+# Bounds for frames that keep their aspect ratio: 1 to 6 tokens per frame, or per two frames.
 MIN_PIXELS, MAX_PIXELS = 28 * 28, 6 * 28 * 28
 
 
 @dataclass(frozen=True)
 class Sizes:
+    """The sizes of a tiny model; see tiny_model."""
+
     hidden_size: int
     num_layers: int
     num_heads: int
@@ -70,19 +72,19 @@ def tiny_model(
     linear_attention: bool = False,
     max_positions: int = 32768,
 ) -> tuple[Any, Any]:
-    """A random model of the family, fp32 and in eval mode, and its tokenizer.
+    """Builds a random model of the family, in fp32 and eval mode, and its tokenizer.
 
     Args:
         family_name: "text", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl" or "video_llama_3".
-        seed: decides the weights, with the sizes.
+        seed: the weights depend on the seed and the sizes.
         intermediate_size: None: twice the hidden size.
-        vocab_size: pads the vocabulary with tokens nobody writes; None: to a multiple of 16.
-        linear_attention: every other layer is linear attention (family "text" only).
+        vocab_size: pads the vocabulary with unused tokens to this size; None: to a multiple of 16.
+        linear_attention: every other layer has linear attention (family "text" only).
 
-    Raises ValueError for an unknown family, for sizes that do not fit, and for what the family cannot do.
+    Raises ValueError for an unknown family, for sizes that do not fit together, and for an option that the family lacks.
     """
     if family_name not in FAMILIES:
-        raise UserError(f"no family {family_name!r}; there are {', '.join(FAMILIES)}")
+        raise UserError(f"unknown family {family_name!r}, expected one of {', '.join(FAMILIES)}")
     if linear_attention and family_name != "text":
         raise UserError(f"family {family_name!r} has no linear attention; only 'text' can be built with it")
     if hidden_size % num_heads or hidden_size // num_heads % 2 or num_heads % num_kv_heads:
@@ -118,7 +120,7 @@ def tiny_model(
 
 
 def tiny_tokenizer(family_name: str) -> Any:
-    """One token a byte, then the special tokens of the family."""
+    """Builds a tokenizer with one token per byte, followed by the special tokens of the family."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -216,7 +218,7 @@ def _qwen3_vl(sizes: Sizes, tokenizer: Any) -> Any:
             "temporal_patch_size": 2,
             "out_hidden_size": sizes.hidden_size,
             "num_position_embeddings": 16,
-            # One for each of the first decoder layers: more would be dropped by the model without a word.
+            # One for each of the first decoder layers: the model would silently drop any more.
             "deepstack_visual_indexes": list(range(min(2, sizes.vision_layers, sizes.num_layers))),
             "initializer_range": sizes.vision_hidden_size**-0.5,
         },

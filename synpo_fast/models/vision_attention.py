@@ -1,14 +1,15 @@
-"""Attention inside a vision tower whose frames and windows lie in one row, in few calls where transformers makes one a window.
+"""Attention inside a vision tower whose frames and windows share one row. It needs few calls; transformers makes one per window.
 
-Qwen2.5-VL, Qwen3-VL and VideoLLaMA3 put all frames of a micro-batch into one row of patches, cut into segments that attend to
-themselves alone: a frame, or in most of Qwen2.5-VL's layers a window of 8 x 8 patches. transformers runs sdpa once a segment
-and reads the lengths from the device in every layer, unless the implementation's name holds "flash": then the function gets the
-whole row and the ends of its segments. Two functions are registered under such names:
+Qwen2.5-VL, Qwen3-VL and VideoLLaMA3 put all frames of a micro-batch into one row of patches, cut into segments that attend only
+to themselves. A segment is a frame or, in most of Qwen2.5-VL's layers, a window of 8 x 8 patches. transformers calls sdpa once
+per segment and reads the lengths from the device in every layer, unless the implementation's name contains "flash": then the
+function gets the whole row and the ends of its segments. Two functions are registered under such names:
 
     varlen    flash attention over all segments in one call (flash-attn if it is installed, else torch's own): GPU, 16-bit
-    segments  sdpa, one call for each different length: any device and dtype, and the plain statement of what `varlen` computes
+    segments  one sdpa call per distinct segment length: any device and dtype; the readable definition of what `varlen` computes
 
-On a CPU `segments` is no faster than one call a window (0.6 to 1.1 times on two cores at Qwen2.5-VL's shapes), so sdpa stays.
+On a CPU, the speed of `segments` is 0.6 to 1.1 times that of one call per window (two cores, Qwen2.5-VL's shapes), so sdpa
+remains the default there.
 """
 
 from __future__ import annotations
@@ -28,20 +29,22 @@ from synpo_fast.models.families.registry import Family
 
 FLASH_ATTENTION_2 = "flash_attention_2"
 CHOICES = ("auto", "sdpa", "eager", SEGMENTS, VARLEN, FLASH_ATTENTION_2)
-# What transformers knows them by: "flash" in the name is what makes it hand over whole rows.
+# The names registered with transformers. Because they contain "flash", transformers passes whole rows.
 REGISTERED = {SEGMENTS: "synpo_fast_vision_segments_as_flash", VARLEN: "synpo_fast_vision_varlen_as_flash"}
-# Of what layers hand over besides: the keys are the queries, and what both functions take is not in both signatures.
+# Keyword arguments that layers may pass. Key lengths equal query lengths, so they are not needed; max_length_q and cuts are
+# each used by one of the two functions only.
 HARMLESS = frozenset({"scaling", "dropout", "cu_seq_lens_k", "max_length_q", "max_length_k", "cuts", "position_ids"})
-LARGEST_HEAD = 256  # of flash attention, which also wants a multiple of 8
+LARGEST_HEAD = 256  # the largest head size of flash attention, which also requires a multiple of 8
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """How a row of L patches is cut.
+    """The cut of a row of L patches into S segments.
 
-    ends int32 [S + 1]: where segments begin and end; a tower's layers are handed this very tensor.
-    by_length int64 [L]: the row's patches, those of the shortest segments first; back int64 [L]: its inverse.
-    counts: (length, how many segments have it), the shortest first. Host numbers: nothing is read from the device.
+    ends int32 [S + 1]: cumulative segment lengths; the tower's layers receive this same tensor object.
+    by_length int64 [L]: a permutation that puts the patches of the shortest segments first; back int64 [L]: its inverse.
+    counts: (length, number of segments with it), the shortest length first. These are host integers, so nothing is read from the
+        device.
     """
 
     ends: Tensor
@@ -55,7 +58,7 @@ class Segments:
 
 
 def segments_of(ends: Tensor) -> Segments:
-    """From cumulative lengths, on the host."""
+    """Makes Segments from cumulative lengths [S + 1], on the host."""
     lengths = ends.diff()
     by_length = torch.repeat_interleave(lengths, lengths).argsort(stable=True)
     different, counts = lengths.unique(return_counts=True)
@@ -66,9 +69,9 @@ def segments_of(ends: Tensor) -> Segments:
 def set_vision_attention(
     family: Family, model: nn.Module, wanted: str, *, dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """Makes the tower of `model` use `wanted`, one of CHOICES, and returns what that is; None for a model without a tower.
+    """Sets the attention of the vision tower to `wanted`, one of CHOICES, and returns the one chosen; None without a tower.
 
-    Raises ValueError for an unknown name and for what the family, the device or the dtype cannot do.
+    Raises ValueError for an unknown name, and for an attention that the family, the device or the dtype does not support.
     """
     if wanted not in CHOICES:
         raise UserError(f"vision_attn_implementation must be one of {', '.join(CHOICES)}, got {wanted!r}")
@@ -84,12 +87,12 @@ def set_vision_attention(
 
 
 def takes_segments(config: Any) -> bool:
-    """Whether the tower's layers call one of the two functions here."""
+    """True if the tower's layers call one of the two functions in this module."""
     return config._attn_implementation in REGISTERED.values()
 
 
 def is_flash(config: Any) -> bool:
-    """Whether transformers hands the tower's attention the ends of segments, on the device, in place of single segments."""
+    """True if transformers passes whole rows and segment ends (on the device) to the tower's attention, not single segments."""
     return "flash" in (config._attn_implementation or "")
 
 
@@ -105,8 +108,8 @@ def _automatic(family: Family, config: Any, dtype: torch.dtype, device: torch.de
 def _check(chosen: str, family: Family, dtype: torch.dtype, device: torch.device) -> None:
     if chosen in REGISTERED and not family.packs_frames:
         raise UserError(
-            f"vision_attn_implementation={chosen!r} is for towers that pack frames into one row, and {family.name}'s takes "
-            "each frame whole, all in one call: leave it at auto"
+            f"vision_attn_implementation={chosen!r} is for towers that pack frames into one row; the tower of {family.name} "
+            "takes each frame whole, all in one call: leave it at auto"
         )
     if chosen not in (VARLEN, FLASH_ATTENTION_2):
         return
@@ -131,7 +134,10 @@ def segments_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
     cu_seq_lens_q: Tensor, cuts: Sequence[Segments], **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """query, key, value [1, H, L, E] -> [1, L, H, E]. `cuts` comes with the tower's call: all ways in which it cuts its row."""
+    """Attention with one sdpa call per distinct segment length: query, key, value [1, H, L, E] -> [1, L, H, E].
+
+    `cuts` is an argument of the tower's call: every cut that it uses. The one for this layer has cu_seq_lens_q as its ends.
+    """
     scaling, dropout = scale_and_dropout(options, harmless=HARMLESS)
     cut = next(cut for cut in cuts if cut.ends is cu_seq_lens_q)
     sizes = [length * count for length, count in cut.counts]
@@ -152,7 +158,7 @@ def varlen_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
     cu_seq_lens_q: Tensor, max_length_q: int, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """The same in one call of flash attention, which finds the segments by their ends."""
+    """Attention with the result of segments_attention, in one call of flash attention, which takes the segments' ends."""
     scaling, dropout = scale_and_dropout(options, harmless=HARMLESS)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [L, H, E]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -164,7 +170,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float], Tensor]
 
 @functools.cache
 def _kernel() -> Kernel:
-    """flash-attn's varlen function if it is installed, else torch's own: q, k, v [L, H, E], ends, longest, scale, dropout."""
+    """Returns flash-attn's varlen function if it is installed, else torch's: q, k, v [L, H, E], ends, longest, scale, dropout."""
     flash = _flash_attn()
     if flash is None:
         return _run_torch

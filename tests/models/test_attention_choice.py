@@ -24,7 +24,7 @@ def gpu(monkeypatch):
     [
         ((9, 0), torch.bfloat16, VARLEN, "the fastest here"),
         ((8, 0), torch.float16, VARLEN, "the fastest here"),
-        ((9, 0), torch.float32, SEGMENTS, "because synpo_fast_varlen knows bfloat16 and float16 only, got float32"),
+        ((9, 0), torch.float32, SEGMENTS, "because synpo_fast_varlen supports bfloat16 and float16 only, got float32"),
         ((7, 5), torch.float16, SEGMENTS, "needs a GPU of compute capability 8.0 or above, got 7.5"),
     ],
 )
@@ -42,7 +42,7 @@ def test_auto_on_a_cpu_asks_no_gpu(monkeypatch):
 @pytest.mark.parametrize(
     ("device", "capability", "dtype", "message"),
     [
-        (GPU, (9, 0), torch.float32, r"knows bfloat16 and float16 only, got float32 \(bf16=true .*take auto, or"),
+        (GPU, (9, 0), torch.float32, r"supports bfloat16 and float16 only, got float32 \(bf16=true .*take auto, or"),
         (GPU, (7, 0), torch.float16, r"compute capability 8\.0 or above, got 7\.0; take auto"),
         (CPU, (0, 0), torch.bfloat16, "needs a CUDA device, got cpu; take auto"),
     ],

@@ -251,7 +251,7 @@ def test_frames_that_a_pair_brings_are_stored_and_found(policy, root, tmp_path):
 
 
 def test_many_may_write_and_read_one_folder(policy, root, tmp_path):
-    """As several ranks and their workers do. Whoever finds a file finds all of it."""
+    """Several ranks and their worker processes do this. A process that finds a file finds it complete."""
     cache = cache_of(policy, tmp_path / "features")
     video = reader_of(policy, root)(pair_of("0.mp4")).sample.video
     (features,) = policy.family.encode_videos(policy.base, [video])

@@ -176,13 +176,13 @@ def test_nothing_to_replace_is_an_error_that_names_who_has_something():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     with pytest.raises(
         ValueError,
-        match=r"for what any of Linear, Sequential computes.*works with qwen2_5_vl, qwen3_vl, llava_onevision",
+        match=r"for any module of Linear, Sequential.*works with qwen2_5_vl, qwen3_vl, llava_onevision",
     ):
         apply_liger_kernels(model, nn.Sequential(model[0]))  # the norm is the tower's
 
 
 def test_loading_notes_the_counts():
-    """As far as a CPU goes: the device is what is checked first, everything after it runs here."""
+    """The test runs on a CPU, because only the first check needs the device."""
     from synpo_fast.models import loading
 
     policy = load_policy("tiny:llava_onevision", device="cpu")

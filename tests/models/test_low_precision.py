@@ -17,7 +17,7 @@ from tests.models.tiny_families import VIDEO_FAMILIES, official_inputs, random_f
 
 SIZES = {"hidden_size": 128, "num_heads": 2, "num_kv_heads": 1}
 RESPONSES = {2000: (300, 200), 8000: (400,)}  # tokens of each response, by the prompt's: enough for a mean
-SLACK = 1.05  # errors of two ways to round are of one size, not the same
+SLACK = 1.05  # the errors of two rounding orders are similar, not equal
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_model_that_is_cast_keeps_fp32_frequencies_of_every_rope_type():
 
 
 def test_a_model_whose_code_reads_numbers_while_it_is_built_is_cast_too():
-    """As code that comes with a model does, to space drop rates over its layers: without weights there are no numbers to read."""
+    """A model's own code does this to space drop rates over its layers. On the meta device there are no numbers to read."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     class Spaced(Qwen2ForCausalLM):

@@ -97,14 +97,14 @@ def test_what_a_folder_lacks_is_named(tmp_path, monkeypatch):
     (model_folder(tmp_path / "untyped") / "config.json").write_text("{}")
     (tmp_path / "file").write_text("")
     assert "holds no config.json" in refusal("empty")
-    assert "it holds checkpoint-000007: is that what you mean?" in refusal("run")
-    assert "is an adapter: `synpo-fast merge adapter OUT`" in refusal("adapter")
+    assert "did you mean its checkpoint-000007?" in refusal("run")
+    assert "is an adapter: merge it into a model with `synpo-fast merge adapter OUT`" in refusal("adapter")
     assert "model_type 'mamba' is not supported. Supported are" in refusal("other")
     assert "holds a config.json but no weights" in refusal("bare")
     assert "cannot be read as JSON" in refusal("broken")
     assert "names no model_type" in refusal("untyped")
     assert "is a file: give the folder" in refusal("file")
-    assert "is no folder, and no name that the hub could know" in refusal("two words")
+    assert "is not a folder, and not a valid name on the hub" in refusal("two words")
     assert "expected tiny: and one of qwen2_5_vl" in refusal("tiny:gpt")
 
 
@@ -144,7 +144,7 @@ def test_offline_mode_asks_nobody(hub, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set while" in refusal("someone/model")
+    assert "HF_HUB_OFFLINE is set, and" in refusal("someone/model")
     put_in_cache(tmp_path, "someone/other")
     assert find_model("someone/other") == "someone/other"
     assert not hub["asked"]

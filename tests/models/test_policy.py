@@ -228,7 +228,7 @@ def test_bad_options_are_named(name, options, message):
 
 
 def test_linear_attention_is_run_apart():
-    """A state that runs along the row can not be masked: nothing is shared, and that is said once."""
+    """A state that runs along the row cannot be masked: nothing is shared, and one warning says so."""
     from synpo_fast.models import policy as module
 
     policy = policy_of("text", tiny_options={"linear_attention": True}).eval()
@@ -237,7 +237,7 @@ def test_linear_attention_is_run_apart():
     handle = policy.family.language_model(policy.base).register_forward_pre_hook(
         lambda _, args, kwargs: calls.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
-    module._say_once_that_nothing_is_shared.cache_clear()
+    module._warn_once_that_nothing_is_shared.cache_clear()
     with torch.no_grad(), pytest.warns(UserWarning, match="text has linear-attention layers"):
         found = policy(samples)
     handle.remove()

@@ -102,7 +102,7 @@ def test_it_is_said_why_rows_are_not_shared(folders, rope):
     reason = f"text has a rope of type '{rope}', whose angles depend on how long the whole row is"
     policy = load_policy(folders(rope), device="cpu")
     assert policy.notes == [f"attention: sdpa, each response in a row of its own, because {reason}"]
-    policy_module._say_once_that_nothing_is_shared.cache_clear()
+    policy_module._warn_once_that_nothing_is_shared.cache_clear()
     with torch.no_grad(), pytest.warns(UserWarning, match=f"{reason}: prefix sharing and packing are off"):
         policy([random_sample(20, 5, 5)])
     config = TrainConfig(

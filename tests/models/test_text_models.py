@@ -42,7 +42,7 @@ def test_packed_and_shared_rows_give_transformers_own_log_probs(tmp_path, model_
             r"gemma2 caps the scores of its attention at 1 \(attn_logit_softcapping\).*take auto, or eager",
         ),
         ("gemma2", "sdpa", "cannot be used: gemma2 caps the scores"),
-        ("stablelm", SEGMENTS, "the layers of stablelm do not hand the row's layout on .*take auto, or sdpa or eager"),
+        ("stablelm", SEGMENTS, "the layers of stablelm do not pass the row's layout on .*take auto, or sdpa or eager"),
         ("qwen3_next", SEGMENTS, "is for rows that several responses share, and text has linear-attention layers"),
     ],
 )
@@ -56,7 +56,7 @@ def test_the_reason_for_a_dense_mask_is_said(tmp_path, monkeypatch):
     policy = load_policy(save_text_model(tmp_path, "gemma2"), device="cpu")
     assert policy.notes == [
         "attention: eager with a dense mask, because gemma2 caps the scores of its attention at 1 "
-        "(attn_logit_softcapping), which eager alone does"
+        "(attn_logit_softcapping), which only eager supports"
     ]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     gpu = torch.device("cuda", 0)
@@ -93,5 +93,5 @@ def test_what_a_layer_asks_for_and_is_not_known_is_an_error(function, asked):
         needed["max_length_q"] = 1
     q = torch.zeros(1, 1, 1, 8)
     (name,) = asked
-    with pytest.raises(ValueError, match=re.escape(f"does not know {name}={asked[name]}")):
+    with pytest.raises(ValueError, match=re.escape(f"does not support {name}={asked[name]}")):
         function(None, q, q, q, None, scaling=1.0, dropout=0.0, **needed, **asked)

@@ -20,7 +20,7 @@ SHAPES = [(5, 61, 143, 3), (4, 56, 84, 3), (2, 30, 30, 3)]  # windows of several
 
 
 def plain(q, k, v, ends, longest, scale, dropout):
-    """What flash attention computes, by its definition, segment by segment: [L, H, E]."""
+    """Flash attention by its definition, segment by segment: [L, H, E]."""
     assert dropout == 0 and longest == int(ends.diff().max())
     parts = []
     for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
@@ -171,7 +171,7 @@ def test_auto_leaves_flash_attention_where_it_does_not_fit(hidden_size, capabili
         ("qwen2_5_vl", "flash", "must be one of auto, sdpa, eager"),
         ("qwen2_5_vl", VARLEN, "needs a CUDA device, got cpu: leave it at auto"),
         ("qwen2_5_vl", "flash_attention_2", "needs a CUDA device"),
-        ("internvl", SEGMENTS, "internvl's takes each frame whole"),
+        ("internvl", SEGMENTS, "the tower of internvl takes each frame whole"),
     ],
 )
 def test_what_cannot_be_had_is_refused(name, wanted, reason):

@@ -1,4 +1,4 @@
-"""What the tests of the families share: tiny models, a sample, and its hidden states, ours and transformers' own."""
+"""Helpers for the tests of the families: tiny models, a sample, and its hidden states, ours and transformers' own."""
 
 import torch
 
@@ -57,7 +57,7 @@ def official_hidden(name, model, token_ids, video=None):
 
 
 def official_inputs(name, model, token_ids, video=None):
-    """What transformers' own processor of the family would hand to the model's forward."""
+    """The inputs that transformers' own processor of the family would pass to the model's forward."""
     inputs = {"input_ids": token_ids[None], "attention_mask": torch.ones(1, len(token_ids), dtype=torch.long)}
     if video is not None:
         inputs |= video.arguments()
