@@ -1,15 +1,16 @@
-"""Reference log-probs, for the losses that compare with a reference: computed as they are asked for, or read from a file.
+"""Reference log-probs for losses that compare with a reference: computed on demand, or read from a file.
 
-    FrozenCopy     a copy of the policy at this moment; twice the memory, never moves
-    AdapterOff     the policy with its adapter switched off; no memory, but only right if nothing outside the adapter trains
+    FrozenCopy     a copy of the policy at this moment: twice the memory, never changes
+    AdapterOff     the policy with its adapter switched off: no extra memory; correct only if nothing outside the adapter trains
     PreviousRound  a policy loaded from the last round's folder
     Precomputed    a file of log-probs, keyed by the reference's weights (digest.weights_key) and by each sample
     AnchorClip     any of the above, on a second view of each sample (LongVPO: the anchor clip without its distractors)
 
-Each is a callable: samples -> for each sample, for each response, token log-probs [T], detached.
+Each is a callable that takes samples and returns, for each sample and each response, the detached token log-probs [T].
 
-The file (a run's reference.pt) is a torch file of {"weights": key of what computed it, "entries": {key of a sample: [log-probs
-of each response]}}. `precompute` computes and writes one, `write_logps` writes what was read from several.
+The file (a run's reference.pt) is a torch file of {"weights": key of the reference's weights, "entries": {key of a sample:
+[log-probs of each response]}}. `precompute` computes and writes such a file; `write_logps` writes entries that were merged from
+several files.
 """
 
 import copy
@@ -26,12 +27,15 @@ from synpo_fast.models.digest import sample_key
 from synpo_fast.models.policy import Logps, Policy, Sample
 
 logger = logging.getLogger(__name__)
-Entries = dict[str, list[Tensor]]  # a sample's key -> log-probs of each of its responses
+Entries = dict[str, list[Tensor]]  # a sample's key -> the log-probs of each of its responses
 
 
 class Reference(Protocol):
-    """Gives detached log-probs. same_tower: a policy whose vision tower has the trained policy's weights while that tower is
-    frozen, so that one pass encodes a video for both; None where there is none, or where it is not known to have them."""
+    """A callable that returns detached log-probs.
+
+    same_tower: a policy whose vision tower has the same weights as the trained policy's while that tower is frozen, so that one
+    pass can encode a video for both. None if the reference has no tower, or if its weights may differ.
+    """
 
     @property
     def same_tower(self) -> Policy | None: ...
@@ -40,7 +44,7 @@ class Reference(Protocol):
 
 
 class FrozenCopy:
-    """A copy of the policy as it is now; later training does not reach it."""
+    """A copy of the policy as it is now. Later training does not change it."""
 
     def __init__(self, policy: Policy, *, share_prefix: bool = True) -> None:
         self.policy, self.share_prefix = copy.deepcopy(policy).requires_grad_(False).eval(), share_prefix
@@ -51,7 +55,7 @@ class FrozenCopy:
 
 
 class PreviousRound:
-    """A policy loaded for this purpose, so that no copy is made."""
+    """A policy that was loaded as the reference. It is frozen in place and not copied."""
 
     same_tower: Policy | None = None  # its tower may have trained in that round
 
@@ -63,10 +67,10 @@ class PreviousRound:
 
 
 class AdapterOff:
-    """The base model under the policy's adapter.
+    """The policy's base model, with its adapter switched off.
 
-    Raises ValueError if anything outside the adapter trains, naming it: the reference would move with it. (The released
-    video-SALMONN 2 v1 leaked that way.)
+    Raises ValueError with the names of parameters that train outside the adapter: the reference would change with them. (The
+    released video-SALMONN 2 v1 had this leak.)
     """
 
     def __init__(self, policy: Policy, *, share_prefix: bool = True) -> None:
@@ -92,7 +96,7 @@ class AdapterOff:
         ]
         if outside:
             raise UserError(
-                f"reference 'adapter off' would move: {len(outside)} trained parameters lie outside the adapter, "
+                f"reference 'adapter off' would change: {len(outside)} trained parameters lie outside the adapter, "
                 f"{', '.join(outside[:3])} among them; freeze them or use a frozen copy"
             )
 
@@ -100,7 +104,7 @@ class AdapterOff:
 class Precomputed:
     """Reference log-probs read from a file that `precompute` wrote.
 
-    Raises ValueError if the file was made with other weights, or holds no entry for a sample: a stale reference is an error.
+    Raises ValueError if the file was made with other weights or has no entry for a sample: a stale reference is an error.
     """
 
     same_tower: Policy | None = None  # it encodes nothing
@@ -120,8 +124,8 @@ class Precomputed:
             key = sample_key(sample)
             if key not in self.entries:
                 raise UserError(
-                    f"{self.file} has no reference for sample {sample.name!r} as it is now: its video was changed, or could not "
-                    "be read when the reference was made. Compute it again: delete the file, and start a run with --resume auto"
+                    f"{self.file} has no reference for sample {sample.name!r} as it is now: its video has changed, or could not "
+                    "be read when the reference was made. Compute it again: delete the file, and start the run with --resume auto"
                 )
             results.append(list(self.entries[key]))
         return results
@@ -134,12 +138,12 @@ def precompute(
     *,
     weights_key: str,
 ) -> None:
-    """Writes the reference log-probs of samples to a file, for `Precomputed` to read.
+    """Computes the reference log-probs of samples and writes them to a file for `Precomputed`.
 
     Args:
-        score: what computes them: a reference, or anything called like one.
-        batches: samples that are scored together; a batch may be empty.
-        weights_key: the key of the reference's weights, which a reader must name.
+        score: computes the log-probs: a reference, or a callable with the same signature.
+        batches: samples to score together; a batch may be empty.
+        weights_key: the key of the reference's weights, which `Precomputed` compares with the one it is given.
     """
     entries: Entries = {}
     for samples in batches:
@@ -150,31 +154,32 @@ def precompute(
 
 
 def in_batches(samples: Sequence[Sample], size: int = 8) -> Iterator[Sequence[Sample]]:
+    """Yields the samples in batches of `size`; the last one may be smaller."""
     for begin in range(0, len(samples), size):
         yield samples[begin : begin + size]
 
 
 def write_logps(file: str | Path, entries: Entries, *, weights_key: str) -> None:
-    """In one move: a half-written file is never left behind. Raises UserError where it cannot be written."""
+    """Writes the file atomically, so that it is never half-written. Raises UserError if it cannot be written."""
     file = Path(file)
     partial = file.with_name(file.name + ".partial")
     try:
         torch.save({"weights": weights_key, "entries": entries}, partial)
         partial.replace(file)
-    except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of a full disk
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         partial.unlink(missing_ok=True)
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file} cannot be written ({said}): make room and start again") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file} cannot be written ({reason}): free some disk space and start again") from error
 
 
 def read_logps(file: str | Path) -> Entries:
-    """What `precompute` wrote, of whatever weights."""
+    """Reads the entries that `precompute` wrote, without checking which weights they belong to."""
     entries: Entries = torch.load(file, weights_only=True)["entries"]
     return entries
 
 
 def is_fresh(file: Path, weights_key: str) -> bool:
-    """Whether the file is there, whole, and of these weights. One that cannot be read is said, and no error: it is made again."""
+    """True if the file exists, is complete and belongs to these weights. An unreadable file gives a warning and False."""
     try:
         found = torch.load(file, weights_only=True)
         if not isinstance(found, dict):
@@ -182,17 +187,17 @@ def is_fresh(file: Path, weights_key: str) -> bool:
         fresh, whole = found["weights"] == weights_key, isinstance(found["entries"], dict)
     except FileNotFoundError:
         return False
-    except Exception as error:  # unpickling bytes of any kind raises errors of any kind
+    except Exception as error:  # unpickling arbitrary bytes can raise any error
         reason = (str(error).strip().splitlines() or [""])[0]
-        logger.warning("%s cannot be read (%s: %s): it is made again", file, type(error).__name__, reason)
+        logger.warning("%s cannot be read (%s: %s) and will be recomputed", file, type(error).__name__, reason)
         return False
     return bool(fresh) and whole
 
 
 class AnchorClip:
-    """Another reference that sees each sample through `view`: same responses, a smaller context."""
+    """A reference that scores `view(sample)`, with the same responses and a smaller context, by an inner reference."""
 
-    same_tower: Policy | None = None  # the view has videos of its own
+    same_tower: Policy | None = None  # the views have other videos than the samples
 
     def __init__(self, inner: Reference, view: Callable[[Sample], Sample]) -> None:
         self.inner, self.view = inner, view
@@ -209,10 +214,10 @@ class AnchorClip:
 
 @torch.no_grad()
 def detached_logps(policy: Policy, samples: Sequence[Sample], share_prefix: bool = True) -> Logps:
-    """Log-probs under the policy as it is, without autograd."""
+    """Computes the samples' log-probs under the current policy, without autograd."""
     return [[logps.detach() for logps in sample] for sample in policy(samples, share_prefix=share_prefix)]
 
 
 def _is_adapter(name: str) -> bool:
-    """peft's own parameters; a module trained in full beside the adapter (modules_to_save) has a frozen original."""
+    """True if the parameter belongs to peft. A fully trained module (modules_to_save) counts, because peft keeps its original."""
     return "lora_" in name or ".modules_to_save." in name

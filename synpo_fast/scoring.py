@@ -1,4 +1,4 @@
-"""From pairs to tokens, and from tokens to the log-probs of their responses."""
+"""Encodes pairs as tokens and pixels, and scores them: token log-probs of their responses."""
 
 import hashlib
 import json
@@ -22,15 +22,15 @@ from synpo_fast.models.families.registry import Family, VideoInputs
 from synpo_fast.models.families.video_frames import VideoProcessing
 from synpo_fast.models.policy import Policy, Sample
 
-DEFAULT_SAMPLING = FrameSampling(fps=0.5, min_frames=8, max_frames=16)  # as SynPO was trained
+DEFAULT_SAMPLING = FrameSampling(fps=0.5, min_frames=8, max_frames=16)  # the setting with which SynPO was trained
 
 
 @dataclass(frozen=True, eq=False)
 class PairEncoder:
-    """Turns pairs into tokens and pixels. It holds what that takes of a policy, weights not included, and can be pickled.
+    """Turns pairs into tokens and pixels. It holds the parts of a policy that this needs, but no weights, and can be pickled.
 
-    max_tokens bounds the prompt with its longest response. with_ground_truth: a pair's ground truth, where there is one,
-    is encoded as a further response.
+    max_tokens: the maximum number of tokens of the prompt and its longest response together. with_ground_truth: encode a pair's
+    ground truth, if it has one, as a further response. bound_name: the name of the option max_tokens, for messages.
     """
 
     family: Family
@@ -43,7 +43,7 @@ class PairEncoder:
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no eos_token: a response could not end")
+            raise UserError("the tokenizer has no eos_token, which must close every response")
 
     @classmethod
     def of(
@@ -54,20 +54,20 @@ class PairEncoder:
         with_ground_truth: bool = False,
         bound_name: str = "max_tokens",
     ) -> "PairEncoder":
-        """bound_name: what whoever sets max_tokens calls it, for messages."""
+        """Makes the encoder of a policy. bound_name: the caller's name for max_tokens, for messages."""
         parts = (policy.family, policy.base.config, policy.tokenizer, policy.processing)
         return cls(*parts, max_tokens, with_ground_truth, bound_name)
 
     def __call__(self, pair: Pair, frames: Tensor | None, seconds_per_frame: float | None = None) -> EncodedPair:
-        """frames: uint8 [T, H, W, 3] as chosen, None for a text pair; seconds_per_frame: between two of them.
+        """Encodes a pair. frames: uint8 [T, H, W, 3], None for a text pair; seconds_per_frame: the time between two of them.
 
-        Nothing is ever cut: a cut response is another response, and a cut video is not that video. Raises TooLong for a
-        pair that is too long, ValueError for one whose responses are the same tokens or whose texts hold special tokens.
+        Nothing is ever cut, because a cut response or video would be a different one. Raises TooLong for a pair that is too
+        long, and ValueError for one whose responses have the same tokens or whose texts contain special tokens.
         """
         return self.with_video(pair, None if frames is None else self.video_inputs(pair, frames, seconds_per_frame))
 
     def with_video(self, pair: Pair, video: VideoInputs | None) -> EncodedPair:
-        """The same for a video that was encoded before."""
+        """Encodes a pair whose video has already been prepared; None for a text pair. Raises the same errors as __call__."""
         self._check_texts(pair)
         prompt = self.family.prompt_ids(self.tokenizer, pair.prompt, None if video is None else video.token_ids)
         preference = pair.loss == "preference"
@@ -84,8 +84,11 @@ class PairEncoder:
         return EncodedPair(Sample(tuple(prompt), responses, video, pair.id), pair.id, preference, has_ground_truth)
 
     def video_facts(self) -> str:
-        """A digest of what decides, beside the frames, a video's pixels and tokens: the family, its processing, the vocabulary,
-        and what becomes of a small video, which depends on the config. (The config's text changes when a model is saved.)"""
+        """Returns a digest of all that a video's pixels and tokens depend on besides its frames.
+
+        These are the family, its video settings, the vocabulary, and the result for a small example video. The example stands for
+        the config, whose own text changes when a model is saved.
+        """
         facts: list[Any] = [self.family.name, sorted(self.tokenizer.get_vocab().items())]
         if self.family.placeholder_token:
             processing = self.processing or self.family.processing(self.config)
@@ -104,6 +107,7 @@ class PairEncoder:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def video_inputs(self, pair: Pair, frames: Tensor, seconds_per_frame: float | None) -> VideoInputs:
+        """Prepares a pair's frames for the tower and the prompt. An error names the pair."""
         try:
             return self.family.video_inputs(
                 self.config, self.tokenizer, frames, seconds_per_frame=seconds_per_frame, processing=self.processing
@@ -119,24 +123,24 @@ class PairEncoder:
         return special_tokens(self.tokenizer, self.family.placeholder_token, *self.family.video_markers)
 
     def _check_texts(self, pair: Pair) -> None:
-        """The tokenizer would end a response at such a token, or take it for room of a video that is not there."""
+        """Raises UserError for a text with a special token: the tokenizer would read it as EOS or as a video's placeholder."""
         for _, what in marked_pairs([pair], self._special_tokens):
             raise UserError(
                 f"pair {pair.id!r} has {what}, a special token of the model's tokenizer. "
-                "It would not be read as text: take it out"
+                "It would not be read as text: remove it"
             )
 
     def _check_length(self, pair: Pair, prompt: int, response: int) -> None:
         if self.max_tokens is not None and prompt + response > self.max_tokens:
             raise TooLong(
-                f"pair {pair.id!r} needs {prompt + response} tokens ({prompt} of them prompt and video), "
+                f"pair {pair.id!r} needs {prompt + response} tokens ({prompt} of them for prompt and video), "
                 f"more than {self.bound_name}={self.max_tokens}; raise it, sample fewer frames, or drop such pairs"
             )
 
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """What encode_pairs returns: samples[i] has the responses (chosen, rejected) of pair kept[i]; those dropped were too long."""
+    """The result of encode_pairs: samples[i] has the responses (chosen, rejected) of pair kept[i]; dropped: pairs too long."""
 
     samples: list[Sample]
     kept: list[int]
@@ -152,13 +156,13 @@ def encode_pairs(
     max_tokens: int | None = None,
     drop_too_long: bool = False,
 ) -> EncodedPairs:
-    """Tokens and pixels of pairs, as a policy takes them.
+    """Encodes pairs as tokens and pixels for a policy.
 
     Args:
         video_root: the folder that video paths are relative to and may not leave.
-        sampling: which frames of a video are taken.
-        max_tokens: bounds a prompt with its longest response.
-        drop_too_long: leave pairs above max_tokens out and list them in `dropped`; else they raise TooLong.
+        sampling: the frames to take from a video.
+        max_tokens: maximum number of tokens of a prompt and its longest response together.
+        drop_too_long: skip pairs above max_tokens and list them in `dropped`; otherwise they raise TooLong.
     """
     for index, pair in enumerate(pairs):
         if not isinstance(pair, Pair):
@@ -185,7 +189,7 @@ def encode_pair(
     video_root: str | Path | None = None,
     sampling: FrameSampling = DEFAULT_SAMPLING,
 ) -> Sample:
-    """The sample of one pair: the prompt with its video's placeholders, and its responses closed by EOS."""
+    """Encodes one pair as a sample: the prompt with its video's placeholders, and the responses closed by EOS."""
     return PairEncoder.of(policy)(pair, *pair_frames(pair, sampling, video_root=video_root)).sample
 
 
@@ -198,18 +202,18 @@ def score_pairs(
     share_prefix: bool = True,
     pack: bool = True,
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each pair (chosen_logps, rejected_logps): 1-D fp32, one value per response token, EOS included, with autograd.
+    """Returns (chosen_logps, rejected_logps) for each pair: 1-D fp32, one value per response token, EOS included, with autograd.
 
     Args:
         policy: from load_policy.
-        video_root: the folder that video paths are relative to and may not leave; None: paths are taken as they are.
-        sampling: which frames are taken of videos given by path, or as clips: by default one every two seconds, at least 8
+        video_root: the folder that video paths are relative to and may not leave; None: paths are used unchanged.
+        sampling: the frames to take from videos given by path or as clips: by default one every two seconds, at least 8
             and at most 16.
         share_prefix: run a pair's video and prompt once for both responses.
         pack: put several pairs into one row.
 
     An "sft" pair has no rejected response: its rejected_logps is empty.
-    Raises ValueError for a text that holds a special token of the model's tokenizer, as training does.
+    Raises ValueError for a text that contains a special token of the model's tokenizer, as training does.
     """
     encoded = encode_pairs(policy, pairs, video_root=video_root, sampling=sampling)
     scored = []

@@ -1,4 +1,4 @@
-"""Where reference log-probs come from: they agree with the policy at the start, and only the policy moves."""
+"""Reference log-probs: they agree with the policy at the start, and only the policy changes afterwards."""
 
 import dataclasses
 
@@ -100,7 +100,7 @@ def test_adapter_off_is_refused_when_anything_else_trains(policy):
     samples = encoded(policy, some_pairs("qwen2_5_vl"))
     with pytest.raises(ValueError, match=r"1 trained parameters lie outside the adapter, .*embed_tokens"):
         reference(samples)
-    with pytest.raises(ValueError, match="would move"):
+    with pytest.raises(ValueError, match="would change"):
         AdapterOff(policy)
 
 
