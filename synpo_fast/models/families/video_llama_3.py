@@ -30,13 +30,11 @@ from synpo_fast.models.families.video_frames import (
 from synpo_fast.ops.host_copy import to_device
 from synpo_fast.ops.video_patches import Packing
 
-CHUNK_BYTES = (
-    32 << 20
-)  # differences are computed in chunks: for a whole video they would take as much memory as its pixels
+# Differences are computed in chunks: for a whole video they would take as much memory as its pixels.
+CHUNK_BYTES = 32 << 20
 MERGE_SIZE = 2  # the merge size for videos, from the preprocessor; it is not in the config
-REPEATED = (
-    0.1  # a patch repeats the one before it if 255 times the mean difference of normalised pixels is at most this
-)
+# A patch repeats the one before it if 255 times the mean difference of their normalised pixels is at most this.
+REPEATED = 0.1
 
 
 class VideoLlama3(Family):
