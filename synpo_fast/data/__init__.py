@@ -1,4 +1,4 @@
-"""What goes into training: pairs of captions and the videos they describe."""
+"""The training data: preference pairs and the videos that they describe."""
 
 from synpo_fast.data.manifest import ManifestError, read_manifest, read_manifest_rows, write_manifest
 from synpo_fast.data.pair import Clip, Pair

@@ -1,7 +1,8 @@
-"""Encoded pairs: the tokens and pixels of a Pair, as the code that reads pairs hands them on.
+"""Encoded pairs: the tokens and pixels of a Pair, as the loader passes them to the training loop.
 
-Tokens and pixels belong to a model family, and this layer knows none. So the encoder and the stored features come from above
-as arguments (scoring.PairEncoder, models.feature_cache.StoredVideos), and what they return is passed on unopened.
+Tokens and pixels depend on the model family, and this layer knows no model. The caller therefore passes the encoder and the
+store of features as arguments (scoring.PairEncoder, models.feature_cache.StoredVideos). This layer does not look into what
+they return.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from synpo_fast.data.pair import Pair
 
 
 class TooLong(ValueError):
-    """A pair with more tokens than the encoder's bound."""
+    """Raised for a pair that has more tokens than the encoder allows."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedPair:
-    """sample: models.policy.Sample. Its responses: chosen, then rejected if `preference`, then the ground truth if
-    `has_ground_truth`."""
+    """One pair as tokens and pixels.
+
+    sample: a models.policy.Sample. Its responses are chosen, then rejected if `preference`, then the ground truth if
+    `has_ground_truth`.
+    """
 
     sample: Any
     id: str
@@ -31,29 +35,29 @@ class EncodedPair:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its video's tensors, beside which the tokens are nothing."""
+        """The bytes of the video's tensors. The tokens are not counted: they are negligible in comparison."""
         return 0 if self.sample.video is None else self.sample.video.num_bytes
 
 
 class Encoder(Protocol):
-    """Turns a pair and its frames into an EncodedPair. See scoring.PairEncoder, which is the one in use."""
+    """Turns a pair and its frames into an EncodedPair. scoring.PairEncoder is the implementation in use."""
 
     def __call__(self, pair: Pair, frames: Tensor | None, seconds_per_frame: float | None = None) -> EncodedPair:
-        """frames: uint8 [T, H, W, 3], None for a text pair. Raises TooLong or another ValueError for a pair it cannot encode."""
+        """Encodes the pair. frames: uint8 [T, H, W, 3], None for a text pair. Raises TooLong or another ValueError."""
         ...
 
     def video_inputs(self, pair: Pair, frames: Tensor, seconds_per_frame: float | None) -> Any:
-        """The video as the model takes it, a dataclass with a field `key`."""
+        """The video in the form that the model takes: a dataclass with a field `key`."""
         ...
 
     def with_video(self, pair: Pair, video: Any) -> EncodedPair:
-        """The pair with a video that video_inputs returned, or a store of features found."""
+        """Encodes the pair with a video that video_inputs or a store of features returned."""
         ...
 
     def video_facts(self) -> str:
-        """A digest of what decides, beside the frames, a video's pixels and tokens."""
+        """A digest of everything except the frames that determines a video's pixels and tokens."""
         ...
 
 
-# A video's key (video_key.py) -> its stored features, in the form that Encoder.with_video takes, or None.
+# Maps a video's key (video_key.py) to its stored features, in the form that Encoder.with_video takes, or to None.
 FindStored = Callable[[str], Any]

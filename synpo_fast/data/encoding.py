@@ -1,4 +1,4 @@
-"""One pair from its file to tokens and pixels, and who does it when no worker process does."""
+"""Reads one pair from its file to tokens and pixels; with readers that work in the caller's process, without workers."""
 
 import time
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from synpo_fast.data.video_key import video_key
 
 @dataclass(frozen=True)
 class BadPair:
-    """A pair that can not be trained on, and why."""
+    """A pair that cannot be trained on, with the reason."""
 
     id: str
     reason: str
 
 
 def quoted(bad: Sequence[BadPair], most: int = 3) -> str:
-    """The first ones with their reasons, as part of a message."""
+    """The first `most` bad pairs with their reasons, as part of a message."""
     return "; ".join(
         f"{pair.id!r}: {pair.reason.removeprefix(f'pair {pair.id!r}').lstrip(': ')}" for pair in bad[:most]
     )
@@ -33,11 +33,11 @@ def quoted(bad: Sequence[BadPair], most: int = 3) -> str:
 
 @dataclass(frozen=True, eq=False)
 class PairReader:
-    """pair -> EncodedPair or BadPair, after a second attempt: a file system may fail once.
+    """Reads a pair: returns an EncodedPair, or a BadPair if two attempts fail. A file system may fail once.
 
-    What is not an error of the data is raised: a mistake in the set-up or in the code.
+    Errors that the data did not cause, such as a mistake in the set-up or in the code, are raised.
 
-    facts: video_key.reading_facts; with them every video gets a key. find_stored: looks up a video's features by that key: a
+    facts: video_key.reading_facts; if given, every video gets a key. find_stored: looks up a video's features by that key. A
     video with stored features is not decoded.
     """
 
@@ -65,7 +65,7 @@ class PairReader:
     def _read(self, pair: Pair, deadline: float) -> EncodedPair:
         key = self._key(pair)
         if key is not None and self.find_stored is not None:
-            # With its features in hand: that file may be gone before the pair's turn.
+            # The features are loaded now: their file may be deleted before the pair is used.
             found = self.find_stored(key)
             if found is not None:
                 return self.encoder.with_video(pair, found)
@@ -102,10 +102,10 @@ class ReadOnDemand:
 
 
 class ReadInThread:
-    """Reads ahead in one thread of the caller's process: for a GPU, which worker processes do not see.
+    """Reads ahead in one thread of the caller's process: for decoding on a GPU, which worker processes do not see.
 
-    The thread launches on the default stream of the device, as the caller does, so what it made is there for whatever the
-    caller launches after it has the result, and its memory is not given away too early.
+    The thread and the caller both launch on the default stream of the device. So the caller's kernels run after the ones that
+    made the result, and its memory is not reused too early.
     """
 
     def __init__(self, reader: PairReader) -> None:
@@ -117,16 +117,16 @@ class ReadInThread:
         return self._thread.submit(self.reader, pair)
 
     def close(self) -> None:
-        """Waits for the pair that is being read."""
+        """Cancels the pairs in the queue and waits for the one that is being read."""
         self._thread.shutdown(cancel_futures=True)
 
 
 def _take_device(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # a new thread stands on device 0
+        torch.cuda.set_device(device)  # a new thread starts on device 0
 
 
-class _Deferred(Future):  # the result is made when it is asked for, so that nothing waits in memory
+class _Deferred(Future):  # reads the pair in result(), so that no result waits in memory
     def __init__(self, reader: PairReader, pair: Pair) -> None:
         super().__init__()
         self.reader, self.pair = reader, pair

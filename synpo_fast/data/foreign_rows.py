@@ -1,6 +1,6 @@
-"""Rows of other trainers' files, told by their keys, so that a message can name the importer that such a file needs.
+"""Recognises rows of other trainers' files by their keys, so that an error message can name the importer they need.
 
-Only a hint hangs on this: a format that shares its keys with a manifest (LLaVA-Hound) is not told apart.
+The result is only a hint. A format with the same keys as a manifest (LLaVA-Hound) is not recognised.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def import_hint(row: Row) -> str:
-    """Advice for a row that is not one of a manifest, as the end of a message; "" where nobody can know."""
+    """The end of an error message that says how to import such a row; "" if the format is not recognised."""
     for key in LISTS_OF_ROWS:
         value = row.get(key)
         if isinstance(value, list) and value and isinstance(value[0], dict):

@@ -1,8 +1,8 @@
-"""Pairs held out for evaluation: never of a file that training sees.
+"""Chooses the pairs that are held out for evaluation. No held-out pair shows a file that training sees.
 
-Pairs that share a file, as a video or by a clip of it, belong together, and so do pairs connected over other pairs; a group is
-held out whole or not at all. A file is what the file system says it is, whatever it is called: a link, a hard link and another
-spelling are the same file. Pairs without a video belong together where their prompts are the same text.
+Pairs that share a file, as their video or in a clip, form a group, also if other pairs connect them. A group is held out as a
+whole or not at all. Files are compared by device and inode, so symbolic links, hard links and different spellings of a path
+count as the same file. Pairs without a video form a group if their prompts are the same text.
 """
 
 import os
@@ -17,9 +17,10 @@ from synpo_fast.errors import UserError
 
 
 def hold_out(pairs: Sequence[Pair], share: float, *, seed: int, root: str | Path) -> tuple[list[Pair], list[Pair]]:
-    """(training, held out), as near to the share of all pairs as whole groups allow, both in the order given.
+    """Splits the pairs into (training, held out), both in the given order.
 
-    At least one group is held out and one trained on; ValueError where all pairs are one group.
+    The held-out part is as close to `share` of all pairs as whole groups allow. At least one group is held out and at least
+    one is left for training. Raises ValueError if all pairs form one group.
     """
     groups = connected_groups(pairs, root)
     if len(groups) < 2:
@@ -43,7 +44,7 @@ def hold_out(pairs: Sequence[Pair], share: float, *, seed: int, root: str | Path
 
 
 def connected_groups(pairs: Sequence[Pair], root: str | Path) -> list[list[int]]:
-    """Places of pairs that share something, directly or over others; groups by their first pair."""
+    """Indices of pairs that share a file or prompt, directly or through other pairs; groups in the order of their first pair."""
     first_use: dict[object, int] = {}
     leader = list(range(len(pairs)))
     known: dict[str, object] = {}
@@ -65,7 +66,7 @@ def connected_groups(pairs: Sequence[Pair], root: str | Path) -> list[list[int]]
 
 
 def num_files(pairs: Iterable[Pair], root: str | Path) -> int:
-    """How many different files the pairs show."""
+    """The number of different files that the pairs show."""
     return len(files_of(pairs, root))
 
 
@@ -92,7 +93,7 @@ def _file(name: str, root: Path, known: dict[str, object]) -> object:
         path = os.path.realpath(root / name)
         try:
             facts = os.stat(path)
-        except OSError:  # not there: it is reported when it is read
+        except OSError:  # a missing file is reported when it is read
             known[name] = path
         else:
             known[name] = (facts.st_dev, facts.st_ino)

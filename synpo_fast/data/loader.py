@@ -1,12 +1,12 @@
-"""What a rank trains on, step by step: pairs in the epoch's order, decoded and encoded ahead of time.
+"""Loads the steps of one rank: pairs in the epoch's order, decoded and encoded ahead of time.
 
-A position is (epoch, step) and nothing else: what a step holds follows from it, the seed, the rank and the files alone, not
-from the number of workers, from what was prefetched or from who was faster. So a run that was killed goes on with exactly the
-pairs that were left.
+A position is (epoch, step) and nothing else. The content of a step depends only on its position, the seed, the rank and the
+files. It does not depend on the number of workers, on prefetching or on timing. So a run that was killed resumes with exactly
+the pairs that were left.
 
-A pair whose video can not be decoded, that is too long, or that crashes its worker makes this rank's step smaller and is
-reported in it; all other steps stay as they are. Ranks agree on the number of steps, not on the number of pairs: a step with
-no good pair at all is a step too.
+A pair whose video cannot be decoded, that is too long, or that crashes its worker is left out. This rank's step becomes smaller
+and reports the pair; all other steps are unchanged. Ranks agree on the number of steps, not on the number of pairs: a step
+without any good pair is still a step.
 """
 
 import time
@@ -28,15 +28,15 @@ from synpo_fast.data.workers.worker_pool import WorkerLost, WorkerPool
 from synpo_fast.data.workers.worker_process import WorkerProcess
 
 PREFETCH_BYTES = 2 << 30
-WORKER_SLACK_S = 5.0  # a worker is stopped that much later than the decoder stops by itself
+WORKER_SLACK_S = 5.0  # a worker is killed this long after the decoder's own deadline
 
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:
     """One rank's part of one global step.
 
-    pairs: the good ones, in order. wanted: how many there should have been. bad: the others, with reasons.
-    wait_s: how long the caller waited for it.
+    pairs: the good pairs, in order. wanted: the number of pairs, good and bad. bad: the pairs left out, with reasons.
+    wait_s: the time in seconds that the caller waited for this step.
     """
 
     epoch: int
@@ -48,19 +48,24 @@ class StepBatch:
 
 
 class PairLoader:
-    """pairs_per_step: of this rank. num_workers: processes that decode and encode; 0 does it in the caller's process: when a
-    step is asked for, or for a GPU ahead of time in a thread. prefetch_steps: how many steps are read ahead, across the
-    end of a shuffled epoch too. prefetch_bytes: how many bytes of them are held at most besides the step the caller holds;
-    fewer steps are read ahead where they are large, but the next one always and whole.
+    """Yields one rank's StepBatches, with worker processes that decode and encode ahead.
 
-    backend: of decode_frames. device: where frames are decoded and made into pixels; a CUDA device needs num_workers=0.
-    keyed: videos get a key by which feature caches and precomputed references know them (video_key.py), made where they are
-    read; without it their content is hashed when it is asked for. find_stored: looks up stored features by that key
-    (StoredVideos.find); a video that is found comes with its features and is not decoded.
-    deadline_s: for one pair. A worker that takes longer is stopped, and the pair tried once more in a fresh one.
-    started: workers that are there already, of EarlyWorkers.
+    Args:
+        pairs_per_step: pairs that this rank takes per step.
+        num_workers: processes that decode and encode. With 0 the caller's process does it: when a step is requested or, for a
+            GPU, ahead of time in a thread.
+        prefetch_steps: steps to read ahead, also across the end of a shuffled epoch.
+        prefetch_bytes: the most bytes that steps read ahead may hold, not counting the step that the caller holds. If steps are
+            large, fewer are read ahead. The next step is always read in full.
+        backend: see decode_frames.
+        device: where frames are decoded and turned into pixels; a CUDA device needs num_workers=0.
+        keyed: the reading process gives every video a key (video_key.py), by which feature caches and precomputed references
+            find it. Without a key the pixels are hashed when one is needed.
+        find_stored: looks up stored features by that key (StoredVideos.find). A video with stored features is not decoded.
+        deadline_s: seconds for one pair. A worker that takes longer is killed, and the pair is tried once more in a new one.
+        started: workers that already run, from EarlyWorkers.
 
-    Use it as a context manager, or close it.
+    Use it as a context manager, or call close().
     """
 
     def __init__(
@@ -98,7 +103,7 @@ class PairLoader:
             raise ValueError(f"workers see no GPU: device={str(device)!r} needs num_workers=0, got {num_workers}")
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
-        step_positions(0, rank, world_size, pairs_per_step)  # checks them
+        step_positions(0, rank, world_size, pairs_per_step)  # raises ValueError for bad values
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.pairs, self.seed, self.shuffle = pairs, seed, shuffle
@@ -111,7 +116,7 @@ class PairLoader:
             reader = replace(reader, facts=facts, find_stored=find_stored)
         self._source: WorkerPool | ReadInThread | ReadOnDemand
         if num_workers:
-            # A little later than the decoder's own deadline, whose message says more.
+            # The decoder's own deadline comes first: its error message says more.
             self._source = WorkerPool(
                 reader, num_workers=num_workers, deadline_s=deadline_s + WORKER_SLACK_S, started=started
             )
@@ -125,7 +130,7 @@ class PairLoader:
         self._closed = False
 
     def steps(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
-        """The steps of an epoch from start_step on. Starting another iteration ends this one."""
+        """Yields the steps of an epoch from start_step on. Starting another iteration ends this one."""
         if epoch < 0 or not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(
                 f"need epoch >= 0 and 0 <= start_step <= {self.steps_per_epoch}, got epoch={epoch} and "
@@ -137,14 +142,14 @@ class PairLoader:
         return self._steps(epoch, start_step, self._iteration)
 
     def close(self) -> None:
-        """Ends the workers. The loader can not be used afterwards."""
+        """Ends the workers. The loader cannot be used afterwards."""
         self._closed = True
         self._ahead.drop()
         self._source.close()
 
     @property
     def process_ids(self) -> list[int]:
-        """Of the workers there are now."""
+        """The process ids of the current workers."""
         return self._source.process_ids
 
     def __enter__(self) -> "PairLoader":
@@ -161,7 +166,9 @@ class PairLoader:
                     raise RuntimeError(
                         f"the loader has begun another iteration; this one was at step {step} of {epoch}"
                     )
-                yield self._step(epoch, step)  # not kept here as well while the next one is awaited
+                yield self._step(
+                    epoch, step
+                )  # not in a variable, which would keep this step alive while the next is read
             finished = True
         finally:
             if not finished and iteration == self._iteration:
@@ -174,7 +181,7 @@ class PairLoader:
         return batch
 
     def _read_ahead(self, epoch: int, step: int) -> None:
-        """Has the prefetch_steps steps from (epoch, step) on read, as far as they may be held."""
+        """Submits the prefetch_steps steps from (epoch, step) on, as far as prefetch_bytes allows."""
         steps = self._ahead.steps
         if steps and (steps[0].epoch, steps[0].step) != (epoch, step):
             self._ahead.drop()

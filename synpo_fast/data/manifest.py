@@ -1,13 +1,13 @@
-"""The manifest: one preference pair a row, as JSON Lines, Parquet, or a folder that Hugging Face datasets wrote.
+"""Reads and writes manifests: one preference pair per row, as JSON Lines, Parquet, or a folder of Hugging Face datasets.
 
     {"id": "...", "video": "relative/path.mp4", "prompt": "...", "chosen": "...", "rejected": "...",
      "chosen_score": 12.1, "rejected_score": 6.4, "ground_truth": "...", "loss": "preference",
      "clips": [{"path": "...", "start": 0.0, "end": 9.5}], "audio": false, "meta": {...}}
 
 prompt, chosen and rejected are required, except that a row with loss "sft" needs no rejected. A row has a video, or clips, or
-neither, which makes it a text pair. Videos are relative to a root the reader of frames is given, and may not leave it; here
-that is checked in the text alone, since the files may be elsewhere. Whatever can not be right is an error that names file,
-line and reason: a wrong pair trains as quietly as a right one.
+neither, which makes it a text pair. Video paths are relative to a video root and may not leave it. This file checks only their
+text, since the videos may be on another machine. Every row that cannot be right is an error that names file, line and reason,
+because training would not notice a wrong pair.
 """
 
 import json
@@ -36,7 +36,7 @@ NO_SOUND = "sound is not read yet, and the pair would be used as if it were sile
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that is not a pair, and why."""
+    """A row that is not a valid pair, with the reason."""
 
     file: str
     line: int
@@ -47,7 +47,7 @@ class BadRow:
 
 
 class ManifestError(UserError):
-    """A manifest with rows that are not pairs: `bad_rows` holds all of them, the message the first ones."""
+    """Raised for a manifest with bad rows. `bad_rows` holds all of them; the message quotes the first SHOWN_ROWS."""
 
     def __init__(self, path: str | Path, bad_rows: list[BadRow], message: str = "") -> None:
         shown = [str(row) for row in bad_rows[:SHOWN_ROWS]]
@@ -58,11 +58,11 @@ class ManifestError(UserError):
 
 
 def read_manifest(path: str | Path, *, on_bad: str = "raise") -> list[Pair]:
-    """The pairs of a manifest, in its order.
+    """Reads the pairs of a manifest, in its order.
 
     Args:
         path: JSON Lines, a JSON list, Parquet, or a folder of the datasets package; FOLDER:train names a split.
-        on_bad: "raise" a ManifestError at bad rows, or "skip" them with a warning each.
+        on_bad: "raise" a ManifestError for bad rows, or "skip" them and log a warning for each.
     """
     if on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad must be 'raise' or 'skip', got {on_bad!r}")
@@ -75,15 +75,15 @@ def read_manifest(path: str | Path, *, on_bad: str = "raise") -> list[Pair]:
 
 
 def read_manifest_rows(path: str | Path) -> tuple[list[Pair], list[BadRow]]:
-    """(pairs, bad rows) of a manifest; a bad row has file, line and reason.
+    """Reads (pairs, bad rows) from a manifest. A bad row has file, line and reason.
 
-    Raises ManifestError for what is no manifest at all: an empty file, a damaged or unknown one.
+    Raises ManifestError for a file that is not a manifest: an empty file, a damaged one, or an unknown format.
     """
     pairs: list[Pair] = []
     bad_rows: list[BadRow] = []
     first_use: dict[str, int] = {}
     if Path(path).suffix.lower() == ".csv":
-        raise ManifestError(path, [], f"{path}: a manifest is not CSV; bring it in with `synpo-fast pairs import`")
+        raise ManifestError(path, [], f"{path}: a manifest cannot be CSV; convert it with `synpo-fast pairs import`")
     try:
         for row in read_rows(path):
             try:
@@ -93,7 +93,9 @@ def read_manifest_rows(path: str | Path) -> tuple[list[Pair], list[BadRow]]:
                 if pair.id in first_use:
                     raise ValueError(f"id {pair.id!r} is already used in line {first_use[pair.id]}")
             except ValueError as error:
-                hint = import_hint(row.content) if row.content is not None and not bad_rows else ""  # the first says it
+                hint = (
+                    import_hint(row.content) if row.content is not None and not bad_rows else ""
+                )  # only on the first bad row
                 bad_rows.append(BadRow(row.file, row.line, f"{error}{hint}"))
             else:
                 first_use[pair.id] = row.line
@@ -106,15 +108,15 @@ def read_manifest_rows(path: str | Path) -> tuple[list[Pair], list[BadRow]]:
 
 
 def pair_from_row(row: dict[str, Any], *, default_id: str = "") -> Pair:
-    """One row as a Pair; ValueError with the reason. A null value counts as a key left out."""
+    """Turns one row into a Pair. Raises ValueError with the reason. A null value counts as a missing key."""
     given = {key: value for key, value in row.items() if value is not None}
     for key in given:
         if key not in PARSERS:
             close = get_close_matches(key, PARSERS, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(PARSERS)}"
-            raise ValueError(f"unknown key {key!r}{hint} (anything else belongs under 'meta')")
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(PARSERS)}"
+            raise ValueError(f"unknown key {key!r}{hint} (other data belongs under 'meta')")
     parsed = {key: PARSERS[key](key, value) for key, value in given.items()}
-    values = {key: value for key, value in parsed.items() if value is not None}  # None: of a key that nothing reads
+    values = {key: value for key, value in parsed.items() if value is not None}  # None: the key is checked but not read
     required = ("prompt", "chosen") if values.get("loss") == "sft" else ("prompt", "chosen", "rejected")
     missing = [key for key in required if key not in values]
     if missing:
@@ -134,7 +136,7 @@ def _text(key: str, value: object) -> str:
 
 def _id(key: str, value: object) -> str:
     if not _text(key, value).strip():
-        raise ValueError("id is empty; leave it out to get one made from file name and line")
+        raise ValueError("id is empty; leave it out, and it is made from file name and line")
     return str(value)
 
 
@@ -151,13 +153,13 @@ def _number(key: str, value: object) -> float:
 
 
 def relative_path(key: str, value: object) -> str:
-    """A path that stays below whatever root it is put behind; ValueError otherwise."""
+    """Checks that a path is relative and stays below its root, and returns it. Raises ValueError otherwise."""
     path = _text(key, value)
     if not path.strip() or "\0" in path:
         raise ValueError(f"{key} must be a path, got {path!r:.60}")
     if "://" in path:
         raise ValueError(f"{key} must be a file below the video root, got the address {path!r:.60}")
-    parts = path.replace("\\", "/").split("/")  # a path that Windows would take elsewhere is refused everywhere
+    parts = path.replace("\\", "/").split("/")  # a path that leaves the root on Windows is refused on every system
     if not parts[0] or (parts[0][1:2] == ":" and parts[0][0].isalpha()):
         raise ValueError(f"{key} must be relative to the video root, got {path!r:.60}")
     if ".." in parts:
@@ -173,7 +175,7 @@ def _clips(key: str, value: object) -> tuple[Clip, ...]:
 
 def _clip(key: str, value: object) -> Clip:
     if not isinstance(value, dict) or "path" not in value or not value.keys() <= {"path", "start", "end"}:
-        raise ValueError(f"{key} must be an object of path and maybe start and end, got {value!r:.80}")
+        raise ValueError(f"{key} must be an object with path and optionally start and end, got {value!r:.80}")
     times = {name: _number(f"{key}.{name}", value[name]) for name in ("start", "end") if value.get(name) is not None}
     return Clip(relative_path(f"{key}.path", value["path"]), **times)
 
@@ -181,12 +183,13 @@ def _clip(key: str, value: object) -> Clip:
 def _reference_clips(key: str, value: object) -> None:
     if value != []:  # a Parquet column may hold an empty list where other formats leave the key out
         raise ValueError(
-            f"{key} is not read yet: a reference would be shown every clip. Leave the key out to train so, got {value!r:.60}"
+            f"{key} is not read yet: a reference model would see every clip. Leave the key out to train so, got "
+            f"{value!r:.60}"
         )
 
 
 def _audio(key: str, value: object) -> None:
-    """Texts that speak of a sound nobody hears teach a model to make sounds up."""
+    """Refuses rows with sound: a caption about sound that the model does not get teaches it to invent sounds."""
     if value is not False:
         raise ValueError(f"{key} must be false: {NO_SOUND}, got {value!r:.60}")
 
@@ -214,7 +217,7 @@ PARSERS: dict[str, Callable[[str, object], Any]] = {
 
 
 def row_from_pair(pair: Pair) -> dict[str, Any]:
-    """What pair_from_row turns back into the same pair. ValueError for frames held in memory: they have no path."""
+    """The row from which pair_from_row makes the same pair. Raises ValueError for frames held in memory: they have no path."""
     if isinstance(pair.video, Tensor):
         raise ValueError(f"pair {pair.id!r} holds frames {list(pair.video.shape)}; a manifest names video files")
     row: dict[str, Any] = {"id": pair.id or None, "video": None if pair.video is None else Path(pair.video).as_posix()}
@@ -227,7 +230,7 @@ def row_from_pair(pair: Pair) -> dict[str, Any]:
 
 
 def write_manifest(path: str | Path, pairs: Iterable[Pair]) -> None:
-    """Writes JSON Lines: all of it or, after an error, nothing. ValueError for a pair that could not be read back."""
+    """Writes JSON Lines: all rows or, after an error, none. Raises ValueError for a pair that could not be read back."""
     path, lines, seen = Path(path), [], set[str]()
     if path.suffix.lower() != ".jsonl":
         raise ValueError(f"a manifest is written as .jsonl, got {path}")
@@ -250,7 +253,7 @@ def write_manifest(path: str | Path, pairs: Iterable[Pair]) -> None:
 
 @dataclass(frozen=True)
 class ScoreGapFilter:
-    """What filter_by_score_gap kept, and how many it dropped for which reason."""
+    """The result of filter_by_score_gap: the pairs kept, and the number dropped for each reason."""
 
     kept: list[Pair]
     below: int
@@ -258,9 +261,9 @@ class ScoreGapFilter:
 
 
 def filter_by_score_gap(pairs: Iterable[Pair], min_score_gap: float) -> ScoreGapFilter:
-    """Keeps pairs with chosen_score - rejected_score >= min_score_gap (SynPO: 4), and rows that only train on chosen.
+    """Keeps pairs with chosen_score - rejected_score >= min_score_gap (SynPO: 4), and all rows with loss "sft".
 
-    Scores are sums of decimals such as 1.1, so a gap may fall short by a rounding error and still count.
+    Scores are sums of decimals such as 1.1, so a gap that falls short by a rounding error still counts.
     """
     if not math.isfinite(min_score_gap):
         raise ValueError(f"min_score_gap must be finite, got {min_score_gap}")

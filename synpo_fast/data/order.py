@@ -1,19 +1,19 @@
-"""Which pairs each step of each rank sees: a pure function of (num_samples, seed, epoch, step, rank, world_size).
+"""Assigns pairs to steps and ranks: a pure function of (num_samples, seed, epoch, step, rank, world_size).
 
-The order of an epoch is the indices sorted by a digest of (seed, epoch, index). So it is another one every epoch, the same
-one after a resume, on every machine and with every version of every library, and it knows nothing of ranks. A global step
-takes the next world_size * pairs_per_rank positions of it; rank r takes every world_size-th of them, from the r-th on. So
-2 ranks of 4 pairs and 4 ranks of 2 make the same global steps.
+The order of an epoch is the indices sorted by a digest of (seed, epoch, index). It differs from epoch to epoch. It does not
+depend on the number of ranks, and it is the same after a resume, on every machine and with every version of every library. A
+global step takes the next world_size * pairs_per_rank positions; rank r takes every world_size-th of them, from the r-th on. So
+2 ranks of 4 pairs and 4 ranks of 2 pairs make the same global steps.
 
-An epoch's last global step is kept even if it is incomplete: it is smaller, some ranks get one pair fewer than others, or
-none. Every pair is seen once an epoch, and no step is filled up with repeats.
+An epoch's last global step is kept even if it is incomplete. It is smaller: some ranks get one pair fewer than others, or
+none. Every pair is used once per epoch, and no step is filled up with repeats.
 """
 
 import hashlib
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
-    """The indices 0 .. num_samples - 1 in the order of this epoch; as they are if shuffle is off."""
+    """The indices 0 .. num_samples - 1 in the order of this epoch; in rising order if shuffle is off."""
     if num_samples < 0 or epoch < 0:
         raise ValueError(f"num_samples and epoch must not be negative, got {num_samples} and {epoch}")
     if not shuffle:
@@ -27,14 +27,14 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int, shuffle: bool = True
 
 
 def num_steps(num_samples: int, *, world_size: int, pairs_per_rank: int) -> int:
-    """Global steps of an epoch, the incomplete one included."""
+    """The number of global steps in an epoch, including an incomplete last one."""
     return -(-num_samples // (world_size * pairs_per_rank))
 
 
 def step_positions(
     step_in_epoch: int, rank: int, world_size: int, pairs_per_rank: int, *, num_samples: int | None = None
 ) -> range:
-    """Where in the epoch's order this rank's pairs of this step stand; num_samples cuts the last step at the epoch's end."""
+    """Positions in the epoch's order of this rank's pairs in this step; num_samples ends the last step at the epoch's end."""
     if not 0 <= rank < world_size:
         raise ValueError(f"need 0 <= rank < world_size, got rank={rank} and world_size={world_size}")
     if pairs_per_rank < 1 or step_in_epoch < 0:

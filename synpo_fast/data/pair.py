@@ -14,7 +14,7 @@ from synpo_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Clip:
-    """A part of a video file, in seconds; start None is its beginning, end None its end."""
+    """A part of a video file, in seconds. start=None means the beginning of the file, end=None its end."""
 
     path: str
     start: float | None = None
@@ -32,15 +32,15 @@ class Pair:
 
     Args:
         video: a path, or frames already chosen as a uint8 tensor [T, H, W, 3]; None makes a text pair. A numpy array of that
-            kind becomes a tensor, which shares its memory where it can.
-        id: what messages call the pair.
-        chosen_score, rejected_score: a judge's, to drop pairs that are too near each other.
+            shape and type becomes a tensor, which shares the array's memory if possible.
+        id: the name of the pair in messages.
+        chosen_score, rejected_score: a judge's scores, used to drop pairs whose scores are too close.
         ground_truth: a caption for the auxiliary NLL.
-        loss: "preference", or "sft" for a row that trains on chosen alone, whose rejected may be empty.
-        clips: in place of video, parts of one or several files, shown one after another as one video.
+        loss: "preference", or "sft" for a row that trains on chosen alone; its rejected may be empty.
+        clips: used instead of video: parts of one or several files, shown one after another as one video.
 
-    Raises ValueError, naming the pair, for an empty or equal response, for frames of another shape or type, and for a
-    video beside clips.
+    Raises ValueError, naming the pair, for an empty response, equal responses, frames of another shape or type, and for both
+    a video and clips.
     """
 
     prompt: str
@@ -71,7 +71,7 @@ class Pair:
 
 
 def _checked_video(video: Any, name: str) -> str | Path | Tensor | None:
-    """The video, frames as a tensor. An error never quotes what an array holds."""
+    """Checks the video and returns it, with frames as a tensor. An error message never prints an array's values."""
     if video is None or isinstance(video, (str, Path)):
         return video
     if not isinstance(video, (Tensor, np.ndarray)):
@@ -79,5 +79,5 @@ def _checked_video(video: Any, name: str) -> str | Path | Tensor | None:
     dtype, shape = str(video.dtype).removeprefix("torch."), list(video.shape)
     if dtype != "uint8" or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
         raise UserError(f"{name}: frames must be uint8 [T, H, W, 3], got {dtype} {shape}")
-    # A tensor has no reversed axes, and none that may not be written to: such an array is copied.
+    # A tensor has no negative strides and is always writable. An array that differs in this is copied.
     return video if isinstance(video, Tensor) else torch.from_numpy(np.require(video, requirements=("C", "W")))

@@ -1,8 +1,8 @@
-"""The frames a pair shows: those it brings, some of its video, or some of each of its clips, one clip after another.
+"""Gets the frames of a pair: frames given in memory, sampled from its video, or sampled from each of its clips.
 
-Clips are one video to the model. Its number of frames follows from the length of all of them and is shared out among them, at
-least one each; its time runs on from clip to clip. A clip of another size than the first is scaled to fit into the first one's
-frame, its aspect ratio kept, with black bars beside or above and below it.
+The model sees the clips as one video. Its number of frames follows from the total length of the clips and is divided among
+them, at least one frame each; the time continues from clip to clip. A clip whose size differs from the first clip's is scaled
+to fit into the first clip's frame. It keeps its aspect ratio and gets black bars at the sides, or above and below.
 """
 
 import time
@@ -28,10 +28,11 @@ def pair_frames(
     device: torch.device | str | None = None,
     deadline_s: float = DEADLINE_S,
 ) -> tuple[Tensor | None, float | None]:
-    """(uint8 [T, H, W, 3], mean seconds between two frames).
+    """Returns (uint8 [T, H, W, 3], mean seconds between two frames).
 
-    The seconds are None for frames that the pair brings, whose times nobody knows, and both are None for a text pair.
-    deadline_s: for all of it. Raises VideoError for a video that can not be used, ValueError for more clips than frames.
+    The seconds are None for frames given in memory, whose times are unknown. Both values are None for a text pair.
+    deadline_s: the limit for the whole call. Raises VideoError for a video that cannot be used, and ValueError for more clips
+    than frames.
     """
     if isinstance(pair.video, Tensor):
         return pair.video, None
@@ -46,7 +47,7 @@ def pair_frames(
             file = open_video_file(path, root=video_root, deadline_s=deadline - time.monotonic())
             if len(paths) == 1:
                 videos[path] = files.enter_context(file)
-            else:  # many open decoders would take more memory than the frames: each is opened again when it is its turn
+            else:  # many open decoders would take more memory than the frames: each file is opened again to decode it
                 with file as video:
                     videos[path] = video
         infos = [videos[clip.path].info for clip in clips]
@@ -63,13 +64,13 @@ def pair_frames(
 
 
 def _check_whole(clip: Clip, info: VideoInfo) -> None:
-    """A text about a whole video does not fit the part of it that a broken download left; a clip inside that part is as good."""
+    """Raises VideoError if a truncated file lacks a part of the clip: a text about a whole video would not fit the rest of it."""
     if info.cut_off and (clip.end is None or clip.end > info.duration):
-        raise VideoError(clip.path, f"{info.cut_off}; fetch it again, or name a part that is there as a clip")
+        raise VideoError(clip.path, f"{info.cut_off}; download it again, or give a clip inside the part that is there")
 
 
 def _seconds_per_frame(clips: tuple[Clip, ...], infos: list[VideoInfo], chosen: list[list[int]]) -> float:
-    """Clips are played one after another; a single frame stands for all of its clip."""
+    """The mean time between two frames, with clips played one after another; for a single frame, the total length."""
     begin, times = 0.0, []
     for clip, info, indices in zip(clips, infos, chosen, strict=True):
         times += [begin + info.timestamps[index] - (clip.start or 0.0) for index in indices]
@@ -78,7 +79,7 @@ def _seconds_per_frame(clips: tuple[Clip, ...], infos: list[VideoInfo], chosen: 
 
 
 def _fitted(frames: Tensor, size: torch.Size) -> Tensor:
-    """[T, h, w, 3] into the middle of black [T, *size, 3]."""
+    """Scales frames [T, h, w, 3] into the middle of black frames [T, *size, 3]."""
     if frames.shape[1:3] == size:
         return frames
     scale = min(size[0] / frames.shape[1], size[1] / frames.shape[2])

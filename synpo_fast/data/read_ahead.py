@@ -1,11 +1,11 @@
-"""Steps that are read before they are asked for, as many as a bound on their bytes allows.
+"""Reads steps before they are needed, as many as a limit on their bytes allows.
 
-The next step is always read whole, since nothing goes on without it. Of the steps behind it a pair is given to the readers only
-if a pair as large as the largest of late would still fit in beside what is held and what is being read. That is a guess: where
-it was wrong, the results farthest from their turn are let go until the rest is within the bound, and read again later. So
-whatever sizes come, the bytes held are at most the bound, or those of the next step alone where it is larger.
+The next step is always read in full, since training needs it to continue. A pair of a later step is submitted only if a pair as
+large as the largest recent one would still fit beside the results that are held or being read. That is an estimate. If it was
+too low, the results needed last are dropped until the rest is within the limit, and are read again later. So the bytes held
+never exceed the limit, or the size of the next step if that alone is larger.
 
-What is read when depends on sizes and on who is faster. What a step holds, and in which order, does not.
+The order of reading depends on sizes and timing. The content of a step and the order of its pairs do not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.data.encoding import BadPair
 from synpo_fast.data.pair import Pair
 
-RECENT = 64  # pairs whose largest is the guess for the next one
+RECENT = 64  # pairs; the largest of them is the estimate for the next one
 
 
 class Source(Protocol):
@@ -31,7 +31,7 @@ class Source(Protocol):
 
 @dataclass(eq=False)
 class Slot:
-    """One pair of a step. future: None while it is not being read. num_bytes: known when it has arrived."""
+    """One pair of a step. future: None until it is submitted. num_bytes: None until the result has arrived."""
 
     pair: Pair
     future: Future[Any] | None = None
@@ -46,9 +46,9 @@ class PendingStep:
 
 
 class ReadAhead:
-    """Steps in the order of their turn; the first one is the next that is asked for.
+    """A queue of steps that are read ahead. The first step is the next one to be taken.
 
-    num_reread counts results that were let go.
+    num_reread counts the results that were dropped and read again.
     """
 
     def __init__(self, source: Source, max_bytes: int) -> None:
@@ -56,13 +56,13 @@ class ReadAhead:
         self.steps: deque[PendingStep] = deque()
         self.num_reread = 0
         self._recent: deque[int] = deque(maxlen=RECENT)
-        # Results arrive in another thread. Reentrant, because cancelling a future calls back.
+        # Results arrive in another thread. The lock is reentrant because cancelling a future calls _arrived.
         self._lock = threading.RLock()
         self._submitting = self._submit_again = False
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the results that have arrived and were not yet taken."""
+        """The bytes of the results that have arrived and have not been taken."""
         with self._lock:
             return sum(slot.num_bytes or 0 for slot in self._slots())
 
@@ -71,7 +71,7 @@ class ReadAhead:
             self.steps.append(step)
 
     def drop(self) -> None:
-        """Forgets all steps. What is being read at this moment is read to its end and let go."""
+        """Removes all steps. Reads in progress finish, and their results are discarded."""
         with self._lock:
             steps = list(self.steps)
             self.steps.clear()
@@ -82,7 +82,7 @@ class ReadAhead:
                         future.cancel()
 
     def take(self) -> Iterator[tuple[Pair, Future[Any]]]:
-        """The first step's pairs with their futures, in order. The step is gone when all of them were taken."""
+        """Yields the first step's pairs with their futures, in order, and then removes the step."""
         self.submit()
         with self._lock:
             step = self.steps[0]
@@ -91,16 +91,16 @@ class ReadAhead:
             yield slot.pair, slot.future
         with self._lock:
             for slot in step.slots:
-                if slot.num_bytes is None and slot.future is not None:  # a source that reads when it is asked
+                if slot.num_bytes is None and slot.future is not None:  # a source that reads in result()
                     self._recent.append(_num_bytes(slot.future))
-                slot.future = None  # which knows the slot, and would live on with its result until a garbage collection
+                slot.future = None  # breaks a reference cycle that would keep the result until a garbage collection
             if self.steps and self.steps[0] is step:
                 self.steps.popleft()
 
     def submit(self) -> None:
-        """Gives the readers what the bound allows."""
+        """Submits as many pairs as the limit allows."""
         with self._lock:
-            if self._submitting:  # called back from a future that was done at once
+            if self._submitting:  # called by a future that was done at once
                 self._submit_again = True
                 return
             self._submitting = True
@@ -131,16 +131,16 @@ class ReadAhead:
     def _arrived(self, slot: Slot, future: Future[Any]) -> None:
         with self._lock:
             if slot.future is not future or future.cancelled():
-                return  # nobody wants it any more
+                return  # dropped or cancelled in the meantime
             slot.num_bytes = _num_bytes(future)
             if future.exception() is not None:
-                return  # who takes it will see; the readers may be gone
+                return  # take() passes the error on; the readers may be closed
             self._recent.append(slot.num_bytes)
-            self._let_go()
+            self._drop_excess()
             self.submit()
 
-    def _let_go(self) -> None:
-        """Lets go of the results farthest from their turn, until the rest is within the bound."""
+    def _drop_excess(self) -> None:
+        """Drops the results that are needed last, until the rest is within the limit."""
         too_many = self.held_bytes - self.max_bytes
         for step in reversed(list(self.steps)[1:]):
             for slot in reversed(step.slots):

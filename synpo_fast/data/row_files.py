@@ -1,8 +1,8 @@
-"""Rows of a file or folder, each with the place it came from: JSON Lines, a JSON list, CSV, Parquet, Hugging Face folders.
+"""Reads rows with their file and line from JSON Lines, a JSON list, CSV, Parquet, or a folder of Hugging Face datasets.
 
-A row that can not be read becomes a FileRow with an error in place of content, so that one bad line does not hide the next
-and a message can name file and line. Columnar formats have no lines: there `line` counts rows from 1. Parquet and Arrow need
-pyarrow alone, not the datasets package.
+A row that cannot be read becomes a FileRow with an error in place of content. So one bad line does not hide the next, and a
+message can name file and line. Parquet and Arrow have no lines: there `line` counts rows from 1. They need pyarrow, but not the
+datasets package.
 """
 
 import codecs
@@ -23,7 +23,7 @@ TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 
 @dataclass(frozen=True)
 class FileRow:
-    """content is None where error says why."""
+    """One row and its origin. If content is None, error gives the reason."""
 
     file: str
     line: int
@@ -32,13 +32,13 @@ class FileRow:
 
 
 def read_rows(path: str | Path) -> Iterator[FileRow]:
-    """Rows in the order of the file. path: a file, a folder, or FOLDER:SPLIT.
+    """Yields rows in the order of the file. path: a file, a folder, or FOLDER:SPLIT.
 
-    ValueError for what can not be read at all, FileNotFoundError for what is not there.
+    Raises ValueError for a file that cannot be read at all, and FileNotFoundError for a missing one.
     """
     folder, split = named_split(path)
     if folder.is_dir():
-        files = split_files(folder, split)  # before the first row is asked for
+        files = split_files(folder, split)  # here, so that errors are raised before the first row
         return (row for file in files for row in _read_file(file))
     return _read_file(folder)
 
@@ -55,7 +55,7 @@ def _read_file(path: Path) -> Iterator[FileRow]:
 
 
 def _check_encoding(path: Path) -> None:
-    """Windows programs write UTF-16. Every line of it would be a bad row, and none would say why."""
+    """Refuses UTF-16, which Windows programs write. Otherwise every line would be a bad row, without the reason."""
     with path.open("rb") as file:
         start = file.read(2)
     if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (len(start) == 2 and start.count(0) == 1):
@@ -63,9 +63,9 @@ def _check_encoding(path: Path) -> None:
 
 
 def _read_json(path: Path) -> Iterator[FileRow]:
-    """JSON Lines, or one list of objects: told apart by the first character, since both are called .json.
+    """Reads JSON Lines or one list of objects. Both may be called .json, so the first character decides.
 
-    An object that a .json file holds over several lines is one row: what is wrong with it is said once, not of every line.
+    If a .json file holds one object over several lines, that object is one row, and an error in it is reported once.
     """
     with path.open("rb") as file:
         for raw in file:
@@ -88,7 +88,7 @@ def _is_json(raw: bytes) -> bool:
 
 
 def _whole_object(path: Path) -> dict[str, Any] | None:
-    """The one object of a file; None where it is something else."""
+    """The object that is the whole content of a file; None if the content is something else."""
     try:
         content = _loads(path.read_bytes().removeprefix(BOM).decode("utf-8"))
     except (ValueError, RecursionError):
@@ -97,7 +97,7 @@ def _whole_object(path: Path) -> dict[str, Any] | None:
 
 
 def _read_json_lines(path: Path) -> Iterator[FileRow]:
-    with path.open("rb") as file:  # bytes: only "\n" ends a line, and one line of bad UTF-8 is one bad row
+    with path.open("rb") as file:  # as bytes: only "\n" ends a line, and bad UTF-8 spoils only its own line
         for line, raw in enumerate(file, 1):
             raw = (raw.removeprefix(BOM) if line == 1 else raw).strip()
             if raw:
@@ -154,7 +154,7 @@ def _read_csv(path: Path) -> Iterator[FileRow]:
         try:
             for content in reader:
                 if None in content or None in content.values():
-                    yield FileRow(str(path), reader.line_num, None, "not as many cells as the header has names")
+                    yield FileRow(str(path), reader.line_num, None, "the number of cells differs from the header")
                 else:
                     yield FileRow(str(path), reader.line_num, {name: cell for name, cell in content.items() if cell})
         except (csv.Error, UnicodeDecodeError) as error:
@@ -172,7 +172,7 @@ def _read_parquet(path: Path) -> Iterator[FileRow]:
 
 
 def _read_arrow(path: Path) -> Iterator[FileRow]:
-    """An Arrow file; datasets writes the stream form, other tools the one with an index at the end."""
+    """Reads an Arrow file: the stream format, which datasets writes, or the file format, with an index at the end."""
     pyarrow = _pyarrow()
     try:
         with pyarrow.memory_map(str(path)) as file:

@@ -1,8 +1,9 @@
-"""Which files of a folder hold the rows: those of one split, never several splits as one.
+"""Finds the files of a folder that hold the rows of one split. Several splits are never mixed.
 
-Folders of three kinds are known: what datasets.save_to_disk writes, with or without splits; the layout of data sets on the
-Hugging Face hub, files or folders named after their split (train-00000-of-00002.parquet, data/test-*.parquet, validation/),
-Parquet, JSON Lines or CSV; and a plain folder of such files that name no split. FOLDER:SPLIT names one of several.
+Three kinds of folders are known. The first is written by datasets.save_to_disk, with or without splits. The second has the
+layout of data sets on the Hugging Face hub: Parquet, JSON Lines or CSV, in files or folders named after their split
+(train-00000-of-00002.parquet, data/test-*.parquet, validation/). The third is a plain folder of such files that name no split.
+FOLDER:SPLIT selects one of several splits.
 """
 
 import json
@@ -16,12 +17,12 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-PATTERNS = ("data-*.arrow", "*.parquet", "*.jsonl", "*.csv")  # the first kind that is there
+PATTERNS = ("data-*.arrow", "*.parquet", "*.jsonl", "*.csv")  # the first pattern that matches any file is used
 NO_SPLIT = "no split named"
 
 
 def named_split(path: str | Path) -> tuple[Path, str]:
-    """The folder and the split of FOLDER:SPLIT; for any other path the path itself and ""."""
+    """Returns (folder, split) of FOLDER:SPLIT; for any other path, the path itself and ""."""
     folder, colon, split = str(path).rpartition(":")
     if colon and split and not Path(path).exists() and Path(folder).is_dir():
         return Path(folder), split
@@ -29,13 +30,13 @@ def named_split(path: str | Path) -> tuple[Path, str]:
 
 
 def split_files(folder: Path, split: str = "") -> list[Path]:
-    """The files with the folder's rows, in order; ValueError where there are several splits and none of them is named."""
+    """The files with the folder's rows, in order. Raises ValueError if there are several splits and none is named."""
     splits = _splits(folder)
     names = ", ".join(sorted(splits))
     if split:
         found = splits.get(split) or splits.get(SPLITS.get(split, split))
         if not found:
-            known = f"it has {names}" if splits.keys() - {NO_SPLIT} else "its files name none"
+            known = f"it has {names}" if splits.keys() - {NO_SPLIT} else "its files name no split"
             raise UserError(f"{folder} has no split {split!r}: {known}")
         return found
     if not splits:
@@ -53,13 +54,13 @@ def split_files(folder: Path, split: str = "") -> list[Path]:
         name == NO_SPLIT and len(files) > 1 and files[0].suffix in (".jsonl", ".csv")
     ):  # Parquet and Arrow come in shards
         raise UserError(
-            f"{folder} holds {len(files)} {files[0].suffix} files that name no split, {files[0].name} the first: give one"
+            f"{folder} holds {len(files)} {files[0].suffix} files that name no split, the first is {files[0].name}: give one file"
         )
     return files
 
 
 def _splits(folder: Path) -> dict[str, list[Path]]:
-    """Files by split."""
+    """The files of each split."""
     if (folder / "dataset_dict.json").exists():
         parts = sorted(part for part in folder.iterdir() if (part / "state.json").exists())
         return {part.name: _saved_files(part) for part in parts}
@@ -77,7 +78,7 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """Those of one data set of datasets.save_to_disk; [] for another folder."""
+    """The files of a folder that datasets.save_to_disk wrote; [] for any other folder."""
     if not (folder / "state.json").exists():
         return []
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -92,6 +93,6 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _split_of(name: str) -> str:
-    """The split a file or folder is named after: "train" of train-00000-of-00002 and of pairs_train; "" for none."""
+    """The split that a file or folder is named after: "train" for train-00000-of-00002 and pairs_train, else ""."""
     words = re.split(r"[^a-z]+", name.lower())
     return next((SPLITS[word] for word in words if word in SPLITS), "")

@@ -1,8 +1,9 @@
-"""Texts that hold what is no text to a model: tokens of a chat template or of a video, and tags left over from another format.
+"""Finds strings that a model does not read as text: chat template tokens, video placeholders, and tags of other formats.
 
-A tokenizer turns "<|im_end|>" inside a caption into the token that ends it, and a placeholder of a video into room for
-features that are not there. Which strings those are, the tokenizer of the model knows. Without one, what the chat templates of
-the served families use is looked for. A tag such as <video> is plain text to most families, but nobody wrote it for a reader.
+A tokenizer turns "<|im_end|>" inside a caption into the token that ends the caption, and a video placeholder into positions for
+features that do not exist. The model's tokenizer defines these strings. Without a tokenizer, the search covers the strings in
+the chat templates of the supported families. A tag such as <video> is plain text to most families, but it is no part of a
+caption.
 """
 
 import re
@@ -18,20 +19,20 @@ FIELDS = ("prompt", "chosen", "rejected", "ground_truth")
 
 
 def special_tokens(tokenizer: Any, *more: str) -> re.Pattern[str]:
-    """Strings that the tokenizer reads as special tokens, and more that a model's family reserves."""
+    """A pattern for the tokenizer's special tokens and for `more` strings that the model family reserves."""
     known = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     known |= {*tokenizer.all_special_tokens, *more} - {""}
     return any_of(known)
 
 
 def any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Finds the longest of the words that stands at a place; nothing where there are none."""
+    """A pattern that matches the longest word at each position. Without words it matches nothing."""
     ordered = sorted(words, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
 
 def marked_pairs(pairs: Iterable[Pair], pattern: re.Pattern[str]) -> list[tuple[Pair, str]]:
-    """Pairs with a text that holds a match, and "'<video>' in chosen" of the first one of each."""
+    """Pairs in which a text matches, each with its first match, such as "'<video>' in chosen"."""
     found = []
     for pair in pairs:
         for field in FIELDS:
@@ -43,6 +44,6 @@ def marked_pairs(pairs: Iterable[Pair], pattern: re.Pattern[str]) -> list[tuple[
 
 
 def quoted(found: Sequence[tuple[Pair, str]]) -> str:
-    """The first ones by id, as part of a message."""
+    """The first QUOTED pairs and their matches, as part of a message."""
     shown = "; ".join(f"{pair.id!r} has {what}" for pair, what in found[:QUOTED])
     return shown + ("; ..." if len(found) > QUOTED else "")

@@ -1,11 +1,11 @@
-"""Keys that tell a pair's video from every other without decoding it: which file it is, and what is made of it.
+"""Computes a key that identifies a pair's video without decoding it, from the file and from the processing.
 
-The file by its name under the video root (its whole name without one), its size and the time it was last changed; the part of
-it that is shown; then everything that decides pixels and tokens: which frames are taken, what decodes them, how they are
-resized and normalised, the family and the tokenizer. A video that was replaced has another key. So have the same
-bytes under another name, which costs a decoding and nothing else.
+The key covers the file's path under the video root (or its full path without a root), its size and modification time, and the
+part of it that is shown. It also covers everything that determines pixels and tokens: which frames are taken, what decodes
+them, how they are resized and normalised, the model family and the tokenizer. A file that was replaced gets another key. A copy
+under another name gets another key too, and is only decoded once more.
 
-Frames that a pair brings itself are known by their bytes.
+Frames that a pair holds in memory are identified by their bytes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from synpo_fast.data.video.sampling import FrameSampling
 from synpo_fast.data.video.video_path import image_files, resolve_video
 from synpo_fast.ops import native_library
 
-FORMAT = 1  # raise it when the same file and settings come to give other pixels or other tokens
+FORMAT = 1  # increase it when a change in the code gives other pixels or tokens for the same file and settings
 
 
 def reading_facts(encoder: Encoder, sampling: FrameSampling, backend: str, device: torch.device) -> str:
-    """A digest of what is made of a file, whichever it is. Reads the whole vocabulary: call it once."""
+    """A digest of the processing, the same for every file. Reads the whole vocabulary, so call it once."""
     return _digest(
         FORMAT,
         repr(sampling),
@@ -41,7 +41,7 @@ def reading_facts(encoder: Encoder, sampling: FrameSampling, backend: str, devic
 
 
 def video_key(pair: Pair, facts: str, root: str | Path | None) -> str | None:
-    """None for a text pair. Raises VideoError for a file that is not there."""
+    """The key of the pair's video; None for a text pair. Raises VideoError for a missing file."""
     if isinstance(pair.video, Tensor):
         frames = pair.video.contiguous().cpu()
         bytes_of_frames = hashlib.sha256(frames.view(-1).numpy().data).hexdigest()
@@ -53,7 +53,7 @@ def video_key(pair: Pair, facts: str, root: str | Path | None) -> str | None:
 
 
 def _identity(path: str, root: str | Path | None) -> list[Any]:
-    """The file's name and [name, size, time of change] of it, or of each image of a folder."""
+    """The file's path, then [name, size, modification time] of the file or of each image in the folder."""
     file = resolve_video(path, root)
     name = file if root is None else file.relative_to(Path(root).resolve())
     files = image_files(file) if file.is_dir() else [file]

@@ -76,10 +76,10 @@ def test_one_split_or_none_is_read_as_before(tmp_path):
         "a colon in a name, test in a word"
     )
     with pytest.raises(
-        ManifestError, match=r"e holds 2 .jsonl files that name no split, new.jsonl the first: give one"
+        ManifestError, match=r"e holds 2 .jsonl files that name no split, the first is new.jsonl: give one file"
     ):
         read_manifest(fill(tmp_path / "e", "new.jsonl", "old.jsonl"))
-    with pytest.raises(ManifestError, match=r"b has no split 'train': its files name none"):
+    with pytest.raises(ManifestError, match=r"b has no split 'train': its files name no split"):
         read_manifest(f"{tmp_path / 'b'}:train")
 
 

@@ -1,1 +1,1 @@
-"""Processes that read pairs ahead of the training loop."""
+"""Worker processes that read pairs ahead of the training loop."""

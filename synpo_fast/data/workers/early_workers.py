@@ -1,4 +1,4 @@
-"""Worker processes started before there is work for them: they import what they need while the model loads."""
+"""Starts worker processes early, so that they import their modules while the model loads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PRELOAD = ("synpo_fast.data.encoding", "synpo_fast.data.video.decode_pyav", "tra
 
 
 class EarlyWorkers:
-    """`take` gives them away, to a pool that then ends them; `close` ends those that nobody has taken."""
+    """Workers without a pool. `take` passes them to a pool, which then owns them; `close` ends those that were not taken."""
 
     def __init__(self, count: int, deadline_s: float, preload: Sequence[str] = PRELOAD) -> None:
         self._waiting = [WorkerProcess.start(deadline_s, preload) for _ in range(count)]

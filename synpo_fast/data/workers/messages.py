@@ -1,10 +1,10 @@
-"""Python objects between processes, their tensors through shared memory that has no name.
+"""Sends Python objects between processes, with their tensors in anonymous shared memory.
 
-A message is one anonymous file (memfd): the pickle, then every tensor at a multiple of 64 bytes. Its descriptor travels over a
-Unix socket with 16 bytes of header, so neither side ever waits for the other to read, however big a message is. Nothing lies
-under /dev/shm: the kernel frees the memory with the last process or tensor that holds it, after kill -9 too.
+A message is one anonymous file (memfd): the pickle, then every tensor at a multiple of 64 bytes. A Unix socket carries only its
+file descriptor and a header of 16 bytes, so the sender never waits for the receiver, however big the message is. Nothing is
+left under /dev/shm: the kernel frees the memory with the last process or tensor that holds it, even after kill -9.
 
-The receiver's tensors are views of the shared memory, copied nowhere; those of one message share one storage.
+The receiver's tensors are views of the shared memory, without a copy. All tensors of one message share one storage.
 """
 
 import array
@@ -23,7 +23,7 @@ ALIGNMENT = 64
 
 
 def send_message(connection: socket.socket, message: Any) -> None:
-    """Raises ValueError for a tensor that is not in the CPU's memory, and BrokenPipeError if nobody reads any more."""
+    """Sends a message. Raises ValueError for a tensor outside the CPU's memory, BrokenPipeError if the other side is closed."""
     pickled = io.BytesIO()
     pickler = _Pickler(pickled)
     pickler.dump(message)
@@ -31,7 +31,7 @@ def send_message(connection: socket.socket, message: Any) -> None:
     total = begin + pickler.size
     with open(os.memfd_create("synpo_fast"), "wb") as file:
         file.write(pickled.getbuffer())
-        file.truncate(total)  # or torch would do it, and write a byte of its own; flushes too
+        file.truncate(total)  # also flushes; without it torch would enlarge the file and write a byte of its own
         shared = _mapped(file.fileno(), total)
         for offset, tensor in pickler.tensors:
             data = tensor.contiguous().view(-1).view(torch.uint8)
@@ -41,7 +41,7 @@ def send_message(connection: socket.socket, message: Any) -> None:
 
 
 def receive_message(connection: socket.socket) -> Any:
-    """Raises EOFError when the other side is gone."""
+    """Waits for a message and returns it. Raises EOFError when the other side is closed."""
     header, descriptors, _, _ = socket.recv_fds(connection, HEADER.size, 1)
     if not header:
         raise EOFError("the other side closed the connection")
@@ -57,7 +57,7 @@ def receive_message(connection: socket.socket) -> Any:
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves tensors out, and keeps where each is to stand."""
+    """Leaves tensors out of the pickle, and records the offset of each."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
@@ -88,7 +88,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _mapped(descriptor: int, size: int) -> Tensor:
-    # By name, because mmap.mmap would keep a descriptor open for as long as a tensor lives.
+    # From a path, because mmap.mmap would keep a descriptor open for as long as a tensor exists.
     return torch.from_file(f"/proc/self/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8)
 
 

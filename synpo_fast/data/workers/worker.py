@@ -1,8 +1,8 @@
-"""A worker process of worker_pool.py: receives a callable, then calls it on one item after another.
+"""The code of a worker process (worker_pool.py): receives a callable, then calls it on one item after another.
 
-It lives no longer than its parent: a thread waits for the parent's end of the socket to close, which the kernel sees to
-whatever the parent died of. A call that holds the interpreter's lock would keep that thread from running, so each call is
-also watched by a timer in C, far behind the deadline that the parent itself holds it to.
+A worker ends when its parent ends: a thread waits until the parent's end of the socket closes. The kernel closes it however the
+parent died. A call that holds the GIL would block that thread, so a timer in C limits each call as well. Its limit is far above
+the deadline that the parent enforces.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ def main(descriptor: int, deadline_s: float, preload: Sequence[str] = ()) -> Non
     connection = socket.socket(fileno=descriptor)
     threading.Thread(target=_end_with_parent, args=(descriptor,), daemon=True).start()
     for module in preload:
-        with contextlib.suppress(ImportError):  # the callable will want it, and say so
+        with contextlib.suppress(ImportError):  # unpickling the callable imports it again and reports the error
             importlib.import_module(module)
     try:
         _serve(connection, deadline_s)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent is gone, or wants no more
+        return  # the parent has ended or closed the connection
 
 
 def _serve(connection: socket.socket, deadline_s: float) -> None:
@@ -40,7 +40,7 @@ def _serve(connection: socket.socket, deadline_s: float) -> None:
     pickled_work = receive_message(connection)
     try:
         work = pickle.loads(pickled_work)  # from the process that started this one, over its own socket pair
-    except Exception:  # whatever an import in there may raise, the parent should show it
+    except Exception:  # an import in there may raise anything; the parent reports it
         send_message(connection, (RAISED, traceback.format_exc()))
         return
     send_message(connection, (READY, None))
@@ -54,11 +54,11 @@ def _serve(connection: socket.socket, deadline_s: float) -> None:
         except Exception:  # it is raised again in the parent
             send_message(connection, (RAISED, traceback.format_exc()))
         faulthandler.cancel_dump_traceback_later()
-        del item  # or it would stay in memory until the next one is there
+        del item  # otherwise it stays in memory until the next one arrives
 
 
 def _end_with_parent(descriptor: int) -> None:
     poll = select.poll()
-    poll.register(descriptor, 0)  # hang-up is always reported
+    poll.register(descriptor, 0)  # a hang-up is always reported
     poll.poll()
     os._exit(0)

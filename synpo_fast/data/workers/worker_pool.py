@@ -1,12 +1,12 @@
-"""Worker processes that may crash or hang without harm: each call has a deadline, and a lost worker is replaced.
+"""A pool of worker processes that survives crashes and hangs: each call has a deadline, and a lost worker is replaced.
 
-Decoders are C code that meets the world's files. One that crashes takes only its worker along; one that hangs is killed at the
-deadline. Its item is tried once more in a fresh worker, then its future raises WorkerLost with the reason.
+Decoders are C code that reads files from anywhere. A decoder that crashes ends only its worker; one that hangs is killed at the
+deadline. The item is tried once more in a new worker. If that fails too, its future raises WorkerLost with the reason.
 
-Workers are new interpreters, not forks: torch with its threads and CUDA lives in the parent. They are started when the first
-item comes, together, and kept. They get the callable once, run one thread each and see no GPU. One thread of the parent hands
-out items and watches deadlines, so workers stay busy while the caller does something else. How a worker ends with its parent
-stands in worker.py, how tensors travel in messages.py.
+Workers are new interpreters, not forks, because the parent runs torch with its threads and CUDA. All of them start with the
+first item and are kept. They receive the callable once, use one thread each and see no GPU. One thread of the parent assigns
+items and checks deadlines, so workers stay busy while the caller does something else. worker.py explains how a worker ends with
+its parent, messages.py how tensors are sent.
 """
 
 import contextlib
@@ -30,23 +30,23 @@ from synpo_fast.data.workers.worker_process import WorkerProcess
 from synpo_fast.errors import UserError
 
 ATTEMPTS = 2
-FAILED_STARTS = 3  # so many workers in a row that end before they are ready: no item can be blamed
+FAILED_STARTS = 3  # consecutive workers that end before they are ready: the cause cannot be an item
 START_DEADLINE_S = 300.0
 
 
 class WorkerLost(RuntimeError):
-    """An item that crashed its worker or ran over its deadline, in every attempt."""
+    """Raised for an item that crashed its worker or exceeded its deadline in every attempt."""
 
 
 class WorkerPool:
-    """submit(item) returns a Future of work(item).
+    """Runs work(item) in worker processes; submit(item) returns a Future.
 
-    work: a callable that can be pickled and imported elsewhere (nothing from __main__). An exception in it comes back as
-        a RuntimeError that holds the worker's traceback.
-    deadline_s: for one item.
-    started: workers that are there already, which are the pool's from now on.
+    work: a callable that can be pickled and imported elsewhere (nothing from __main__). An exception in it is raised in the
+        parent as a RuntimeError with the worker's traceback.
+    deadline_s: seconds for one item.
+    started: workers that already run; the pool owns them from now on.
 
-    Close it, or use it as a context manager; a pool that is merely forgotten closes itself.
+    Close it, or use it as a context manager. A pool without references closes itself.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class WorkerPool:
 
     @property
     def process_ids(self) -> list[int]:
-        """Of the workers there are now."""
+        """The process ids of the current workers."""
         return [worker.process.pid for worker in list(self._dispatcher.workers)]
 
     def __enter__(self) -> "WorkerPool":
@@ -87,20 +87,20 @@ class _Task:
 
 
 class _Dispatcher:
-    """What the pool's thread runs. It knows nothing of the pool, so that a forgotten pool can be collected."""
+    """The code of the pool's thread. It holds no reference to the pool, so that an unused pool can be garbage-collected."""
 
     def __init__(self, work: bytes, num_workers: int, deadline_s: float, started: list[WorkerProcess]) -> None:
         self.work, self.num_workers, self.deadline_s, self.started = work, num_workers, deadline_s, started
         self.workers: list[WorkerProcess] = []
         self.tasks: deque[_Task] = deque()
         self.failed_starts = 0
-        self.lock = threading.RLock()  # a collection under it may run stop()
+        self.lock = threading.RLock()  # a garbage collection while it is held may call stop()
         self.stopping = False
         self.error: BaseException | None = None
-        self.bell, self.bell_rope = socket.socketpair()
-        self.bell_rope.setblocking(False)
+        self.wake_reader, self.wake_writer = socket.socketpair()
+        self.wake_writer.setblocking(False)
         self.selector = selectors.DefaultSelector()
-        self.selector.register(self.bell, selectors.EVENT_READ)
+        self.selector.register(self.wake_reader, selectors.EVENT_READ)
         self.thread: threading.Thread | None = None
         self.process_id = os.getpid()
 
@@ -113,36 +113,36 @@ class _Dispatcher:
             if self.thread is None:
                 self.thread = threading.Thread(target=self.run, name="synpo_fast worker pool", daemon=True)
                 self.thread.start()
-        self.ring()
+        self.wake()
         return task.future
 
     def stop(self) -> None:
         if os.getpid() != self.process_id:
-            return  # a fork of the parent, which has no thread and no business with the workers
+            return  # a fork of the parent: it has no thread and does not own the workers
         with self.lock:
             self.stopping = True
-        self.ring()
+        self.wake()
         if self.thread is not None and self.thread is not threading.current_thread():
             self.thread.join()
         while self.started:
             self.started.pop().end()
 
-    def ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it rings already
-            self.bell_rope.send(b"!")
+    def wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # a full buffer wakes the thread as well
+            self.wake_writer.send(b"!")
 
     def run(self) -> None:
         try:
             while not self.stopping:
-                self.hand_out()
+                self.assign_tasks()
                 self.wait()
-        except BaseException as error:  # whoever waits for a future shall see it
+        except BaseException as error:  # shut_down() passes it to all pending futures
             self.error = error
         finally:
             self.shut_down()
 
     def shut_down(self) -> None:
-        """Ends all workers; whoever still waits for a future gets to know."""
+        """Ends all workers and sets an exception on every pending future."""
         with self.lock:
             self.stopping = True
             tasks = [worker.task for worker in self.workers if worker.task is not None] + list(self.tasks)
@@ -152,7 +152,7 @@ class _Dispatcher:
             if task.future.running() or task.future.set_running_or_notify_cancel():
                 task.future.set_exception(self.error or RuntimeError("the worker pool was closed"))
 
-    def hand_out(self) -> None:
+    def assign_tasks(self) -> None:
         with self.lock:
             wanted = bool(self.tasks)
         while wanted and len(self.workers) < self.num_workers:
@@ -160,7 +160,7 @@ class _Dispatcher:
         for worker in list(self.workers):
             while worker.ready and worker.task is None and (task := self.next_task()) is not None:
                 worker.task = task
-                self.give(worker)
+                self.send_task(worker)
 
     def next_task(self) -> _Task | None:
         with self.lock:
@@ -174,19 +174,19 @@ class _Dispatcher:
         try:
             worker = self.started.pop() if self.started else WorkerProcess.start(self.deadline_s)
         except OSError:
-            self.tasks.extendleft([] if task is None else [task])  # where shut_down() finds it
+            self.tasks.extendleft([] if task is None else [task])  # so that shut_down() finds it
             raise
         worker.task, worker.deadline = task, time.monotonic() + START_DEADLINE_S
         self.workers.append(worker)
         self.selector.register(worker.connection, selectors.EVENT_READ, worker)
         worker.send(self.work)
 
-    def give(self, worker: WorkerProcess) -> None:
+    def send_task(self, worker: WorkerProcess) -> None:
         assert worker.task is not None
         worker.deadline = time.monotonic() + self.deadline_s
         try:
             worker.send(worker.task.item)
-        except (pickle.PicklingError, TypeError, AttributeError, ValueError) as error:  # an item that can not be sent
+        except (pickle.PicklingError, TypeError, AttributeError, ValueError) as error:  # an item that cannot be pickled
             worker.task.future.set_exception(error)
             worker.task = None
 
@@ -195,17 +195,17 @@ class _Dispatcher:
         timeout = max(0.0, min(busy) - time.monotonic()) if busy else None
         for key, _ in self.selector.select(timeout):
             if key.data is None:
-                self.bell.recv(4096)
+                self.wake_reader.recv(4096)
             else:
-                self.hear(key.data)
-        # Answers first: a parent that was held up itself must not blame a worker that was in time.
+                self.receive_from(key.data)
+        # After reading answers: if the parent itself was delayed, a worker that answered in time must not be replaced.
         now = time.monotonic()
         for worker in list(self.workers):
             if now > worker.deadline and (worker.task is not None or not worker.ready):
                 limit = self.deadline_s if worker.ready else START_DEADLINE_S
                 self.replace(worker, f"it took longer than {limit:g} s and was stopped")
 
-    def hear(self, worker: WorkerProcess) -> None:
+    def receive_from(self, worker: WorkerProcess) -> None:
         try:
             kind, content = receive_message(worker.connection)
         except (EOFError, ConnectionResetError):
@@ -216,7 +216,7 @@ class _Dispatcher:
                 raise RuntimeError(f"a worker could not be started:\n{content}")
             worker.ready, self.failed_starts = True, 0
             if worker.task is not None:
-                self.give(worker)
+                self.send_task(worker)
             return
         task, worker.task = worker.task, None
         assert task is not None

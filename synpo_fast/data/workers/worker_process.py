@@ -1,4 +1,4 @@
-"""One worker process as its parent sees it: started, spoken to, ended."""
+"""A handle of one worker process in its parent: starts it, sends it messages, ends it."""
 
 import contextlib
 import os
@@ -12,8 +12,8 @@ from typing import Any
 
 from synpo_fast.data.workers.messages import send_message
 
-# Signals reach the whole group, or all of a launcher's processes, but the parent decides what ends. And not `-m`: the parent's
-# own sys.path says where the package is, also when a script of it was started by path.
+# A terminal or launcher signals all processes at once. Workers ignore these signals: the parent decides when they end. They are
+# not started with `-m`, because only the parent's sys.path finds the package if a script of it was started by path.
 START = """
 import signal, sys
 for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -27,7 +27,11 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_
 
 @dataclass(eq=False)
 class WorkerProcess:
-    """task: what it works on, None if nothing; ready: whether it has its callable; deadline: of either, time.monotonic()."""
+    """A running worker.
+
+    task: the item it works on, or None. ready: True once it has loaded its callable. deadline: the time.monotonic() by which
+    it must be ready or finish its task.
+    """
 
     process: "subprocess.Popen[bytes]"
     connection: socket.socket
@@ -37,7 +41,7 @@ class WorkerProcess:
 
     @classmethod
     def start(cls, deadline_s: float, preload: Sequence[str] = ()) -> "WorkerProcess":
-        """preload: modules that it imports at once, while it waits for its callable."""
+        """Starts a worker. preload: modules that it imports while it waits for its callable."""
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
@@ -49,7 +53,9 @@ class WorkerProcess:
         return cls(process, ours)
 
     def send(self, message: Any) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is dead, which reading from it will tell
+        with contextlib.suppress(
+            BrokenPipeError, ConnectionResetError
+        ):  # it has ended; reading from it will report that
             send_message(self.connection, message)
 
     def end(self) -> None:
@@ -58,7 +64,7 @@ class WorkerProcess:
         self.process.wait()
 
     def how_it_ended(self) -> str:
-        """Of a process whose socket is closed: it is over, or about to be."""
+        """Describes how a process with a closed socket ended. Waits for the end if necessary."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self.process.wait(timeout=10)
             how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"

@@ -173,7 +173,7 @@ def test_check_finds_what_training_skips_and_clips_inside_are_used(whole, tmp_pa
     assert all(": is cut off: " in example and example.endswith("(1 pair)") for example in finding.examples)
     sampling = FrameSampling(num_frames=4)
     with pytest.raises(
-        VideoError, match=r"cut-start.mp4: is cut off: .* of its 100 frames are there .*; fetch it again, or name"
+        VideoError, match=r"cut-start.mp4: is cut off: .* of its 100 frames are there .*; download it again, or give"
     ):
         pair_frames(Pair("q", "a", "b", video="cut-start.mp4"), sampling, video_root=tmp_path)
     with pytest.raises(VideoError, match="is cut off"):
