@@ -166,9 +166,8 @@ class PairLoader:
                     raise RuntimeError(
                         f"the loader has begun another iteration; this one was at step {step} of {epoch}"
                     )
-                yield self._step(
-                    epoch, step
-                )  # not in a variable, which would keep this step alive while the next is read
+                # Not kept in a variable, which would hold this step in memory while the next one is read.
+                yield self._step(epoch, step)
             finished = True
         finally:
             if not finished and iteration == self._iteration:

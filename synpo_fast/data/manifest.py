@@ -93,9 +93,8 @@ def read_manifest_rows(path: str | Path) -> tuple[list[Pair], list[BadRow]]:
                 if pair.id in first_use:
                     raise ValueError(f"id {pair.id!r} is already used in line {first_use[pair.id]}")
             except ValueError as error:
-                hint = (
-                    import_hint(row.content) if row.content is not None and not bad_rows else ""
-                )  # only on the first bad row
+                # Only the first bad row gets the hint.
+                hint = import_hint(row.content) if row.content is not None and not bad_rows else ""
                 bad_rows.append(BadRow(row.file, row.line, f"{error}{hint}"))
             else:
                 first_use[pair.id] = row.line

@@ -58,7 +58,7 @@ CHORES = {
 
 
 class BrokenOnArrival:
-    """Can be pickled, can not be unpickled."""
+    """Can be pickled but cannot be unpickled."""
 
     def __reduce__(self) -> Any:
         return _fail, ("this machine lacks a library",)

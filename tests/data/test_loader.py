@@ -1,4 +1,4 @@
-"""What a step holds: the right pairs and frames whoever reads them, with bad ones counted and nothing else changed."""
+"""A step holds the right pairs and frames, whichever process reads them. Bad pairs are counted and change nothing else."""
 
 import os
 import signal

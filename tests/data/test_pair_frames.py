@@ -71,7 +71,7 @@ def test_a_clip_of_another_size_is_fitted_into_the_first(root):
     [
         ({"clips": (Clip("wide.mp4", 2.5),)}, VideoError, "wide.mp4: has no part from 2.5"),
         ({"clips": (Clip("wide.mp4"), Clip("missing.mp4"))}, VideoError, "missing.mp4"),
-        ({"clips": (Clip("wide.mp4"),) * 3}, ValueError, "3 clips need a frame each"),
+        ({"clips": (Clip("wide.mp4"),) * 3}, ValueError, "3 clips need one frame each"),
     ],
 )
 def test_what_can_not_be_shown_is_named(root, fields, error, message):

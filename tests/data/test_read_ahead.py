@@ -1,4 +1,4 @@
-"""What is held ahead of its turn is bounded in bytes, whatever sizes come and in whichever order results arrive."""
+"""The bytes of results that are read ahead stay within the limit, for any sizes and any order of arrival."""
 
 import random
 import weakref
@@ -18,7 +18,7 @@ from tests.data.chores import LightEncoder
 
 
 def result_of(pair: Pair) -> EncodedPair:
-    """As many bytes as the pair's id ends with."""
+    """A result with as many bytes as the pair's id ends with."""
     frames = torch.zeros(int(pair.id.split()[1]), dtype=torch.uint8)
     return EncodedPair(
         Sample((1,), ((2,), (3,)), VideoInputs({"frames": frames}, (7,), 7), pair.id), pair.id, True, False

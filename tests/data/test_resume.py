@@ -1,4 +1,4 @@
-"""A run killed in mid-epoch goes on with exactly the pairs that were left, in the same order."""
+"""A run killed in mid-epoch resumes with exactly the pairs that were left, in the same order."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def whole_run(root: Path, epochs: int) -> list:
-    """As one rank without workers reads it, never interrupted; global steps of 4 pairs."""
+    """The run as one rank without workers reads it, uninterrupted; global steps of 4 pairs."""
     (loader,) = resume_run.loaders(root, 1, 0)
     return [resume_run.described((batch,)) for epoch in range(epochs) for batch in loader.steps(epoch)]
 

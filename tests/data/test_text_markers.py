@@ -64,14 +64,14 @@ def test_check_tells_problems_from_notes(tmp_path):
     chat = ["p-2: '<|im_end|>' in prompt", "p-3: '<|video_pad|>' in rejected"]
     report = check_manifest(file)
     assert {finding.what: finding.examples for finding in report.findings} == {
-        "texts that hold tokens of chat templates": chat,
-        "texts that hold tags of another format": ["p-1: '<video>' in chosen"],
+        "texts that contain tokens of chat templates": chat,
+        "texts that contain tags of another format": ["p-1: '<video>' in chosen"],
     }
     assert [finding.is_problem for finding in report.findings] == [True, False]
     found = {finding.what: finding.examples for finding in check_manifest(file, model="tiny:llava_onevision").findings}
     assert found == {  # its own token is <video>, and it has no <|video_pad|>
-        "texts that hold special tokens of tiny:llava_onevision": ["p-1: '<video>' in chosen", chat[0]],
-        "texts that hold tags of another format": [chat[1]],
+        "texts that contain special tokens of tiny:llava_onevision": ["p-1: '<video>' in chosen", chat[0]],
+        "texts that contain tags of another format": [chat[1]],
     }
 
 
@@ -79,8 +79,8 @@ def test_the_command_takes_a_model(tmp_path, capsys):
     file = tmp_path / "p.jsonl"
     file.write_text(json.dumps({"prompt": "q", "chosen": "<video>", "rejected": "b"}))
     assert main(["pairs", "check", str(file)]) == 0
-    assert "note: texts that hold tags of another format: 1" in capsys.readouterr().out
+    assert "note: texts that contain tags of another format: 1" in capsys.readouterr().out
     assert main(["pairs", "check", str(file), "--model", "tiny:llava_onevision"]) == 1
-    assert "PROBLEM: texts that hold special tokens of tiny:llava_onevision: 1" in capsys.readouterr().out
+    assert "PROBLEM: texts that contain special tokens of tiny:llava_onevision: 1" in capsys.readouterr().out
     assert main(["pairs", "check", str(file), "--model", "tiny:nothing"]) == 2
     assert "unknown family in 'tiny:nothing'" in capsys.readouterr().err

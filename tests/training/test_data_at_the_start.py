@@ -103,7 +103,7 @@ def test_too_many_bad_pairs_are_named_with_their_reasons(world, tmp_path, in_one
         in_one_process(values)
     text = str(error.value)
     assert text.startswith("4 of 4 pairs could not be used, more than max_bad_share=0.05. 'p")
-    assert len(re.findall(r"'p\d-\d': .*?v\d\.mp4: can not be decoded: Invalid data", text)) == 3 and "\n" not in text
+    assert len(re.findall(r"'p\d-\d': .*?v\d\.mp4: cannot be decoded: Invalid data", text)) == 3 and "\n" not in text
 
 
 def test_a_resumed_run_quotes_what_was_noted_before(world, tmp_path, group):
@@ -126,14 +126,14 @@ def test_held_out_pairs_that_can_not_be_used_are_said_once(world, tmp_path, in_o
     values = options(world, tmp_path / "out", max_steps=2, eval_steps=1, eval_file=str(tmp_path / "eval.jsonl"))
     in_one_process({**values, "video_root": str(root), "report": False})
     assert (
-        len(re.findall(r"4 held-out pairs could not be used: 'p0-0': .*?broken.mp4: can not be decoded", caplog.text))
+        len(re.findall(r"4 held-out pairs could not be used: 'p0-0': .*?broken.mp4: cannot be decoded", caplog.text))
         == 1
     )
 
 
 def test_a_profile_without_a_usable_pair_says_why(world, tmp_path, in_one_process):
     values = options(world, tmp_path / "out", profile=1, video_root=broken_videos(world, tmp_path / "broken"))
-    with pytest.raises(ValueError, match=r"no step of .* every process: 'p\d-\d': .*v\d.mp4: can not be decoded"):
+    with pytest.raises(ValueError, match=r"no step of .* every process: 'p\d-\d': .*v\d.mp4: cannot be decoded"):
         in_one_process(values)
 
 

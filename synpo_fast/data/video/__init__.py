@@ -1,1 +1,1 @@
-"""Videos to frames: decoders, probing, frame sampling and colour."""
+"""Turns videos into frames: decoders, probing, frame sampling and colour conversion."""

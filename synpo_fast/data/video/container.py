@@ -1,8 +1,8 @@
-"""Opens a video file with PyAV as a stranger's file should be opened, and turns FFmpeg's errors into VideoError.
+"""Opens an untrusted video file safely with PyAV, and turns FFmpeg's errors into VideoError.
 
-Only the container formats named here are tried, and only the file itself is read: FFmpeg would otherwise follow a playlist
-to other files and hosts. A picture larger than MAX_PIXELS is refused before memory is taken for it. The deadline
-interrupts reading; a single packet's decoding can not be interrupted, but its size is bounded.
+FFmpeg tries only the container formats in FORMATS, and reads only the file itself. Otherwise it would follow a playlist to
+other files and hosts. A picture larger than MAX_PIXELS is refused before memory is allocated for it. The deadline interrupts
+reading. Decoding of a single packet cannot be interrupted, but its size is bounded.
 """
 
 import time
@@ -15,13 +15,13 @@ from synpo_fast.data.video.mp4_boxes import lacks_index
 from synpo_fast.data.video.video_info import VideoError
 
 FORMATS = "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg,asf,ogg,gif"
-NO_INDEX = "; it is an MP4 without its whole index (moov), usually a download that stopped: fetch it again"
-MAX_PIXELS = 2**26  # 8192 x 8192: 8K video has half of it
+NO_INDEX = "; it is an MP4 without a complete index (moov), usually an incomplete download: download it again"
+MAX_PIXELS = 2**26  # 8192 x 8192: 8K video has half as many
 
 
 @contextmanager
 def open_video(path: Path, deadline: float) -> Iterator[tuple[Any, Any]]:
-    """The open container and its first video stream that is no cover picture; one thread, closed afterwards."""
+    """Yields the open container and its first video stream that is no cover picture. Decodes with one thread."""
     import av
     from av.error import FFmpegError
 
@@ -38,7 +38,7 @@ def open_video(path: Path, deadline: float) -> Iterator[tuple[Any, Any]]:
             stream = _video_stream(path, container)
             yield container, stream
     except FFmpegError as error:
-        reason = f"can not be decoded: {error.strerror or type(error).__name__}"
+        reason = f"cannot be decoded: {error.strerror or type(error).__name__}"
         raise VideoError(path, f"{reason}{NO_INDEX if lacks_index(path) else ''}") from error
 
 
@@ -51,16 +51,16 @@ def _video_stream(path: Path, container: Any) -> Any:
     stream = streams[0]
     context = stream.codec_context
     if context is None:
-        raise VideoError(path, "is of a codec that this FFmpeg can not decode")
+        raise VideoError(path, "has a codec that this FFmpeg cannot decode")
     if context.width * context.height > MAX_PIXELS:
         raise VideoError(path, f"has frames of {context.width}x{context.height}, more than {MAX_PIXELS} pixels")
-    context.thread_count = 1  # workers share the cores; threads inside a decoder only add delay
+    context.thread_count = 1  # workers share the cores, so threads inside a decoder only add delay
     context.options = {"max_pixels": str(MAX_PIXELS)}
     return stream
 
 
 def codec_name(stream: Any) -> str:
-    """The codec's own name: "av1", whichever library decodes it."""
+    """The codec's canonical name, such as "av1", whichever library decodes it."""
     name = stream.codec_context.codec.canonical_name
     return str(name)
 

@@ -1,10 +1,10 @@
-"""Frames of a video: which ones, from whom, checked.
+"""Decodes frames of a video: selects the frames, chooses a backend, and checks what the backend returns.
 
 A backend is a function
     decode(path: Path, info: VideoInfo, indices: Sequence[int], *, device: torch.device, deadline: float) -> Tensor
-that returns the frames at `indices` (valid ones, any order, repeats allowed) as uint8 [T, H, W, 3], upright, of the size
-info states, on `device` or on the CPU. It raises VideoError where it can not, and when time.monotonic() passes deadline.
-What it returns is checked here again: a short answer is an error, never a repeated frame.
+that returns the frames at `indices` (valid ones, any order, repeats allowed) as uint8 [T, H, W, 3], upright, in the size
+that info states, on `device` or on the CPU. It raises VideoError if it cannot decode them, or if time.monotonic() passes
+deadline. The result is checked here again: missing frames are an error and are never replaced by repeats.
 """
 
 import importlib
@@ -28,7 +28,7 @@ from synpo_fast.errors import MissingPackage, UserError
 
 Decoder = Callable[..., Tensor]
 
-# name -> (the file that holds `decode`, the package it needs, how to get that)
+# name -> (the module with `decode`, the package it needs, how to install that)
 BACKENDS: dict[str, tuple[str, str, str]] = {
     "pyav": ("synpo_fast.data.video.decode_pyav", "av", "pip install 'av>=18'"),
     "dali": ("synpo_fast.data.video.decode_dali", "nvidia.dali", "pip install nvidia-dali-cuda130"),
@@ -40,7 +40,8 @@ BACKENDS: dict[str, tuple[str, str, str]] = {
     "images": ("synpo_fast.data.video.decode_images", "av", "pip install 'av>=18'"),
 }
 NVDEC_CODECS = {"h264": "H.264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9", "mpeg4": "MPEG-4"}  # no AV1 on Hopper
-GPU_SHARE = 0.25  # a guess, not yet measured: below it PyAV, which seeks; DALI 2.4 decodes from the first frame on
+# An estimate, not measured. Below this share PyAV is chosen, which seeks; DALI 2.4 decodes from the first frame on.
+GPU_SHARE = 0.25
 WHOLE_VIDEO_BYTES = 2**30
 DEADLINE_S = 30.0
 TIME_SLACK = 1e-6  # seconds: a time computed as 3 * 0.04 means the frame at 0.12
@@ -59,21 +60,22 @@ def decode_frames(
     deadline_s: float = DEADLINE_S,
     info: VideoInfo | None = None,
 ) -> tuple[Tensor, VideoInfo]:
-    """Frames as uint8 [T, H, W, 3], upright, and what is known of the video; info.indices says which frames they are.
+    """Decodes frames: returns uint8 [T, H, W, 3], upright, and the video's VideoInfo. Its indices say which frames they are.
 
     Args:
         path: a video file, or a folder of images.
         indices: frame numbers, any order, repeats allowed.
-        times: in place of indices, seconds from the first frame; each gives the frame shown then, the last one until the
-            end of its duration. With neither, all frames, up to 1 GiB of them.
+        times: instead of indices, seconds from the first frame. Each selects the frame shown at that time; the last frame is
+            shown until the end of its duration. With neither indices nor times, all frames are decoded, up to 1 GiB.
         backend: "auto", "pyav", "dali", "torchcodec" or "images".
-        device: where the frames shall be; None is the CPU.
-        root: the folder that path is relative to and may not leave.
-        deadline_s: seconds after which a video that is still being read counts as one that cannot be used.
-        info: from probe_video, which spares a second look; open_video_file spares opening it twice as well.
+        device: where the frames are returned; None is the CPU.
+        root: the folder that path is relative to; the path may not leave it.
+        deadline_s: seconds after which a video that is still being read raises VideoError.
+        info: the result of probe_video, if known; the video is then not probed again. open_video_file also avoids opening it
+            twice.
 
-    Raises VideoError, a ValueError naming the file, for a video that cannot be used or has no such frame;
-    ValueError for a caller's mistake; ImportError for a backend that is not installed.
+    Raises VideoError, a ValueError naming the file, for a video that cannot be used or lacks a requested frame; ValueError for
+    wrong arguments; ImportError for a backend that is not installed.
     """
     if indices is not None and times is not None:
         raise ValueError("give indices or times, not both")
@@ -90,7 +92,7 @@ def decode_frames(
 def open_video_file(
     path: str | Path, *, root: str | Path | None = None, deadline_s: float = DEADLINE_S
 ) -> Iterator["OpenedVideo"]:
-    """A video to be looked at first and decoded then. deadline_s: for all that is done with it. VideoError."""
+    """Opens and probes a video, which can then be decoded. deadline_s: for everything in the context. Raises VideoError."""
     deadline = time.monotonic() + deadline_s
     file = resolve_video(path, root)
     if file.is_dir():
@@ -112,7 +114,11 @@ def open_video_file(
 
 @dataclass
 class OpenedVideo:
-    """deadline: a time.monotonic(). container: PyAV's, and its stream, while the file is open; later it is opened again."""
+    """A probed video whose frames can be decoded.
+
+    deadline: a time.monotonic(). container: PyAV's container and stream while the file is open. If None, decoding opens the
+    file again.
+    """
 
     file: Path
     info: VideoInfo
@@ -127,29 +133,29 @@ class OpenedVideo:
         backend: str = "auto",
         device: torch.device | str | None = None,
     ) -> tuple[Tensor, VideoInfo]:
-        """As decode_frames."""
+        """Decodes frames of this video. Arguments and errors are those of decode_frames."""
         info = self.info
         wanted = _wanted_frames(info, indices, times)
         target = torch.device("cpu") if device is None else torch.device(device)
-        is_free = backend == "auto"
-        if is_free:
+        may_choose = backend == "auto"
+        if may_choose:
             share = len(set(wanted)) / info.num_frames
             backend, reason = choose_backend(info.codec, target.type, share, available_backends())
             log.info("%s: %s, %s", self.file.name, backend, reason)
         if (backend == "images") != (info.codec == "images"):
-            raise ValueError(f"backend {backend!r} can not read {info.path}, whose frames are {info.codec}")
+            raise ValueError(f"backend {backend!r} cannot read {info.path}, whose frames are {info.codec}")
         try:
             frames = self._decode(backend, wanted, target)
         except BackendRefusal as error:
-            if not is_free:
+            if not may_choose:
                 raise
-            log.info("%s: pyav after all: %s", self.file.name, error.reason)
+            log.info("%s: falling back to pyav: %s", self.file.name, error.reason)
             backend = "pyav"
             frames = self._decode(backend, wanted, target)
         shape = (len(wanted), info.height, info.width, 3)
         if tuple(frames.shape) != shape or frames.dtype != torch.uint8:
-            is_due = f"{backend} returned {frames.dtype} {list(frames.shape)} where {list(shape)} was due"
-            raise VideoError(self.file, is_due)
+            reason = f"{backend} returned {frames.dtype} {list(frames.shape)}, expected uint8 {list(shape)}"
+            raise VideoError(self.file, reason)
         return frames.to(target), replace(info, backend=backend, indices=tuple(wanted))
 
     def _decode(self, backend: str, wanted: list[int], device: torch.device) -> Tensor:
@@ -161,7 +167,7 @@ class OpenedVideo:
 
 
 def probe_video(path: str | Path, *, root: str | Path | None = None, deadline_s: float = DEADLINE_S) -> VideoInfo:
-    """A video's number of frames, their times and the keyframes, as its container says, checked, without decoding any.
+    """Reads a video's number of frames, their times and the keyframes from its packets; decodes only as much as that needs.
 
     Raises VideoError for a video that cannot be used.
     """
@@ -170,9 +176,9 @@ def probe_video(path: str | Path, *, root: str | Path | None = None, deadline_s:
 
 
 def choose_backend(codec: str, device_type: str, share_wanted: float, available: Sequence[str]) -> tuple[str, str]:
-    """The backend for a video, and why, from facts alone.
+    """Chooses the backend for a video; returns (backend, reason). A pure function of its arguments.
 
-    share_wanted: distinct frames asked for, of all. available: the backends whose packages are installed.
+    share_wanted: distinct wanted frames divided by all frames. available: the backends whose packages are installed.
     """
     if codec == "images":
         return "images", "a folder of images"
@@ -189,12 +195,12 @@ def choose_backend(codec: str, device_type: str, share_wanted: float, available:
 
 
 def available_backends() -> list[str]:
-    """The backends whose packages are installed; none of them is imported."""
+    """The backends whose packages are installed. Does not import them."""
     return [name for name, (_, package, _) in BACKENDS.items() if _installed(package)]
 
 
 def frames_at(info: VideoInfo, times: Sequence[float]) -> list[int]:
-    """The frame shown at each time: the last that has begun, the first for earlier times. VideoError beyond the end."""
+    """The index of the frame shown at each time; the first frame for earlier times. Raises VideoError beyond the end."""
     late = [at for at in times if not isfinite(at) or at > info.duration + TIME_SLACK]
     if late:
         raise VideoError(info.path, f"has no frame at {late[0]} s: it lasts {info.duration:.3f} s")
@@ -209,7 +215,7 @@ def _wanted_frames(info: VideoInfo, indices: Sequence[int] | None, times: Sequen
         if size > WHOLE_VIDEO_BYTES:
             raise ValueError(
                 f"{info.path}: all {info.num_frames} frames of {info.width}x{info.height} would take {size / 2**30:.1f} GiB, "
-                f"more than {WHOLE_VIDEO_BYTES / 2**30:g}; say which frames by indices or times"
+                f"more than {WHOLE_VIDEO_BYTES / 2**30:g}; select frames with indices or times"
             )
         return list(range(info.num_frames))
     wanted = [int(index) for index in indices]

@@ -1,7 +1,7 @@
-"""A folder of images, one a frame, read as a video of IMAGE_FPS frames a second.
+"""Reads a folder of images as a video, one image per frame, IMAGE_FPS frames per second.
 
-Files are taken in natural order (2 before 10), hidden ones left out. FFmpeg decodes them, as it does videos: each image is
-a stream of one frame. Every image has to have the size of the first; that is found out when it is decoded.
+Files are taken in natural order (2 before 10), without hidden ones. FFmpeg decodes each image as a stream of one frame. Every
+image must have the size of the first; this is checked when the image is decoded.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from synpo_fast.data.video.rgb import RgbWriter
 from synpo_fast.data.video.video_info import VideoError, VideoInfo
 from synpo_fast.data.video.video_path import image_files
 
-IMAGE_FPS = 1.0  # frame folders of public data sets hold frames sampled at or near this rate, and do not say it
+IMAGE_FPS = 1.0  # frame folders of public data sets are sampled at or near this rate, and do not state it
 MAX_IMAGE_BYTES = 2**28
-SIGNATURES = {b"\xff\xd8": "mjpeg", b"\x89PNG": "png", b"RIFF": "webp"}  # suffixes of downloaded images often lie
+SIGNATURES = {b"\xff\xd8": "mjpeg", b"\x89PNG": "png", b"RIFF": "webp"}  # suffixes of downloaded images are often wrong
 
 
 def probe_images(folder: Path) -> VideoInfo:
-    """Reads the first image for its size. VideoError where it is none."""
+    """Probes the folder and reads the first image for its size. Raises VideoError if that is no image."""
     files = image_files(folder)
     height, width, _ = _read_image(files[0], {}).shape
     return VideoInfo(
@@ -39,14 +39,14 @@ def probe_images(folder: Path) -> VideoInfo:
 
 
 def decode(path: Path, info: VideoInfo, indices: Sequence[int], *, device: torch.device, deadline: float) -> Tensor:
-    """The images at indices, on the CPU whatever the device. See synpo_fast.data.video.decode for the contract."""
+    """Decodes the images at indices, on the CPU whatever the device. The contract is in synpo_fast/data/video/decode.py."""
     files = image_files(path)
     if len(files) != info.num_frames:
         raise VideoError(path, f"had {info.num_frames} images, now it has {len(files)}")
     out = torch.empty((len(indices), info.height, info.width, 3), dtype=torch.uint8)
     pixels = out.numpy()
     done: dict[int, int] = {}
-    writers: dict[str, RgbWriter] = {}  # by decoder, which lays chroma in one way
+    writers: dict[str, RgbWriter] = {}  # by decoder: the chroma positions depend on it
     for place, index in enumerate(indices):
         check_deadline(path, deadline, f"image {index} was read")
         if index in done:
@@ -62,7 +62,7 @@ def decode(path: Path, info: VideoInfo, indices: Sequence[int], *, device: torch
 
 
 def _read_image(file: Path, writers: dict[str, RgbWriter]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """[H, W, 3], as stored: an orientation in EXIF data is not applied."""
+    """Reads an image as [H, W, 3], as stored: an orientation in EXIF data is not applied."""
     import av
     from av.error import FFmpegError
 
@@ -77,14 +77,12 @@ def _read_image(file: Path, writers: dict[str, RgbWriter]) -> np.ndarray[Any, np
         raise VideoError(file, "is neither JPEG, PNG nor WebP")
     context: Any = av.CodecContext.create(decoder, "r")
     context.thread_count = 1
-    context.options = {
-        "max_pixels": str(MAX_PIXELS),
-        "err_detect": "explode",
-    }  # else half a JPEG passes for a whole one
+    # Without "explode" half a JPEG is accepted as a whole one.
+    context.options = {"max_pixels": str(MAX_PIXELS), "err_detect": "explode"}
     try:
         frames = context.decode(av.Packet(content)) + context.decode(None)
     except FFmpegError as error:
-        raise VideoError(file, f"can not be decoded: {error.strerror}") from error
+        raise VideoError(file, f"cannot be decoded: {error.strerror}") from error
     if not frames or frames[0].is_corrupt:
         raise VideoError(file, "is damaged")
     image = np.empty((frames[0].height, frames[0].width, 3), np.uint8)

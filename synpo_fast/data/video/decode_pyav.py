@@ -1,12 +1,12 @@
-"""Frames on the CPU with PyAV, whose wheel brings its own FFmpeg: only the stretches that are needed, only those converted.
+"""Decodes frames on the CPU with PyAV, whose wheel contains FFmpeg: only the needed parts, and only wanted frames to RGB.
 
-A wanted frame needs the packets from the keyframe before it. So wanted frames are gathered into runs, each from a keyframe
-to the last packet that is wanted; the decoder is then drained, which gives frames held back for reordering without
-decoding what follows. Between runs the file is seeked, or its packets dropped where the way is short. Pictures that no
-other refers to are not decoded unless wanted (H.264, HEVC). A frame is known by its presentation time, so a seek that
-lands elsewhere can not give a wrong frame: what the runs did not bring is decoded from the start of the file.
+Decoding a frame needs the packets from the keyframe before it. So wanted frames are grouped into runs, each from a keyframe to
+the last wanted packet. The decoder is then drained, which returns frames held back for reordering without decoding what
+follows. Between runs the decoder seeks, or skips packets if the distance is short. Pictures that no other picture refers to are
+decoded only if wanted (H.264, HEVC). Frames are identified by their presentation time, so a seek to a wrong place cannot give a
+wrong frame. Frames that the runs did not return are decoded from the start of the file.
 
-Frames become RGB in synpo_fast.data.video.rgb, each straight into its place.
+synpo_fast.data.video.rgb converts each frame to RGB straight into the output.
 """
 
 import logging
@@ -25,8 +25,8 @@ from synpo_fast.data.video.orientation import upright
 from synpo_fast.data.video.rgb import RgbWriter
 from synpo_fast.data.video.video_info import VideoError, VideoInfo
 
-REORDER = 16  # pictures that may stand on the other side of a keyframe in the file than on the screen
-SEEK_GAP = 32  # frames; shorter ways are read and dropped, which costs less than a seek
+REORDER = 16  # pictures that may come before a keyframe in the file and after it on the screen, or the reverse
+SEEK_GAP = 32  # frames; over a shorter distance packets are read and skipped, which costs less than a seek
 SKIPS_UNREFERRED = ("h264", "hevc")
 
 log = logging.getLogger(__name__)
@@ -41,9 +41,10 @@ def decode(
     deadline: float,
     opened: tuple[Any, Any] | None = None,
 ) -> Tensor:
-    """The frames at indices, on the CPU whatever the device. See synpo_fast.data.video.decode for the contract.
+    """Decodes the frames at indices, on the CPU whatever the device. The contract is in synpo_fast/data/video/decode.py.
 
-    opened: the file's container and stream, wherever they stand, which spares opening it: FFmpeg then decodes its first frames.
+    opened: the file's open container and stream, at any position. This avoids opening the file again, for which FFmpeg decodes
+    its first frames.
     """
     frames = _Frames(path, info, indices)
     if info.by_order:
@@ -61,7 +62,7 @@ def decode(
 
 
 class _Frames:
-    """The output: wanted frames are converted as they come, each once, into the places that asked for them."""
+    """The output tensor. Each wanted frame is converted once, when it arrives, and written to all of its positions."""
 
     def __init__(self, path: Path, info: VideoInfo, indices: Sequence[int]) -> None:
         self.path, self.info = path, info
@@ -69,9 +70,8 @@ class _Frames:
         for place, index in enumerate(indices):
             self.places.setdefault(index, []).append(place)
         self.missing = set(self.places)
-        self.pixels = np.empty(
-            (len(indices), info.height, info.width, 3), np.uint8
-        )  # NumPy asks for huge pages, torch not
+        # NumPy requests huge pages, torch does not.
+        self.pixels = np.empty((len(indices), info.height, info.width, 3), np.uint8)
         self.out = torch.from_numpy(self.pixels)
         self.rgb = RgbWriter()
         self.stored = (info.width, info.height) if info.rotation % 180 == 0 else (info.height, info.width)
@@ -94,30 +94,30 @@ class _Frames:
         self.missing.discard(index)
 
     def begins_after_a_keyframe(self) -> bool:
-        """False where an edit list hides the keyframe, say."""
+        """True if a keyframe precedes the first wanted frame. It does not, for example, if an edit list hides the keyframe."""
         return bool(self.info.keyframes) and self.info.keyframes[0] <= min(self.missing)
 
     def check_complete(self) -> None:
         if self.missing:
             raise VideoError(
                 self.path,
-                f"{len(self.missing)} of {len(self.places)} frames can not be decoded, the first of them {min(self.missing)}",
+                f"{len(self.missing)} of {len(self.places)} frames cannot be decoded, the first of them {min(self.missing)}",
             )
 
 
 @dataclass(frozen=True)
 class Run:
-    """Wanted frames decoded in one go. start: index of the keyframe to begin at; None is the start of the file."""
+    """Wanted frames that are decoded without a seek. start: index of the keyframe to begin at; None is the start of the file."""
 
     start: int | None
     wanted: tuple[int, ...]
 
 
 def plan_runs(wanted: Sequence[int], keyframes: Sequence[int], *, every_frame_is_key: bool = False) -> list[Run]:
-    """Wanted frames, rising, cut where a later keyframe spares decoding what lies between.
+    """Splits the wanted frames, in rising order, into runs, so that frames before a later keyframe need not be decoded.
 
-    A run goes on over a keyframe that is at most REORDER frames after its last wanted one: that keyframe's packet may have
-    been passed. Where every frame is a keyframe runs are cut only where a seek pays, since a run drops what is not wanted.
+    A run continues over a keyframe at most REORDER frames after its last wanted frame: the packet of that keyframe may already
+    have been read. If every frame is a keyframe, a run skips unwanted packets anyway. It then ends only where a seek is cheaper.
     """
     runs: list[Run] = []
     for index in wanted:
@@ -134,7 +134,10 @@ def plan_runs(wanted: Sequence[int], keyframes: Sequence[int], *, every_frame_is
 
 
 def _decode_by_time(frames: _Frames, container: Any, stream: Any, deadline: float, at: int | None) -> None:
-    """at: the frame the container stands at. None: it stands anywhere, and the first wanted frame has a keyframe before it."""
+    """Decodes the runs.
+
+    at: the frame at which the container stands. None: any position; the first wanted frame must then have a keyframe before it.
+    """
     from av.error import FFmpegError
 
     intra = stream.codec_context.codec.intra_only
@@ -145,25 +148,28 @@ def _decode_by_time(frames: _Frames, container: Any, stream: Any, deadline: floa
             if run.start is not None and (at is None or run.start > at + SEEK_GAP):
                 container.seek(_pts(frames.info, run.start), stream=stream)
             if not _decode_run(frames, run, _pictures(frames, container, stream, run, deadline, intra, skip)):
-                problem = f"decoding can not begin at frame {run.start}"
+                problem = f"decoding cannot begin at frame {run.start}"
                 break
             at = run.wanted[-1]
     except FFmpegError as error:
         problem = f"{error.strerror} after a seek"
     if frames.missing:
-        log.warning("%s: %s; decoding %d frames from its start", frames.path, problem, len(frames.missing))
+        log.warning("%s: %s; decoding %d frames from the start of the file", frames.path, problem, len(frames.missing))
 
 
 def _decode_from_start(frames: _Frames, deadline: float) -> None:
-    """What is missing, without trust in keyframes."""
+    """Decodes the missing frames from the start of the file, without relying on keyframes."""
     run = Run(None, tuple(sorted(frames.missing)))
     with open_video(frames.path, deadline) as (container, stream):
         _decode_run(frames, run, _pictures(frames, container, stream, run, deadline, False, False))
 
 
 def _decode_run(frames: _Frames, run: Run, pictures: Iterator[Any]) -> bool:
-    """Keeps the wanted ones. False where the keyframe itself does not come out: it is a point from which a picture builds
-    up over several frames (H.264 with intra refresh), and the frames after it are not to be trusted either."""
+    """Keeps the wanted pictures of a run. False if the keyframe itself is not decoded.
+
+    Such a keyframe begins a picture that builds up over several frames (H.264 with intra refresh). The frames after it are not
+    reliable either.
+    """
     wanted = {_pts(frames.info, index): index for index in run.wanted}
     start = None if run.start is None else _pts(frames.info, run.start)
     for picture in pictures:
@@ -180,16 +186,16 @@ def _decode_run(frames: _Frames, run: Run, pictures: Iterator[Any]) -> bool:
 def _pictures(
     frames: _Frames, container: Any, stream: Any, run: Run, deadline: float, only_wanted: bool, skip_unreferred: bool
 ) -> Iterator[Any]:
-    """Decodes from the run's keyframe until all its wanted packets are in, then drains and resets the decoder."""
+    """Yields pictures from the run's keyframe to its last wanted packet, then drains and resets the decoder."""
     info, context = frames.info, stream.codec_context
     unsent = {_pts(info, index) for index in run.wanted}
     start = None if run.start is None else _pts(info, run.start)
-    skipping = ""  # setting it takes as long as demuxing
+    skipping = ""  # the current skip_frame; setting that takes as long as demuxing
     for packet in container.demux(stream):
         check_deadline(frames.path, deadline, f"frame {run.wanted[0]} was looked for")
         if start is not None and packet.pts != start:
             if packet.is_keyframe and packet.pts is not None and packet.pts > start:
-                return  # the seek went too far
+                return  # the seek landed after the keyframe
             continue
         start = None
         is_wanted = packet.pts in unsent

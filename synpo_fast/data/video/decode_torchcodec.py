@@ -1,12 +1,13 @@
-"""Frames by torchcodec, PyTorch's own decoder, with whatever FFmpeg the system has.
+"""Decodes frames with torchcodec, PyTorch's own decoder, and the system's FFmpeg.
 
-seek_mode "exact": torchcodec scans the file first, so that index i is frame i for variable frame rates too; its count must
-be the container's. One thread: several decoders run side by side in workers. Frames come group by group into one tensor,
-with a look at the deadline between groups; torchcodec decodes on from where it stands, so sorted groups cost no seeks.
-torchcodec turns frames by the angle in its metadata, which knows no mirroring; where the container asks for
-something else, that is put right here. On a CUDA device it decodes with NVDEC where it can, which has not been run here.
+With seek_mode "exact", torchcodec scans the file first, so that index i is frame i for variable frame rates too. Its number of
+frames must equal the container's. It uses one thread, since several decoders run in parallel in workers. Frames are decoded
+group by group into one tensor, and the deadline is checked between groups. torchcodec continues from its current position, so
+sorted groups cost no seeks. torchcodec turns frames by the angle in its metadata, which does not include mirroring. If the
+container states another orientation, it is corrected here. On a CUDA device torchcodec uses NVDEC if possible; we have not run
+that.
 
-torchcodec's wheels bring no FFmpeg, and those on PyPI from 0.14 on want a CUDA build of torch as well.
+torchcodec's wheels contain no FFmpeg, and those on PyPI from 0.14 on also need a CUDA build of torch.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from synpo_fast.data.video.container import check_deadline, open_video
 from synpo_fast.data.video.orientation import upright_tensor
 from synpo_fast.data.video.video_info import VideoError, VideoInfo
 
-GROUP = 16  # frames decoded between two looks at the deadline
+GROUP = 16  # frames decoded between two checks of the deadline
 NOT_LOADED = "Could not load libtorchcodec"
 INSTALL_HINT = (
     "pip install torchcodec (on a CPU build of torch: 0.13, or PyTorch's own CPU wheel), and FFmpeg 4 to 8 as shared "
@@ -29,14 +30,14 @@ INSTALL_HINT = (
 
 
 def decode(path: Path, info: VideoInfo, indices: Sequence[int], *, device: torch.device, deadline: float) -> Tensor:
-    """uint8 [T, H, W, 3] on `device`, upright, one for each of `indices` in their order.
+    """Decodes the frames at `indices`, in their order: uint8 [T, H, W, 3] on `device`, upright.
 
-    deadline: a time.monotonic(). Raises VideoError for a video that torchcodec can not decode or counts otherwise, and
-    ImportError where torchcodec or its FFmpeg is missing.
+    deadline: a time.monotonic(). Raises VideoError for a video that torchcodec cannot decode or finds another number of frames
+    in, and ImportError if torchcodec or its FFmpeg is missing.
     """
     video_decoder = _video_decoder()
     with open_video(path, deadline) as (_, stream):
-        stream_index = stream.index  # torchcodec's idea of the best stream may be another one
+        stream_index = stream.index  # torchcodec's default is the best stream, which may be another one
     wanted = sorted(set(indices))
     frames = torch.empty(len(wanted), info.height, info.width, 3, dtype=torch.uint8, device=device)
     try:
@@ -50,21 +51,23 @@ def decode(path: Path, info: VideoInfo, indices: Sequence[int], *, device: torch
         )
         if len(decoder) != info.num_frames:
             raise VideoError(path, f"torchcodec counts {len(decoder)} frames where the container has {info.num_frames}")
-        turned = round(getattr(decoder.metadata, "rotation", None) or 0) % 360  # before 0.11 it turned nothing
+        turned = round(getattr(decoder.metadata, "rotation", None) or 0) % 360  # versions before 0.11 turn nothing
         for start in range(0, len(wanted), GROUP):
             check_deadline(path, deadline, "torchcodec was decoding")
             group = decoder.get_frames_at(wanted[start : start + GROUP]).data
             if (turned, False) != (info.rotation, info.mirrored):
                 group = upright_tensor(upright_tensor(group, -turned % 360, False), info.rotation, info.mirrored)
             if group.shape[1:] != frames.shape[1:]:
-                raise VideoError(path, f"torchcodec returns {list(group.shape[1:])} for {list(frames.shape[1:])}")
+                raise VideoError(
+                    path, f"torchcodec returned frames of {list(group.shape[1:])}, expected {list(frames.shape[1:])}"
+                )
             frames[start : start + len(group)] = group
     except VideoError:
         raise
     except (RuntimeError, IndexError, ValueError) as error:  # torchcodec has no error type of its own
-        if NOT_LOADED in str(error):  # from 0.14 on it looks for FFmpeg when it is first used
+        if NOT_LOADED in str(error):  # from 0.14 on torchcodec loads FFmpeg at its first use
             raise _missing(error) from error
-        raise VideoError(path, f"torchcodec can not decode it: {_reason(error)}") from error
+        raise VideoError(path, f"torchcodec cannot decode it: {_reason(error)}") from error
     if list(indices) == wanted:
         return frames
     place = {index: at for at, index in enumerate(wanted)}
@@ -74,16 +77,16 @@ def decode(path: Path, info: VideoInfo, indices: Sequence[int], *, device: torch
 def _video_decoder() -> Any:
     try:
         from torchcodec.decoders import VideoDecoder
-    except (ImportError, RuntimeError, OSError) as error:  # without FFmpeg's libraries it raises the latter two
+    except (ImportError, RuntimeError, OSError) as error:  # it raises the latter two if FFmpeg's libraries are missing
         raise _missing(error) from error
     return VideoDecoder
 
 
 def _missing(error: Exception) -> ImportError:
-    return ImportError(f"the torchcodec backend can not be loaded ({_reason(error)}); {INSTALL_HINT}")
+    return ImportError(f"the torchcodec backend cannot be loaded ({_reason(error)}); {INSTALL_HINT}")
 
 
 def _reason(error: Exception) -> str:
-    """The first line; torchcodec's messages go on with where it was compiled, or with a list of libraries tried."""
+    """The first line of the message. The rest is a source location or a list of libraries that were tried."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].split(".cpp:")[-1].split(", ", 1)[-1][:300]

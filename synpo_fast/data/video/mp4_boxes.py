@@ -1,15 +1,15 @@
-"""The boxes that an MP4 or MOV file is made of, as far as they tell why such a file does not open."""
+"""Reads the boxes of an MP4 or MOV file, to tell why it does not open."""
 
 import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-MAX_BOXES = 10_000  # more than a file without an index would have
+MAX_BOXES = 10_000  # more boxes than a file without an index has
 
 
 def lacks_index(path: Path) -> bool:
-    """Whether the file begins as an MP4 and has no whole moov box, which says where its frames lie and often stands last."""
+    """True if the file begins as an MP4 and has no complete moov box: the index of its frames, often at the end of the file."""
     try:
         names = list(_box_names(path))
     except OSError:
@@ -18,7 +18,7 @@ def lacks_index(path: Path) -> bool:
 
 
 def _box_names(path: Path) -> Iterator[bytes]:
-    """At the top level, of boxes that are whole."""
+    """Yields the names of the complete boxes at the top level."""
     at, size = 0, os.path.getsize(path)
     with path.open("rb") as file:
         for _ in range(MAX_BOXES):

@@ -1,13 +1,13 @@
-"""Which frames a video file has, from its packets: as many as decoding gives, and when each is shown.
+"""Probes a video file: reads all packets to find its frames and the time at which each is shown.
 
-Headers are not believed: they promise ten hours and hold three frames. Reading every packet is exact and costs a small part
-of decoding a few frames. A packet is a frame except where it is empty, marked as outside the edit list, damaged, before the
-first keyframe, or a hidden reference picture of VP8 or VP9. Presentation times put the packets in order, B-frames included.
-The first packets are decoded too, until a frame comes out: it shows the true size, how it is turned or mirrored, and where
-output begins.
+Headers are not trusted: a header may state ten hours in a file with three frames. Reading every packet is exact and costs a
+small part of decoding a few frames. The result has exactly the frames that decoding gives. A packet is a frame unless it is
+empty, marked as outside the edit list, damaged, before the first keyframe, or a hidden reference picture of VP8 or VP9.
+Presentation times give the order of the frames, including B-frames. The first packets are also decoded, until one frame is
+complete. That frame gives the true size, the rotation and mirroring, and the place where the output begins.
 
-Where presentation times are missing or only guessed (AVI, MPEG program and transport streams, ASF) frames are told
-apart by counting: by packets in AVI, which has one a frame, by decoding the whole file in the others.
+If presentation times are missing or only estimated (AVI, MPEG program and transport streams, ASF), frames are identified by
+counting: AVI has one packet per frame, and the other formats are decoded completely.
 """
 
 import statistics
@@ -25,30 +25,29 @@ from synpo_fast.data.video.video_info import VideoError, VideoInfo
 
 MAX_FRAMES = 2_000_000  # 18 hours at 30 a second
 TIMED_FORMATS = ("mov,", "matroska,", "flv", "gif")
-CHECK_EVERY = 256  # packets between two looks at the clock
+CHECK_EVERY = 256  # packets between two checks of the deadline
 
 
 @dataclass
 class _Packets:
-    """What one pass over a stream found, in the order of the file. keys: positions of keyframes."""
+    """The packets that one pass over a stream found, in the order of the file. keys: positions of keyframes."""
 
     pts: list[int | None] = field(default_factory=list)
     dts: list[int | None] = field(default_factory=list)
     durations: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
     first_frame: Any = None
-    num_sent: int = 0  # packets of the stream, those that are no frame included
-    ends: dict[int, int] = field(
-        default_factory=dict
-    )  # by stream, in its time base, of all streams if a duration is stated
+    num_sent: int = 0  # all packets of the stream, also those that are no frame
+    # The end of the last packet, by stream, in its time base; for all streams if the container states a duration.
+    ends: dict[int, int] = field(default_factory=dict)
 
 
 def probe_container(path: Path, container: Any, stream: Any, deadline: float) -> VideoInfo:
-    """Of a file just opened, which is then read to its end. VideoError if it has no frame to give or more than MAX_FRAMES."""
+    """Probes a newly opened file and reads it to its end. Raises VideoError for no frames or more than MAX_FRAMES."""
     packets = _read_packets(path, container, stream, deadline)
     frame, codec = packets.first_frame, codec_name(stream)
     if frame is None:
-        raise VideoError(path, f"has no frame that can be decoded, in {len(packets.pts)} packets")
+        raise VideoError(path, f"has no frame that can be decoded in {len(packets.pts)} packets")
     if frame.width * frame.height > MAX_PIXELS:
         raise VideoError(path, f"has frames of {frame.width}x{frame.height}, more than {MAX_PIXELS} pixels")
     turned, mirrored = frame_orientation(path, frame)
@@ -58,7 +57,7 @@ def probe_container(path: Path, container: Any, stream: Any, deadline: float) ->
     by_order, last = False, 0
     shown = _in_order(packets.pts) if kind.startswith(TIMED_FORMATS) or intra else None
     if shown is not None and frame.pts in shown:
-        del shown[: bisect_left(shown, frame.pts)]  # packets before the first frame that comes out stay without one
+        del shown[: bisect_left(shown, frame.pts)]  # packets before the first decoded frame give no frame
         places = {pts: place for place, pts in enumerate(shown)}
         keyframes = tuple(sorted(places[pts] for key in packets.keys if (pts := packets.pts[key]) in places))
         last = packets.durations[packets.pts.index(shown[-1])]
@@ -67,7 +66,8 @@ def probe_container(path: Path, container: Any, stream: Any, deadline: float) ->
         shown = _in_order(packets.dts) if kind == "avi" else None
         if shown is None:
             shown, time_base = _count_by_decoding(path, deadline, time_base, rate)
-    unit, per = time_base.numerator, time_base.denominator  # integers: a Fraction's arithmetic takes as long as reading
+    # As integers: arithmetic with Fractions takes as long as reading the file.
+    unit, per = time_base.numerator, time_base.denominator
     times = tuple((pts - shown[0]) * unit / per for pts in shown)
     return VideoInfo(
         path=str(path),
@@ -118,7 +118,7 @@ def _read_packets(path: Path, container: Any, stream: Any, deadline: float) -> _
 
 
 def _in_order(stamps: list[int | None]) -> list[int] | None:
-    """The time stamps sorted; None where one is missing or stands twice."""
+    """The time stamps in rising order; None if one is missing or occurs twice."""
     known = [stamp for stamp in stamps if stamp is not None]
     if not known or len(known) < len(stamps) or len(set(known)) < len(known):
         return None
@@ -126,7 +126,7 @@ def _in_order(stamps: list[int | None]) -> list[int] | None:
 
 
 def _count_by_decoding(path: Path, deadline: float, time_base: Fraction, rate: Fraction) -> tuple[list[int], Fraction]:
-    """Time stamps of the frames that decoding gives, and their unit; evenly spread where the decoder knows none."""
+    """Time stamps of all frames, found by decoding, and their unit; evenly spaced if the decoder gives none."""
     stamps: list[int | None] = []
     with open_video(path, deadline) as (container, stream):
         for frame in container.decode(stream):
@@ -141,7 +141,7 @@ def _count_by_decoding(path: Path, deadline: float, time_base: Fraction, rate: F
 
 
 def _last_duration(times: tuple[float, ...], stated: float, rate: Fraction) -> float:
-    """How long the last frame is shown: as its packet says, else as long as the others."""
+    """The duration of the last frame in seconds: that of its packet, or else the median of the other frames."""
     if stated > 0:
         return stated
     if len(times) > 1:
@@ -155,9 +155,9 @@ def _vp8_hidden(packet: Any) -> bool:
 
 def _vp9_hidden(packet: Any) -> bool:
     data = memoryview(packet)
-    if data[-1] >> 5 == 0b110:  # several pictures in one packet, the last of them shown
+    if data[-1] >> 5 == 0b110:  # several pictures in one packet; the last one is shown
         return False
-    first = data[0] << 1 if data[0] >> 4 & 3 == 3 else data[0]  # profile 3 has one bit more
+    first = data[0] << 1 if data[0] >> 4 & 3 == 3 else data[0]  # profile 3 has one more bit
     show_existing, show = first >> 3 & 1, first >> 1 & 1
     return not (show_existing or show)
 

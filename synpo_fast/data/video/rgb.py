@@ -1,13 +1,14 @@
-"""Decoded pictures as RGB, one way for all codecs: chroma interpolated, colours rounded to the nearest.
+"""Converts decoded pictures to RGB, alike for all codecs: chroma is interpolated, colours are rounded to the nearest.
 
-PyAV's default conversion repeats each chroma sample over four pixels, which moves and jags coloured edges: 38 to 42 dB away from
-the definition, and from what DALI gives. FFmpeg's exact conversion takes as long as decoding does. So 8-bit 4:2:0 of even
-sizes, which nearly every video is, is converted by csrc/yuv_to_rgb.cpp; all else, and everything where that is not built, by
-FFmpeg with the exact settings. The two differ by one level at most in colours that a screen can show. (Of odd sizes FFmpeg
-stretches the chroma by half a pixel; there we do as it does, so that all backends return the same frames.)
+PyAV's default conversion repeats each chroma sample over four pixels, which shifts coloured edges and makes them jagged. Its
+PSNR is 38 to 42 dB against the definition, and against DALI. FFmpeg's exact conversion takes as long as decoding. Nearly every
+video is 8-bit 4:2:0 with an even size, and csrc/yuv_to_rgb.cpp converts these. FFmpeg converts all others with the exact
+settings, and every video if the C++ code is not built. The two differ by at most one level in colours that a screen can show.
+(For odd sizes FFmpeg stretches the chroma by half a pixel. We keep that, so that all backends return the same frames.)
 
-Where a video's chroma samples lie FFmpeg knows and PyAV does not tell. So the first picture in which it matters is converted
-by FFmpeg and in both common ways, and the rest of the video in the way that agrees; if none does, by FFmpeg.
+FFmpeg knows the positions of a video's chroma samples, but PyAV does not expose them. So the first picture in which they matter
+is converted by FFmpeg and with both common positions. The rest of the video uses the positions that agree with FFmpeg, or FFmpeg
+itself if neither agrees.
 """
 
 import functools
@@ -22,7 +23,7 @@ from synpo_fast.ops import native_library
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
-# Weights of red and blue in luma, by FFmpeg's AVColorSpace. Unspecified is BT.601, as FFmpeg takes it.
+# Weights of red and blue in luma, by FFmpeg's AVColorSpace. 2 is unspecified, which FFmpeg treats as BT.601.
 BT601 = (0.299, 0.114)
 LUMA_WEIGHTS = {
     1: (0.2126, 0.0722),  # BT.709
@@ -33,24 +34,25 @@ LUMA_WEIGHTS = {
     9: (0.2627, 0.0593),  # BT.2020
 }
 FULL_RANGE = 2  # AVCOL_RANGE_JPEG
-# What may differ by more than a level where chroma is laid alike: FFmpeg lets sums overflow in colours that no screen can show.
+# The share of values that may differ by more than a level with the same chroma positions: FFmpeg lets sums overflow in colours
+# that no screen can show.
 _MOST_STRAYS = 1e-3
-_ROW_STEP = 7  # odd: rows of both kinds, on and between the rows of chroma
+_ROW_STEP = 7  # odd, so that it covers rows on and between the rows of chroma
 
 log = logging.getLogger(__name__)
 _kept = threading.local()
 
 
 class RgbWriter:
-    """Writes frames of one video, whose chroma lies in one way."""
+    """Writes the frames of one video. All of them have the same chroma positions."""
 
     def __init__(self) -> None:
-        # Chroma samples lie on the left pixel of two, or between them, or elsewhere; None: not known yet.
+        # True: chroma samples lie on the left of two pixels. False: between them. None: not known yet. is_other: somewhere else.
         self.at_left: bool | None = None
         self.is_other = False
 
     def write(self, frame: Any, out: Pixels) -> None:
-        """out, contiguous [H, W, 3], becomes the frame as stored, not turned."""
+        """Writes the frame into out, contiguous [H, W, 3], as stored: not turned or mirrored."""
         weights = LUMA_WEIGHTS.get(int(frame.colorspace))
         is_even = frame.width % 2 == 0 == frame.height % 2
         is_plain = is_even and frame.format.name in ("yuv420p", "yuvj420p") and not frame.interlaced_frame
@@ -65,8 +67,8 @@ class RgbWriter:
         left = np.empty_like(out)
         _convert(frame, out, weights, False)
         _convert(frame, left, weights, True)
-        if np.array_equal(left[::_ROW_STEP], out[::_ROW_STEP]) and np.array_equal(left, out):  # no coloured edge in it
-            return
+        if np.array_equal(left[::_ROW_STEP], out[::_ROW_STEP]) and np.array_equal(left, out):
+            return  # the picture has no coloured edge
         exact = _by_ffmpeg(frame)
         if_between, if_left = _strays(out, exact), _strays(left, exact)
         if min(if_between, if_left) > _MOST_STRAYS:
@@ -75,7 +77,7 @@ class RgbWriter:
             self.at_left = False
         elif 4 * if_left < if_between:
             self.at_left = True
-        # Else there is too little colour to tell: the next picture may have more.
+        # Otherwise the picture has too little colour to decide; the next one may have more.
         if self.at_left is True:
             out[...] = left
         elif self.at_left is None:
@@ -83,7 +85,7 @@ class RgbWriter:
 
 
 def _by_ffmpeg(frame: Any) -> Pixels:
-    """[H, W, 3], in FFmpeg's own memory."""
+    """The frame as RGB [H, W, 3], in memory that FFmpeg owns."""
     from av.video.reformatter import Interpolation
 
     exact = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
@@ -110,7 +112,7 @@ def _convert(frame: Any, out: Pixels, weights: tuple[float, float], at_left: boo
 
 
 def _reformatter() -> Any:
-    """FFmpeg's converter, which takes longer to set up than to use: it is kept for the next video of the same size."""
+    """FFmpeg's converter of this thread. Its set-up takes longer than its use, so it is kept for videos of the same size."""
     from av.video.reformatter import VideoReformatter
 
     if not hasattr(_kept, "reformatter"):
@@ -119,7 +121,7 @@ def _reformatter() -> Any:
 
 
 def _strays(one: Pixels, other: Pixels) -> float:
-    """The share of values that are apart by more than rounding, in a part of the rows."""
+    """The share of values that differ by more than rounding, measured on every _ROW_STEP-th row."""
     one, other = one[::_ROW_STEP], other[::_ROW_STEP]
     apart = np.maximum(one, other) - np.minimum(one, other)
     return float(np.count_nonzero(apart > 1)) / apart.size

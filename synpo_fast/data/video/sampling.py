@@ -1,12 +1,12 @@
-"""Which frames of a video a model is shown.
+"""Selects the frames of a video that a model sees.
 
-Of a part of N frames that lasts d seconds, with the SynPO authors' rule (SYSTEMS.md, 1):
+The SynPO authors' rule, for a part of N frames that lasts d seconds:
 
     n = clamp(int(d * fps), min_frames, max_frames), never more than N          indices = int(linspace(0, N - 1, n))
 
-or a fixed n. Where the time between frames varies, frame numbers are no measure of time: n moments are spread evenly from
-the first frame's to the last one's, and each takes the frame shown then. At a constant rate the authors' rule is used as it
-stands, so the two can not differ by a rounding.
+Alternatively n is fixed. If the time between frames varies, frame numbers do not measure time. Then n times are spread evenly
+from the first frame's time to the last one's, and each selects the frame shown at that time. At a constant rate exactly the
+authors' rule is used, so that results cannot differ from it by rounding.
 """
 
 from bisect import bisect_left
@@ -18,18 +18,20 @@ import numpy as np
 
 from synpo_fast.data.video.video_info import VideoError, VideoInfo
 
-RATE_SLACK = 0.1  # of the mean gap: Matroska rounds times to milliseconds, 6 % at 120 frames a second
+# Relative to the mean gap. Matroska rounds times to milliseconds, which is 6 % at 120 frames per second.
+RATE_SLACK = 0.1
 
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """Which frames of a video are taken, spread evenly: num_frames of them, or fps a second between two bounds.
+    """A rule that selects frames evenly: num_frames frames, or fps frames per second between two bounds.
 
     Args:
-        num_frames: so many; give this or fps.
-        fps: so many a second, but at least min_frames and at most max_frames.
+        num_frames: the number of frames; give either this or fps.
+        fps: frames per second, but at least min_frames and at most max_frames frames.
 
-    Never more than the part of the video holds. Raises ValueError for settings that say both, neither or nonsense.
+    Never selects more frames than the part of the video has. Raises ValueError if both or neither are given, and for values out
+    of range.
     """
 
     num_frames: int | None = None
@@ -39,36 +41,37 @@ class FrameSampling:
 
     def __post_init__(self) -> None:
         if (self.num_frames is None) == (self.fps is None):
-            raise ValueError(f"give num_frames or fps, one of them; got {self.num_frames} and {self.fps}")
+            raise ValueError(f"give either num_frames or fps, got {self.num_frames} and {self.fps}")
         if self.num_frames is not None and self.num_frames < 1:
             raise ValueError(f"num_frames must be positive, got {self.num_frames}")
         if self.fps is not None and not 0 < self.fps < float("inf"):
             raise ValueError(f"fps must be positive and finite, got {self.fps}")
         if self.num_frames is not None and (self.min_frames, self.max_frames) != (1, None):
             raise ValueError(
-                "min_frames and max_frames bound a number that follows from fps; num_frames is that number"
+                "min_frames and max_frames limit the number that fps gives; with num_frames, leave them out"
             )
         if self.min_frames < 1 or (self.max_frames is not None and self.max_frames < self.min_frames):
             raise ValueError(f"need 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}")
 
     def count(self, duration: float, available: int) -> int:
-        """How many frames are taken of `available` ones that last `duration` seconds."""
+        """The number of frames to take from `available` frames that last `duration` seconds."""
         if self.num_frames is not None:
             return min(self.num_frames, available)
         assert self.fps is not None
-        wanted = max(int(duration * self.fps + 1e-6), self.min_frames)  # 60 * 0.04 s at 5 a second are 12
+        # 1e-6 corrects rounding: 60 * 0.04 s at 5 frames per second is 12 frames.
+        wanted = max(int(duration * self.fps + 1e-6), self.min_frames)
         return min(wanted, available if self.max_frames is None else self.max_frames, available)
 
     def indices(self, info: VideoInfo, start: float | None = None, end: float | None = None) -> list[int]:
-        """Frame numbers, rising, of the part shown from start to end, in seconds; None is the video's own."""
+        """Selected frame numbers, rising, of the part from start to end, in seconds; None is the video's start or end."""
         part = part_frames(info, start, end)
         return spread(info, part, self.count(part_seconds(info, start, end), len(part)))
 
     def clip_indices(self, parts: Sequence[tuple[VideoInfo, float | None, float | None]]) -> list[list[int]]:
-        """For parts (video, start, end) shown one after another as one video: the frames of each.
+        """Selected frames of each part (video, start, end), for parts shown one after another as one video.
 
-        Their number is that of one video as long as all of them; it is shared out by duration, at least one each. ValueError
-        where there are more parts than frames.
+        Their total number is that of one video with the total length. It is divided by duration, at least one frame each. Raises
+        ValueError for more parts than frames.
         """
         if not parts:
             raise ValueError("there are no clips to sample")
@@ -76,20 +79,20 @@ class FrameSampling:
         seconds = [part_seconds(*part) for part in parts]
         total = self.count(sum(seconds), sum(len(part) for part in frames))
         if total < len(parts):
-            raise ValueError(f"{len(parts)} clips need a frame each, but {total} are to be taken in all: {self}")
+            raise ValueError(f"{len(parts)} clips need one frame each, but only {total} are to be taken in all: {self}")
         shares = share_out(total, seconds, [len(part) for part in frames])
         return [spread(info, part, n) for (info, _, _), part, n in zip(parts, frames, shares, strict=True)]
 
 
 def uniform(num_frames: int, n: int) -> list[int]:
-    """n of num_frames frame numbers, the first and the last among them; the authors' rule."""
+    """n of num_frames frame numbers by the authors' rule. For n > 1 they include the first and the last."""
     if not 1 <= n <= num_frames:
-        raise ValueError(f"can not take {n} of {num_frames} frames")
+        raise ValueError(f"cannot take {n} of {num_frames} frames")
     return [int(index) for index in np.linspace(0, num_frames - 1, n).astype(int)]
 
 
 def part_frames(info: VideoInfo, start: float | None = None, end: float | None = None) -> range:
-    """The frames that begin in [start, end); where none does, the one shown at start. VideoError past the end."""
+    """The frames that begin in [start, end); if none does, the frame shown at start. Raises VideoError past the end."""
     first, last = _bounds(info, start, end)
     begin, stop = bisect_left(info.timestamps, first - 1e-6), bisect_left(info.timestamps, last - 1e-6)
     return range(begin, stop) if begin < stop else range(max(0, begin - 1), max(1, begin))
@@ -101,7 +104,7 @@ def part_seconds(info: VideoInfo, start: float | None = None, end: float | None 
 
 
 def spread(info: VideoInfo, part: range, n: int) -> list[int]:
-    """n frames of a part, evenly spread in time, its first and last among them."""
+    """n frames of a part, evenly spread in time. For n > 1 they include its first and last frame."""
     chosen = [part.start + index for index in uniform(len(part), n)]
     times = info.timestamps[part.start : part.stop]
     if n < 3 or n == len(part) or constant_rate(times):
@@ -112,7 +115,7 @@ def spread(info: VideoInfo, part: range, n: int) -> list[int]:
 
 
 def constant_rate(times: Sequence[float]) -> bool:
-    """Whether every frame stands where an even rate puts it, within RATE_SLACK of the time between two."""
+    """True if the times are evenly spaced, up to RATE_SLACK times the mean gap."""
     if len(times) < 3:
         return True
     even = np.linspace(times[0], times[-1], len(times))
@@ -121,7 +124,7 @@ def constant_rate(times: Sequence[float]) -> bool:
 
 
 def seconds_per_frame(info: VideoInfo, indices: Sequence[int]) -> float:
-    """The mean time between two chosen frames; for a single one, how long the video lasts."""
+    """The mean time between two selected frames; for a single frame, the duration of the video."""
     if len(indices) < 2:
         return info.duration
     gaps = [info.timestamps[after] - info.timestamps[before] for before, after in pairwise(indices)]
@@ -129,17 +132,17 @@ def seconds_per_frame(info: VideoInfo, indices: Sequence[int]) -> float:
 
 
 def share_out(total: int, weights: Sequence[float], room: Sequence[int]) -> list[int]:
-    """total things to takers by weight, at least one and at most their room each; what is left goes by largest lack."""
+    """Divides `total` by weight into shares of at least 1 and at most `room`. Each unit goes to the share that lacks most."""
     assert len(weights) <= total <= sum(room)
     shares = [1] * len(weights)
     for _ in range(total - len(weights)):
-        open_ones = [taker for taker in range(len(weights)) if shares[taker] < room[taker]]
-        shares[max(open_ones, key=lambda taker: (weights[taker] / (shares[taker] + 0.5), -taker))] += 1
+        not_full = [place for place in range(len(weights)) if shares[place] < room[place]]
+        shares[max(not_full, key=lambda place: (weights[place] / (shares[place] + 0.5), -place))] += 1
     return shares
 
 
 def _without_repeats(indices: list[int], available: int) -> list[int]:
-    """The nearest rising numbers without repeats: a frame shown long is taken once, its neighbours make up for it."""
+    """The nearest rising numbers without repeats. A frame shown for long is taken once, and its neighbours fill the gap."""
     for place in range(1, len(indices)):
         indices[place] = max(indices[place], indices[place - 1] + 1)
     limit = available

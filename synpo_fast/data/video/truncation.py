@@ -1,10 +1,10 @@
-"""Whether a file ends before what its container states: a download that stopped, which still opens and decodes.
+"""Detects a file that ends before the end that its container states: an incomplete download, which still opens and decodes.
 
-MP4 and MOV have a table of where each frame lies: frames behind the end of the file are missing, however few. AVI states how
-many frames it has, and the size of the file. Matroska, WebM, FLV and ASF state a duration, of the longest of their streams,
-which is held against the last packet of any stream. Headers may round, and leave out how long the last picture is shown, so
-there a second or a fiftieth may be missing. MPEG streams, Ogg and GIF state nothing, nor do recordings that were written as a
-stream: a cut cannot be seen there. Of fragmented MP4 it is seen where it lies inside a fragment, not between two.
+MP4 and MOV have a table with the position of each frame: every frame behind the end of the file is missing. AVI states the
+number of frames and the size of the file. Matroska, WebM, FLV and ASF state the duration of their longest stream, which is
+compared with the last packet of any stream. Headers may round it, or leave out the duration of the last picture, so a second or
+2 % may be missing there. MPEG streams, Ogg and GIF state nothing, and neither do recordings that were written as a stream: a cut
+cannot be detected there. In fragmented MP4 a cut is detected inside a fragment, but not between two.
 """
 
 import os
@@ -17,10 +17,10 @@ STATES_DURATION = ("matroska,", "flv", "asf")
 
 
 def missing_end(path: Path, container: Any, stream: Any, *, num_packets: int, ends: dict[int, int]) -> str:
-    """Names what is missing, as the end of a message about the file; "" where nothing is, or nobody can know.
+    """Describes the missing part as the end of a message about the file; "" if nothing is missing or it cannot be known.
 
-    The container was read to its end: num_packets of the video stream. ends: by stream, when its last packet ends, in its
-    time base; of all streams where the container is one that STATES_DURATION.
+    The container must have been read to its end. num_packets: of the video stream. ends: by stream, the end of its last packet
+    in its time base; for all streams if the container is listed in STATES_DURATION.
     """
     kind = container.format.name
     if kind.startswith("mov,"):
@@ -37,7 +37,7 @@ def missing_end(path: Path, container: Any, stream: Any, *, num_packets: int, en
 
 def _by_table(path: Path, stream: Any) -> str:
     if not stream.frames:
-        return "is cut off inside a fragment; how many follow is not stated" if _ends_inside_a_box(path) else ""
+        return "is cut off inside a fragment; the number of lost frames is unknown" if _ends_inside_a_box(path) else ""
     size = path.stat().st_size
     ends = [entry.pos + entry.size for entry in stream.index_entries]
     there = sum(end <= size for end in ends)
@@ -47,7 +47,7 @@ def _by_table(path: Path, stream: Any) -> str:
 
 
 def _ends_inside_a_box(path: Path) -> bool:
-    """Whether the last fragment, moof or mdat, is longer than the file. What stands behind fragments may be anything."""
+    """True if the last fragment, moof or mdat, is longer than the file. Data after the fragments may be anything."""
     size, at = path.stat().st_size, 0
     with path.open("rb") as file:
         while at + 8 <= size:
@@ -57,11 +57,14 @@ def _ends_inside_a_box(path: Path) -> bool:
             if length < 8 or at + length > size:
                 return name in (b"moof", b"mdat") and at + length > size
             at += length
-    return at < size  # less than the header of a box
+    return at < size  # the rest is shorter than the header of a box
 
 
 def _by_count(path: Path, stream: Any, num_packets: int) -> str:
-    """The count alone would not do: pictures that are dropped in a recording count, and have no packet."""
+    """Checks the stated file size, then the number of frames.
+
+    The number alone is not enough: pictures dropped in a recording are counted but have no packet.
+    """
     with path.open("rb") as file:
         stated = struct.unpack("<4xI", file.read(8))[0] + 8
     if stated <= os.path.getsize(path) or num_packets >= stream.frames:

@@ -1,42 +1,42 @@
-"""What is known of a video, and the one error for a video that can not be used."""
+"""VideoInfo, the properties of a video, and VideoError, the error for a video that cannot be used."""
 
 from dataclasses import dataclass
 from fractions import Fraction
 
 
 class VideoError(ValueError):
-    """A video that can not be used. The message names the file and says what is wrong with it."""
+    """Raised for a video that cannot be used. The message names the file and the reason."""
 
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = str(path), reason
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.path, self.reason)  # it travels between processes
+        return type(self), (self.path, self.reason)  # needed to send it between processes
 
 
 class BackendRefusal(VideoError):
-    """A video that this backend can not give rightly and another one can."""
+    """Raised for a video that this backend cannot decode correctly but another one can."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """A video as a reader of frames sees it.
+    """The properties of a video that are needed to select and decode its frames.
 
     Args:
-        codec: FFmpeg's name, "images" for a folder of frames.
+        codec: FFmpeg's name of the codec; "images" for a folder of frames.
         width, height: of the frames as returned, upright.
-        num_frames: how many there are.
+        num_frames: the number of frames in the video.
         duration: in seconds, from the first frame's start to the last one's end.
-        timestamps: when each of all frames is shown, in seconds from the first frame, rising; [num_frames].
-        keyframes: indices of frames that decoding can start from.
-        rotation, mirrored: how the container wants stored pictures to be shown: mirrored left to right or not, then turned by
-            0, 90, 180 or 270 degrees counter-clockwise.
-        first_pts, time_base: frame i carries the container's timestamp first_pts + timestamps[i] / time_base, if by_order is
+        timestamps: the time at which each frame is shown, in seconds from the first frame, rising; [num_frames].
+        keyframes: indices of frames at which decoding can start.
+        rotation, mirrored: the orientation that the container states: stored pictures are mirrored left to right or not, then
+            turned by 0, 90, 180 or 270 degrees counter-clockwise.
+        first_pts, time_base: frame i has the container's timestamp first_pts + timestamps[i] / time_base, if by_order is
             False.
-        by_order: the container's timestamps cannot tell frames apart, so that they have to be counted.
-        cut_off: what the end of a file lacks that its container states, as part of a message; "" where it is whole.
-        backend, indices: who decoded, and which frames, in the order returned; empty when nothing was decoded.
+        by_order: True if the container's timestamps do not identify frames, so that frames have to be counted.
+        cut_off: the part missing at the end of the file, as part of a message; "" if the file is complete.
+        backend, indices: the backend that decoded and the frames in the order returned; empty if nothing was decoded.
     """
 
     path: str
@@ -58,10 +58,10 @@ class VideoInfo:
 
     @property
     def fps(self) -> float:
-        """The average rate."""
+        """The average number of frames per second."""
         return self.num_frames / self.duration
 
     @property
     def times(self) -> tuple[float, ...]:
-        """When the returned frames are shown, in seconds."""
+        """The times at which the returned frames are shown, in seconds."""
         return tuple(self.timestamps[index] for index in self.indices)

@@ -1,6 +1,6 @@
-"""From a path in a manifest to a file that may be opened: under its root, there, not empty, and not a pipe or a device.
+"""Resolves a path from a manifest to a file that is safe to open: under its root, existing, not empty, no pipe or device.
 
-Everything is decided from names and stat; nothing is opened, since opening a pipe would wait for a writer for ever.
+Only names and stat are used. No file is opened, because opening a pipe would wait for a writer forever.
 """
 
 import os
@@ -14,9 +14,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def resolve_video(path: str | Path, root: str | Path | None = None) -> Path:
-    """The absolute path of a video file or of a folder of images, links followed.
+    """Returns the absolute path of a video file or of a folder of images, with links followed.
 
-    With a root the path is relative to it (or absolute, under it) and may not leave it, by `..` or by a link. Raises
+    With a root, the path is relative to it, or absolute and under it. It may not leave the root by `..` or by a link. Raises
     VideoError for a path that leaves the root, is missing, unreadable, empty, a pipe, a socket, a device, or a folder
     without images.
     """
@@ -27,11 +27,8 @@ def resolve_video(path: str | Path, root: str | Path | None = None) -> Path:
         mode, size = target.stat().st_mode, target.stat().st_size
     except FileNotFoundError as error:
         raise VideoError(path, "there is no such file" + _where(root)) from error
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # no permission, a name too long, a part that is no folder, a loop of links
-        raise VideoError(path, f"can not be reached: {error}") from error
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, a parent that is no folder, a link loop
+        raise VideoError(path, f"cannot be reached: {error}") from error
     if stat.S_ISDIR(mode):
         if not image_files(target):
             raise VideoError(path, f"is a folder without images ({', '.join(IMAGE_SUFFIXES)})")
@@ -43,7 +40,7 @@ def resolve_video(path: str | Path, root: str | Path | None = None) -> Path:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images of a folder in natural order: frame 2 before frame 10."""
+    """The images of a folder in natural order: frame 2 comes before frame 10."""
     names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
     return [folder / name for name in sorted(names, key=_natural)]
 
@@ -58,7 +55,7 @@ def _under_root(path: str | Path, root: Path) -> Path:
         raise VideoError(path, f"contains '..'; paths are relative to {root} and may not leave it")
     target = (root / path).resolve()
     if not target.is_relative_to(root):
-        how = "is an absolute path" if Path(path).is_absolute() else "leads through a link"
+        how = "is an absolute path" if Path(path).is_absolute() else "follows a link"
         raise VideoError(path, f"{how} to {target}, outside the root {root}")
     return target
 

@@ -53,9 +53,7 @@ class WorkerProcess:
         return cls(process, ours)
 
     def send(self, message: Any) -> None:
-        with contextlib.suppress(
-            BrokenPipeError, ConnectionResetError
-        ):  # it has ended; reading from it will report that
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended; reading reports that
             send_message(self.connection, message)
 
     def end(self) -> None:

@@ -67,7 +67,7 @@ def damage(content: bytes, seed: int) -> bytes:
 
 
 def try_decode(file: Path, seed: int) -> str:
-    """How decoding one file ended: "VideoError", "frames", or what went wrong."""
+    """The outcome of decoding one file: "VideoError", "frames", or a description of the fault."""
     from synpo_fast.data.video.decode import decode_frames, open_video_file
     from synpo_fast.data.video.video_info import VideoError
 

@@ -214,7 +214,7 @@ def test_runs_cover_what_is_wanted_from_keyframes_before_it(wanted, keyframes, i
         assert run.start in keyframes and run.start <= run.wanted[0]
         assert not any(run.start < key <= run.wanted[0] for key in keyframes), "the nearest keyframe"
     for before, after in pairwise(runs):
-        assert after.start > before.wanted[-1] + REORDER, "its packet can not have been passed yet"
+        assert after.start > before.wanted[-1] + REORDER, "its packet cannot have been passed yet"
 
 
 def test_frames_before_the_first_keyframe_are_decoded_from_the_start():
@@ -270,7 +270,7 @@ def test_an_edit_list_that_ends_early_hides_the_end(tmp_path):
 
 
 def test_a_keyframe_flag_that_lies_costs_time_but_no_frame(tmp_path, caplog):
-    """An index that names a frame as a keyframe which refers to others: decoding can not begin there."""
+    """An index that names a frame as a keyframe which refers to others: decoding cannot begin there."""
     path = write(tmp_path, ("h264", ".mp4", {"keyframe_every": 60}))
     truth = np.stack(plain_decode(path))
     info = replace(probe_video(path), keyframes=(0, 40))

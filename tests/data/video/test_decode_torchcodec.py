@@ -138,5 +138,5 @@ def test_a_missing_ffmpeg_is_no_fault_of_the_video(tmp_path, monkeypatch):
 def test_the_package_is_named_when_missing(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "clip.mp4", codec="h264", num_frames=3, width=64, height=48)
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
-    with pytest.raises(ImportError, match="torchcodec backend can not be loaded"):
+    with pytest.raises(ImportError, match="torchcodec backend cannot be loaded"):
         decode_torchcodec.decode(path, probe_video(path), [0], device=CPU, deadline=time.monotonic() + 10)

@@ -151,12 +151,13 @@ COS, SIN = round(ONE * math.cos(math.radians(17))), round(ONE * math.sin(math.ra
 @pytest.mark.parametrize(
     ("matrix", "reason"),
     [
-        ([COS, -SIN, 0, SIN, COS, 0, 0, 0, 2**30], "asks to be turned by 17 degrees; only multiples of 90"),
-        ([COS, SIN, 0, -SIN, COS, 0, 0, 0, 2**30], "asks to be turned by 343 degrees"),
-        ([-COS, SIN, 0, SIN, COS, 0, 0, 0, 2**30], "asks to be turned by"),
-        ([2 * ONE, 0, 0, 0, ONE, 0, 0, 0, 2**30], "width scaled by 2 against its height"),
-        ([ONE, 0, 0, ONE // 3, ONE, 0, 0, 0, 2**30], "asks to be sheared"),
-        ([ONE, 256 * ONE, 0, 0, ONE, 0, 0, 0, 2**30], "asks to be sheared"),  # whole numbers, and a surface of one
+        ([COS, -SIN, 0, SIN, COS, 0, 0, 0, 2**30], "is to be turned by 17 degrees; only multiples of 90"),
+        ([COS, SIN, 0, -SIN, COS, 0, 0, 0, 2**30], "is to be turned by 343 degrees"),
+        ([-COS, SIN, 0, SIN, COS, 0, 0, 0, 2**30], "is to be turned by"),
+        ([2 * ONE, 0, 0, 0, ONE, 0, 0, 0, 2**30], "width scaled by 2 relative to its height"),
+        ([ONE, 0, 0, ONE // 3, ONE, 0, 0, 0, 2**30], "has a display matrix with a shear"),
+        # Whole numbers, and a determinant of one.
+        ([ONE, 256 * ONE, 0, 0, ONE, 0, 0, 0, 2**30], "has a display matrix with a shear"),
         ([0, 0, 0, 0, ONE, 0, 0, 0, 2**30], "a display matrix that shows no picture"),
     ],
 )

@@ -115,7 +115,7 @@ def test_clips_share_the_frames_by_duration():
     assert got[2] == [250, 374, 499]
     assert [len(part) for part in FrameSampling(num_frames=3).clip_indices(parts)] == [1, 1, 1]
     assert [len(part) for part in FrameSampling(num_frames=5000).clip_indices(parts)] == [1000, 10, 250]
-    with pytest.raises(ValueError, match="3 clips need a frame each, but 2 are to be taken"):
+    with pytest.raises(ValueError, match="3 clips need one frame each, but only 2 are to be taken"):
         FrameSampling(num_frames=2).clip_indices(parts)
     with pytest.raises(ValueError, match="no clips"):
         FrameSampling(num_frames=2).clip_indices([])
@@ -147,7 +147,7 @@ def test_seconds_per_frame_is_the_mean_gap():
         ({"fps": float("nan")}, "got nan"),
         ({"fps": 1.0, "min_frames": 0}, "got 0 and None"),
         ({"fps": 1.0, "min_frames": 9, "max_frames": 8}, "got 9 and 8"),
-        ({"num_frames": 4, "max_frames": 8}, "num_frames is that number"),
+        ({"num_frames": 4, "max_frames": 8}, "with num_frames, leave them out"),
     ],
 )
 def test_settings_that_contradict_are_refused(settings, message):

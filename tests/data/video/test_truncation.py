@@ -21,7 +21,7 @@ LATE = [0.04 * place for place in range(99)] + [30.0]  # the last picture but on
 
 
 def muxed(source_path, target_path, **options):
-    """The same packets in another container, or in the same one written otherwise."""
+    """Writes the same packets into another container, or into the same one with other options."""
     with av.open(str(source_path)) as source, av.open(str(target_path), "w", **options) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
@@ -125,14 +125,14 @@ def test_a_cut_is_seen_and_the_share_named(whole, tmp_path, name, share):
 
 
 def test_fragments_of_mp4(whole, tmp_path):
-    """A cut shows wherever it lies inside a fragment; between two of them it can not be known."""
+    """A cut shows wherever it lies inside a fragment; between two of them it cannot be detected."""
     content = whole["mp4 in fragments"].read_bytes()
     second, third = (place - 4 for place in _places(content, b"moof")[1:3])
     file = tmp_path / "cut.mp4"
     for length in (second + 3, second + 9, second + 100, third - 1):
         file.write_bytes(content[:length])
         info = probe_video(file)
-        assert info.cut_off == "is cut off inside a fragment; how many follow is not stated", length
+        assert info.cut_off == "is cut off inside a fragment; the number of lost frames is unknown", length
         assert 20 <= info.num_frames < 40
     file.write_bytes(content[:third])
     assert probe_video(file).cut_off == "" and probe_video(file).num_frames == 40
@@ -169,7 +169,7 @@ def test_check_finds_what_training_skips_and_clips_inside_are_used(whole, tmp_pa
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     report = check_manifest(tmp_path / "pairs.jsonl", video_root=tmp_path)
     (finding,) = report.findings
-    assert finding.what == "videos that can not be used" and not report.clean
+    assert finding.what == "videos that cannot be used" and not report.clean
     assert all(": is cut off: " in example and example.endswith("(1 pair)") for example in finding.examples)
     sampling = FrameSampling(num_frames=4)
     with pytest.raises(

@@ -99,12 +99,12 @@ def test_an_idle_worker_that_is_killed_is_replaced(pool):
 def test_an_exception_is_raised_here_with_its_traceback(pool):
     with pytest.raises(RuntimeError, match=r"(?s)in a worker process:.*_fail.*KeyError: 'no such thing'"):
         results(pool, ("fail", "no such thing"))
-    with pytest.raises(RuntimeError, match=r"(?s)in a worker process:.*send_message.*pickle"):  # it can not travel
+    with pytest.raises(RuntimeError, match=r"(?s)in a worker process:.*send_message.*pickle"):  # it cannot travel
         results(pool, ("lambda", None))
-    with pytest.raises((pickle.PicklingError, AttributeError)):  # an item that can not
+    with pytest.raises((pickle.PicklingError, AttributeError)):  # an item that cannot
         results(pool, ("echo", lambda: None))
     futures = [pool.submit(item) for item in [("echo", lambda: None)] * 5 + [("echo", 1)]]
-    assert futures[-1].result(60) == 1, "what can not be sent holds up nobody"
+    assert futures[-1].result(60) == 1, "what cannot be sent holds up nobody"
     assert results(pool, ("echo", "still here")) == ["still here"]
 
 
