@@ -1,1 +1,1 @@
-"""Making and checking manifests of preference pairs."""
+"""Imports and checks manifests of preference pairs."""

@@ -1,9 +1,10 @@
-"""What is wrong with a manifest, and what one should know of it before training on it.
+"""Checks a manifest before training: finds its problems and reports statistics of its texts and scores.
 
-Problems would train wrongly or stop a run: bad rows, unusable videos, clips past the end, the same pair twice, a text chosen
-in one pair and rejected in another of the same video and prompt, answers that differ in case and spaces only, scores the wrong
-way round. Notes are lawful and still worth a look: one chosen text in several pairs, the same texts with different videos.
-Length bias, chosen longer than rejected more often than not, is reported because a loss over whole responses learns it.
+Problems spoil training or stop a run: bad rows, unusable videos, clips past the end, the same pair twice, a text that is chosen
+in one pair and rejected in another of the same video and prompt, responses that differ only in case and spaces, and a rejected
+response with a higher score than the chosen one. Notes are allowed but worth checking: one chosen text in several pairs, the
+same texts with different videos. Length bias (chosen is mostly longer than rejected) is reported because a loss over whole
+responses learns it.
 """
 
 from collections import Counter, defaultdict
@@ -18,13 +19,13 @@ from synpo_fast.data.pair import Pair
 from synpo_fast.data.text_markers import CONTROL, TAGS, any_of, marked_pairs, special_tokens
 
 QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
-CLIP_SLACK_S = 0.1  # a clip may end this much after its video: times in a manifest are often rounded
+CLIP_SLACK_S = 0.1  # a clip may end this long after its video: times in a manifest are often rounded
 MAX_BINS = 20
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something found in so many places; examples holds all of them."""
+    """One kind of problem or note. examples holds all places where it was found."""
 
     what: str
     examples: list[str]
@@ -37,7 +38,7 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """num_videos counts distinct files; videos_checked is False where no root said where they are."""
+    """The result of check_manifest. num_videos counts distinct files. videos_checked is False if no video root was given."""
 
     file: str
     num_rows: int = 0
@@ -65,11 +66,11 @@ def check_manifest(
     model: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """Reads the manifest and, given their root, looks at every distinct video once, in worker processes.
+    """Checks the manifest and, if video_root is given, probes every distinct video once, in worker processes.
 
-    decode: decode the first and the last frame too. A file that is cut off is a problem
-    in any case. model: whose tokenizer says which strings are special tokens; without one, those of all families served are
-    looked for. progress(done, total) is called after every video.
+    decode: also decode the first and the last frame. A truncated file is a problem in any case. model: its tokenizer defines
+    the special tokens to search for; without it, those of all supported families are searched. progress(done, total) is called
+    after every video.
     """
     report = CheckReport(str(path))
     try:
@@ -88,7 +89,7 @@ def check_manifest(
         report.videos_checked = True
         durations, unusable = _probe_videos(list(users), Path(video_root), decode, num_workers, progress)
         reasons = [f"{name}: {reason} ({_pairs(len(users[name]))})" for name, reason in unusable.items()]
-        findings += [Finding("videos that can not be used", reasons), _clips_past_the_end(pairs, durations)]
+        findings += [Finding("videos that cannot be used", reasons), _clips_past_the_end(pairs, durations)]
     report.findings = [finding for finding in findings if finding.count]
     return report
 
@@ -116,7 +117,7 @@ def _quantiles(values: list[int]) -> dict[str, int]:
 
 
 def histogram(values: list[float]) -> list[tuple[float, float, int]]:
-    """(from, to, count) in steps of 1, 2, 5, 10, 20, ..., at most MAX_BINS of them."""
+    """Bins (from, to, count). Their width is 1, 2, 5, 10, 20, ...; there are at most MAX_BINS."""
     steps = (float(digit * 10**power) for power in count() for digit in (1, 2, 5))
     step = next(step for step in steps if max(values) // step - min(values) // step < MAX_BINS)
     counts = Counter(int(value // step) for value in values)
@@ -135,7 +136,7 @@ def _compare_pairs(pairs: list[Pair]) -> Iterable[Finding]:
     ]
     yield Finding("texts both chosen and rejected, for one video and prompt", against)
     equal = [pair.id for pair in preferences if _plain(pair.chosen) == _plain(pair.rejected)]
-    yield Finding("chosen and rejected differ in case and spaces only", equal)
+    yield Finding("chosen and rejected differ only in case and spaces", equal)
     reversed_scores = [
         f"{pair.id}: chosen {pair.chosen_score:g}, rejected {pair.rejected_score:g}"
         for pair in preferences
@@ -151,23 +152,23 @@ def _compare_pairs(pairs: list[Pair]) -> Iterable[Finding]:
 
 
 def _markers(pairs: list[Pair], model: str | None) -> Iterable[Finding]:
-    special, what = CONTROL, "texts that hold tokens of chat templates"
+    special, what = CONTROL, "texts that contain tokens of chat templates"
     if model is not None:
         from synpo_fast.models.loading import load_tokenizer
 
         tokenizer, family = load_tokenizer(model)
         special = special_tokens(tokenizer, family.placeholder_token, *family.video_markers)
-        what = f"texts that hold special tokens of {model}"
+        what = f"texts that contain special tokens of {model}"
     found = marked_pairs(pairs, special)
     yield Finding(what, [f"{pair.id}: {where}" for pair, where in found])
     known = {id(pair) for pair, _ in found}
     left_over = [*marked_pairs(pairs, any_of(TAGS)), *marked_pairs(pairs, CONTROL)]
     tags = [f"{pair.id}: {where}" for pair, where in left_over if id(pair) not in known]
-    yield Finding("texts that hold tags of another format", tags, is_problem=False)
+    yield Finding("texts that contain tags of another format", tags, is_problem=False)
 
 
 def _groups(pairs: list[Pair], key: Callable[[Pair], Hashable]) -> list[list[Pair]]:
-    """Pairs with the same key, where there are several."""
+    """Groups of at least two pairs with the same key."""
     groups: dict[Hashable, list[Pair]] = defaultdict(list)
     for pair in pairs:
         groups[key(pair)].append(pair)
@@ -191,7 +192,7 @@ def _pairs(count: int) -> str:
 
 
 def _users_of_videos(pairs: list[Pair]) -> dict[str, list[str]]:
-    """Ids of pairs by the video they show."""
+    """Ids of the pairs that show each video, by its path."""
     users: dict[str, list[str]] = defaultdict(list)
     for pair in pairs:
         for name in {clip.path for clip in pair.clips} or ({str(pair.video)} if pair.video is not None else set()):
@@ -202,7 +203,7 @@ def _users_of_videos(pairs: list[Pair]) -> dict[str, list[str]]:
 def _probe_videos(
     names: list[str], root: Path, decode: bool, num_workers: int, progress: Callable[[int, int], None] | None
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """(duration by name, reason by name of the unusable ones)."""
+    """Returns (duration by path, reason by path for the unusable videos)."""
     from synpo_fast.data.video.decode import DEADLINE_S
     from synpo_fast.data.workers.worker_pool import WorkerLost, WorkerPool
 
@@ -228,7 +229,7 @@ def _probe_videos(
 
 
 def probe_one(name: str, *, root: str, decode: bool) -> float | str:
-    """Runs in a worker: the duration of a video in seconds, or why it can not be used."""
+    """Runs in a worker: returns the duration of a video in seconds, or the reason why it cannot be used."""
     from synpo_fast.data.video.decode import open_video_file
     from synpo_fast.data.video.video_info import VideoError
 

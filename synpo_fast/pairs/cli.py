@@ -1,4 +1,4 @@
-"""`synpo-fast pairs`: import brings rows of another format into a manifest, check says what is wrong with one."""
+"""`synpo-fast pairs`: `import` converts rows of another format into a manifest, `check` finds problems in a manifest."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ CLEAN, PROBLEMS, USAGE = 0, 1, 2
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0 clean, 1 rows refused or problems found, 2 a mistake in how it was called."""
+    """Runs the command. Exit status: 0 clean, 1 rows refused or problems found, 2 a mistake in the call."""
     arguments = _parser().parse_args(argv)
     try:
         return _import(arguments) if arguments.command == "import" else _check(arguments)
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="synpo-fast pairs", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    bring = commands.add_parser("import", help="rows of another format into a manifest")
+    bring = commands.add_parser("import", help="convert rows of another format into a manifest")
     bring.add_argument(
         "source",
         metavar="IN",
@@ -40,27 +40,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     bring.add_argument("target", metavar="OUT", type=Path, help="the manifest to write, .jsonl")
     bring.add_argument(
-        "--format", required=True, choices=["auto", *IMPORTERS], help="what IN is; auto only if one fits"
+        "--format",
+        required=True,
+        choices=["auto", *IMPORTERS],
+        help="the format of IN; auto works only if exactly one fits",
     )
     bring.add_argument(
-        "--video_root", type=Path, help="where the videos are: absolute paths and bare names are looked up"
+        "--video_root", type=Path, help="folder of the videos; needed for absolute paths and names without suffix"
     )
-    bring.add_argument("--min_score_gap", type=float, help="keep pairs whose scores differ by this much; SynPO used 4")
     bring.add_argument(
-        "--rejected", choices=["first", "all"], default="first", help="of several rejected texts in a row"
+        "--min_score_gap", type=float, help="keep pairs whose scores differ by at least this much; SynPO used 4"
     )
-    bring.add_argument("--system", choices=["refuse", "fold", "drop"], default="refuse", help="what to do with one")
-    bring.add_argument("--allow_bad", action="store_true", help="write the good rows although others were refused")
+    bring.add_argument(
+        "--rejected", choices=["first", "all"], default="first", help="which of several rejected texts in a row to use"
+    )
+    bring.add_argument(
+        "--system", choices=["refuse", "fold", "drop"], default="refuse", help="what to do with a system message"
+    )
+    bring.add_argument("--allow_bad", action="store_true", help="write the good rows even if others were refused")
     bring.add_argument("--force", action="store_true", help="overwrite OUT")
-    check = commands.add_parser("check", help="what is wrong with a manifest")
+    check = commands.add_parser("check", help="find problems in a manifest")
     check.add_argument("manifest", metavar="FILE", type=Path, help="a manifest, a folder, or FOLDER:SPLIT")
-    check.add_argument("--video_root", type=Path, help="where the videos are; without it they are not looked at")
-    check.add_argument("--decode", action="store_true", help="decode the first and last frame of every video too")
+    check.add_argument("--video_root", type=Path, help="folder of the videos; without it they are not checked")
+    check.add_argument("--decode", action="store_true", help="also decode the first and last frame of every video")
     check.add_argument(
-        "--num_workers", type=int, default=_num_cores(), help="processes that look at videos (%(default)s)"
+        "--num_workers", type=int, default=_num_cores(), help="processes that check videos (%(default)s)"
     )
-    check.add_argument("--model", help="hub name or folder: look for its tokenizer's special tokens in the texts")
-    check.add_argument("--json", action="store_true", help="the report as JSON, every example in it")
+    check.add_argument("--model", help="hub name or folder: search the texts for its tokenizer's special tokens")
+    check.add_argument("--json", action="store_true", help="print the report as JSON, with all examples")
     return parser
 
 
@@ -70,9 +77,9 @@ def _num_cores() -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     if arguments.target.exists() and not arguments.force:
-        raise ValueError(f"{arguments.target} exists; --force overwrites it")
+        raise ValueError(f"{arguments.target} exists; pass --force to overwrite it")
     if arguments.target.suffix != ".jsonl":
-        raise ValueError(f"OUT must be called .jsonl, got {arguments.target}")
+        raise ValueError(f"OUT must end in .jsonl, got {arguments.target}")
     options = ImportOptions(arguments.video_root, arguments.rejected, arguments.system)
     name = arguments.format
     if name == "auto":
@@ -133,20 +140,20 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _show_progress(done: int, total: int) -> None:
-    print(f"\rlooked at {done} of {total} videos", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    print(f"\rchecked {done} of {total} videos", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def report_text(report: CheckReport) -> str:
     lines = [f"{printable_line(report.file)}: {report.num_rows} rows, {report.num_pairs} pairs"]
     lines.append(f"  {report.num_sft} train on chosen alone, {report.num_text_pairs} are text pairs")
-    seen = "all looked at" if report.videos_checked else "not looked at: give --video_root"
+    seen = "all checked" if report.videos_checked else "not checked: give --video_root"
     lines.append(f"  {report.num_videos} different videos, {seen}")
     if report.words:
         lines.append("words" + "".join(f"{name:>8}" for name in next(iter(report.words.values()))))
         for name, quantiles in report.words.items():
             lines.append(f"  {name:<9}" + "".join(f"{value:8d}" for value in quantiles.values())[6:])
     if report.chosen_longer is not None:
-        lines.append(f"chosen is the longer one in {report.chosen_longer:.1%} of pairs")
+        lines.append(f"chosen is longer than rejected in {report.chosen_longer:.1%} of pairs")
     if report.score_gaps:
         lines.append(f"score gap, chosen minus rejected, of {len(report.score_gaps)} pairs")
         bins = histogram(report.score_gaps)

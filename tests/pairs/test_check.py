@@ -25,7 +25,7 @@ def command(*arguments):
 
 @pytest.fixture
 def inside(capsys):
-    """The same without a process of its own, which takes seconds to start."""
+    """Runs the command in this process: a new one takes seconds to start."""
 
     def run(*arguments):
         try:
@@ -63,7 +63,7 @@ def test_a_clean_manifest(tmp_path, videos):
     path = manifest(tmp_path, {**GOOD, "video": "good.mp4"}, {**GOOD, "prompt": "Else?", "video": "good.mp4"})
     run = command("check", path, "--video_root", videos, "--decode", "--num_workers", 1)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "1 different videos, all looked at" in run.stdout and run.stdout.endswith("\nclean\n")
+    assert "1 different videos, all checked" in run.stdout and run.stdout.endswith("\nclean\n")
 
 
 def test_broken_videos_are_named_with_their_pairs(tmp_path, videos):
@@ -74,7 +74,7 @@ def test_broken_videos_are_named_with_their_pairs(tmp_path, videos):
     report = json.loads(run.stdout)
     assert (report["num_pairs"], report["num_videos"], report["clean"]) == (6, 5, False)
     (finding,) = (finding for finding in report["findings"] if finding["is_problem"])
-    assert finding["what"] == "videos that can not be used"
+    assert finding["what"] == "videos that cannot be used"
     reasons = dict(example.split(": ", 1) for example in finding["examples"])
     assert reasons.keys() == {"renamed.mp4", "gone.mp4", "short.mp4", "empty.mp4"}
     assert reasons["gone.mp4"].endswith("(2 pairs)") and reasons["renamed.mp4"].endswith("(1 pair)")
@@ -138,7 +138,7 @@ def test_pairs_are_compared(tmp_path):
             "against chooses what a rejects",
             "against chooses what again rejects",
         ],
-        "chosen and rejected differ in case and spaces only": ["text"],
+        "chosen and rejected differ only in case and spaces": ["text"],
         "rejected has the higher score": ["scores: chosen 1, rejected 2.5"],
         "one chosen text against several rejected ones": ["a, again, other rejected"],
         "the same texts for different videos": ["a, again, other video"],
@@ -161,7 +161,7 @@ def test_lengths_and_length_bias(tmp_path):
         report.words["chosen"]["max"] == 3 and report.words["prompt"]["min"] == 1 and report.words["prompt"]["max"] == 4
     )
     assert report.words["rejected"]["median"] == 1 and report.chosen_longer == 0.5
-    assert "chosen is the longer one in 50.0% of pairs" in report_text(report)
+    assert "chosen is longer than rejected in 50.0% of pairs" in report_text(report)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_import_then_check(tmp_path, inside):
     row = {"video": "v.mp4", "task_type": "t", "question": "<video>\nQ", "chosen": "A", "rejected": "B", "extra": 1}
     rows.write_text("\n".join(map(json.dumps, [row, {**row, "question": "R"}, {**row, "rejected": None}])))
     run = inside("import", "--format", "auto", rows, out, "--allow_bad")
-    assert run.returncode == 2 and "longvpo takes 2 of 3 rows" in run.stderr
+    assert run.returncode == 2 and "longvpo accepts 2 of 3 rows" in run.stderr
     run = inside("import", "--format", "longvpo", rows, out)
     assert run.returncode == 1 and not out.exists()
     for line in (

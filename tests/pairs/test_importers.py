@@ -93,7 +93,7 @@ def test_columns_of_turns_in_both_notations(tmp_path):
 
 
 def test_csv(tmp_path):
-    """As TPO is published; cells of a CSV are text and an empty one is a key left out."""
+    """A CSV as TPO is published: cells are text, and an empty cell is a missing key."""
     path = tmp_path / "rows.csv"
     with path.open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.DictWriter(file, ["video", "prompt", "answer", "chosen", "rejected"])
@@ -147,7 +147,7 @@ def test_salmonn_v1_rows_of_cross_entropy_alone():
         (V1, {"image": "a.jpg"}, "images are not supported"),
         (V1, {"timestamps": [3, 3]}, "timestamps are not"),
         (V1, {"timestamps": [3, "9"]}, "timestamps are not"),
-        (PLUS, {"timestamps": [2.0, 9.5]}, "has timestamps: they cut a clip in v1"),
+        (PLUS, {"timestamps": [2.0, 9.5]}, "has timestamps: they select a clip in v1"),
         (PLUS, {"conversations": turns(human="Q", gpt="G", chosen="C")}, "no reject"),
         (PLUS, {"conversations": turns(human="Q", gpt="G", reject="C")}, "no chosen"),
         (PLUS, {"conversations": turns(human="<video><video>Q", chosen="C", reject="R")}, "more tags than videos"),
@@ -166,19 +166,19 @@ def test_salmonn_v1_rows_of_cross_entropy_alone():
         ("ms-swift", {"rejected_response": None}, "no rejected_response"),
         ("ms-swift", {"rejected_response": ["a", "b"]}, "rejected_response is not text"),
         ("ms-swift", {"rejected_messages": [{"role": "user", "content": "x"}]}, "both"),
-        ("ms-swift", {"rejected_videos": ["x"]}, "belongs to rejected_messages"),
+        ("ms-swift", {"rejected_videos": ["x"]}, "may only be used with rejected_messages"),
         ("ms-swift", {"messages": [{"role": "assistant", "content": "x"}]}, "not one user turn: no turn"),
         ("ms-swift", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "images are not supported"),
         ("trl", {"images": ["a.jpg"]}, "images are not supported"),
         ("trl", {"chosen": None}, "no chosen"),
         ("trl", {"prompt": "Q", "chosen": "A", "rejected": "B", "video": "v.mp4"}, "use messages for a video"),
-        ("trl", {"prompt": None}, "do not begin alike"),
+        ("trl", {"prompt": None}, "do not start with the same messages"),
         ("trl", {"video": "other.mp4"}, "different videos"),
         ("trl", {"prompt": part(path="b.webm")}, "names several videos"),
-        ("trl", {"prompt": part(video_start=9, video_end=4)}, "no part of a video: .*start=9.0 and end=4.0"),
+        ("trl", {"prompt": part(video_start=9, video_end=4)}, "not a valid part of a video: .*start=9.0 and end=4.0"),
         ("trl", {"prompt": part(video_start="9")}, "are not seconds"),
         ("trl", {"prompt": part(video_start=True)}, "are not seconds"),
-        ("trl", {"prompt": part(start_time=9)}, "only video_start and video_end, in seconds, cut a video part: start_time"),
+        ("trl", {"prompt": part(start_time=9)}, "a video part is cut only by video_start and video_end, in seconds: start_time"),
         ("ms-swift", {"messages": part()}, "a video inside the turns"),
         ("llama-factory", {"conversations": part()}, "a video inside the turns"),
         ("llava-hound", {"conversations": part(), "prompt": None}, "a video inside the turns"),
@@ -208,7 +208,7 @@ def test_salmonn_v1_rows_of_cross_entropy_alone():
         ("synpo", {"neg_score": None}, "no neg_score"),
         ("synpo", {"neg_score": 0.0}, "not scored: 0"),
         ("synpo", {"neg_score": 100}, "not scored: 100"),
-        ("synpo", {"pos_score": 0}, "pos_score says that the caption was not scored"),
+        ("synpo", {"pos_score": 0}, "pos_score means that the caption was not scored"),
         ("manifest", {"choosen": "x"}, "did you mean 'chosen'"),
     ],
 )  # fmt: skip
@@ -295,9 +295,11 @@ def test_ms_swift_with_rejected_messages():
     expected = SAMPLES["ms-swift"][1]
     for more in ({}, {"rejected_videos": ["t/3.mp4"]}):
         assert row_from_pair(run("ms-swift", {**row, **more})[0]) == expected
-    assert "not the videos of messages" in refusal("ms-swift", {**row, "rejected_videos": ["other.mp4"]})
+    assert "rejected_videos differ from videos" in refusal("ms-swift", {**row, "rejected_videos": ["other.mp4"]})
     other = [{"role": "user", "content": "<video>\nOther?"}, row["rejected_messages"][1]]
-    assert "another prompt" in refusal("ms-swift", {**row, "rejected_messages": other})
+    assert "rejected_messages and messages have different prompts" in refusal(
+        "ms-swift", {**row, "rejected_messages": other}
+    )
 
 
 def test_llava_hound_as_turns():
@@ -322,7 +324,7 @@ def test_system_messages(name):
     row = sample(name)
     row[key] = [{role: "system", text: "Be brief."}, *row[key]]
     bare = SAMPLES[name][1]["prompt"]
-    assert "has a system message: say what becomes of it by --system fold or --system drop" in refusal(name, row)
+    assert "has a system message: choose --system fold or --system drop" in refusal(name, row)
     assert run(name, row, system="drop")[0].prompt == bare
     assert run(name, row, system="fold")[0].prompt == f"Be brief.\n\n{bare}"
 
@@ -400,7 +402,7 @@ def test_rows_are_counted_by_reason(tmp_path):
     )
     assert result.reasons == {absolute: 2, unreadable: 1, unwritable: 1}
     assert [row.line for row in result.refused] == [2, 3, 5, 6]
-    with pytest.raises(ValueError, match="unknown format 'longvp'; known are auto, synpo"):
+    with pytest.raises(ValueError, match="unknown format 'longvp'; known formats are auto, synpo"):
         import_pairs(path, "longvp")
 
 
@@ -422,7 +424,7 @@ def test_detection_wants_all_of_the_first_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(sample(name)) for name in ("longvpo", "longvpo", "rrpo")))
     with pytest.raises(
-        ValueError, match=r"fits no format: .*longvpo takes 2 of 3 rows, but not .*rows.jsonl:3: no task_type"
+        ValueError, match=r"fits no format: .*longvpo accepts 2 of 3 rows, but not .*rows.jsonl:3: no task_type"
     ):
         import_pairs(path, "auto")
     path.write_text("{\n{")

@@ -1,7 +1,7 @@
-"""Pairs from the schemas of other trainers and data sets. docs/manifest.md shows a row of each.
+"""Imports pairs from the formats of other trainers and data sets. docs/manifest.md shows a row of each format.
 
-An importer turns one row into pairs, or refuses it with a reason. It never guesses: where a role or field could mean two
-things the row is refused, and a format is detected only when exactly one importer takes all of the first rows.
+An importer turns one row into pairs, or refuses it with a reason. It never guesses: if a role or field could mean two things,
+the row is refused. A format is detected only if exactly one importer accepts all of the first rows.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ DETECTION_ROWS = 50
 
 
 def import_manifest_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
-    """Our own rows: to filter them, to look for their videos, or to turn Parquet into JSON Lines."""
+    """Imports rows of a manifest: to filter them, to check that their videos exist, or to turn Parquet into JSON Lines."""
     row.used.update(row.content.keys() - {"meta"})
     try:
         pair = pair_from_row(row.content)
@@ -51,7 +51,7 @@ IMPORTERS: dict[str, Importer] = {
 
 @dataclass
 class ImportResult:
-    """pairs, the rows refused, how many of them for each reason, and how many rows had a key that nothing used."""
+    """The imported pairs, the refused rows and the number for each reason, and the number of rows with each unused key."""
 
     pairs: list[Pair] = field(default_factory=list)
     num_rows: int = 0
@@ -61,14 +61,15 @@ class ImportResult:
 
 
 def import_pairs(path: str | Path, format: str, options: ImportOptions | None = None) -> ImportResult:
-    """All rows of a file or folder by one importer, or by "auto". ValueError for an unknown format or an unreadable file.
+    """Imports all rows of a file or folder. Raises ValueError for an unknown format or an unreadable file.
 
-    Ids: the row's own, where it has one; a second use of it gets "#row" behind it. Otherwise file name and row number.
+    format: a key of IMPORTERS, or "auto". A pair keeps its row's id; a repeated id gets "#row" appended. A row without id gets
+    one from file name and row number.
     """
     options = options or ImportOptions()
     name = detect_format(path, options) if format == "auto" else format
     if name not in IMPORTERS:
-        raise ValueError(f"unknown format {format!r}; known are auto, {', '.join(IMPORTERS)}")
+        raise ValueError(f"unknown format {format!r}; known formats are auto, {', '.join(IMPORTERS)}")
     result, used_ids = ImportResult(), set[str]()
     for row in read_rows(path):
         result.num_rows += 1
@@ -90,12 +91,12 @@ def import_pairs(path: str | Path, format: str, options: ImportOptions | None = 
 def _import_row(row: FileRow, source: SourceRow, importer: Importer, options: ImportOptions) -> list[Pair]:
     if row.content is None:
         raise Refused("not a readable row", row.error)
-    if importer is not import_manifest_row:  # which says it in its own words
+    if importer is not import_manifest_row:  # that importer has its own message
         source.refuse("audio", "audios", "use_audio", because=NO_SOUND)
     pairs = importer(source, options)
     for pair in pairs:
         try:
-            pair_from_row(row_from_pair(pair))  # a manifest must be able to hold it
+            pair_from_row(row_from_pair(pair))  # raises what a manifest cannot hold
         except ValueError as error:
             raise Refused("cannot be written to a manifest", str(error)) from error
     return pairs
@@ -112,11 +113,11 @@ def _unused_id(wanted: str, row: FileRow, used: set[str]) -> str:
 
 
 def detect_format(path: str | Path, options: ImportOptions | None = None) -> str:
-    """The one importer that takes every one of the first rows; ValueError naming the candidates if there is not just one."""
+    """The only importer that accepts all of the first rows. Raises ValueError with the candidates if several or none do."""
     options = options or ImportOptions()
     rows = [row for row in islice(read_rows(path), DETECTION_ROWS) if row.content is not None]
     if not rows:
-        raise ValueError(f"{path} has no readable rows to tell its format by")
+        raise ValueError(f"{path} has no readable rows, so its format cannot be detected")
     fits, closest = [], (0, "", "")
     for name, importer in IMPORTERS.items():
         taken, why = 0, ""
@@ -132,6 +133,6 @@ def detect_format(path: str | Path, options: ImportOptions | None = None) -> str
     if len(fits) == 1:
         return fits[0]
     if fits:
-        raise ValueError(f"{path} fits several formats: {', '.join(fits)}; name the one it is")
-    hint = f"; {closest[1]} takes {closest[0]} of {len(rows)} rows, but not {closest[2]}" if closest[0] else ""
-    raise ValueError(f"{path} fits no format: name the one it is to see why rows are refused{hint}")
+        raise ValueError(f"{path} fits several formats: {', '.join(fits)}; give the right one with --format")
+    hint = f"; {closest[1]} accepts {closest[0]} of {len(rows)} rows, but not {closest[2]}" if closest[0] else ""
+    raise ValueError(f"{path} fits no format: give one with --format to see why rows are refused{hint}")

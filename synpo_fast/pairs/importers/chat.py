@@ -1,7 +1,7 @@
-"""Rows of two trainers that put a <video> tag into the text and the paths into a list `videos`: LLaMA-Factory, ms-swift.
+"""Imports rows of LLaMA-Factory and ms-swift: a <video> tag in the text, and the paths in a list `videos`.
 
-Both replace the tags by the videos one by one, in place. A pair shows one video before its prompt, so one video and at most
-one tag are imported and several are refused. No video makes a text pair.
+Both trainers replace the tags by the videos one by one, in place. A pair shows one video before its prompt, so a row may have
+one video and at most one tag; more are refused. A row without videos becomes a text pair.
 """
 
 from synpo_fast.data.pair import Pair
@@ -10,7 +10,7 @@ from synpo_fast.pairs.importers.source_row import ImportOptions, Refused, Source
 
 
 def import_llama_factory_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
-    """{conversations: [one user turn], chosen: turn, rejected: turn, videos: [path], system}."""
+    """Imports {conversations: [one user turn], chosen: turn, rejected: turn, videos: [path], system}."""
     row.refuse("images", because="only videos are supported")
     row.refuse("tools", because="tools are not supported")
     turns = read_turns(row, "conversations")
@@ -28,7 +28,7 @@ def import_llama_factory_row(row: SourceRow, options: ImportOptions) -> list[Pai
 
 
 def import_ms_swift_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
-    """{messages: [user turn, chosen turn], rejected_response: text or rejected_messages: [user turn, turn], videos}."""
+    """Imports {messages: [user turn, chosen turn], rejected_response: text or rejected_messages: [user turn, turn], videos}."""
     row.refuse("images", "rejected_images", "rejected_audios", because="only videos are supported")
     row.refuse("tools", "rejected_tools", because="tools are not supported")
     turns = read_turns(row, "messages")
@@ -37,13 +37,13 @@ def import_ms_swift_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
         raise Refused("has both rejected_response and rejected_messages" if given else "no rejected_response")
     if given == ["rejected_response"]:
         rejected = row.text("rejected_response")
-        row.refuse("rejected_videos", because="it belongs to rejected_messages")
+        row.refuse("rejected_videos", because="it may only be used with rejected_messages")
     else:
         rejected_turns = read_turns(row, "rejected_messages")
         if rejected_turns[:-1] != turns[:-1]:
-            raise Refused("rejected_messages has another prompt than messages")
+            raise Refused("rejected_messages and messages have different prompts")
         if (row.get("rejected_videos") or row.get("videos")) != row.get("videos"):
-            raise Refused("rejected_videos are not the videos of messages")
+            raise Refused("rejected_videos differ from videos")
         rejected = single_answer(rejected_turns[-1:], "rejected_messages")
     prompt = _video_and_prompt(row, single_prompt(turns[:-1], options), options)
     return [make_pair(id=row.id(), **prompt, chosen=single_answer(turns[-1:], "messages"), rejected=rejected)]

@@ -1,7 +1,7 @@
-"""Conversations as the formats write them: {from, value} or {role, content}, content a text or a list of parts.
+"""Reads conversations of other formats: turns {from, value} or {role, content}, where content is a text or a list of parts.
 
-A video part is {type: "video", video | path | url: ...}. Qwen's tools put video_start and video_end beside it, in seconds:
-they make a clip. All other keys inside turns and parts (fps, max_pixels, loss, ...) are listed as not used.
+A video part is {type: "video", video | path | url: ...}. Qwen's tools add video_start and video_end to it, in seconds, which
+make a clip. All other keys in turns and parts (fps, max_pixels, loss, ...) are listed as not used.
 """
 
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from typing import Any
 from synpo_fast.pairs.importers.source_row import ImportOptions, Refused, SourceRow
 
 PATH_KEYS = ("video", "path", "url")
-# Keys that may cut a video as well, in units that nobody states: dropping one would make a clip's caption the whole video's.
+# Keys that may also select a part, in unknown units. If one were ignored, a clip's caption would belong to the whole video.
 OTHER_SPANS = {
     "start",
     "end",
@@ -28,7 +28,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 @dataclass(frozen=True)
 class VideoPart:
-    """path: None where the row names the video elsewhere. start, end: in seconds, of the part to be shown."""
+    """A video in a turn. path: None if the row names the video elsewhere. start, end: the part to show, in seconds."""
 
     path: Any = None
     start: float | None = None
@@ -37,7 +37,7 @@ class VideoPart:
 
 @dataclass(frozen=True)
 class Turn:
-    """role as written; videos: one entry for each part of type video; system: what to fold in before it."""
+    """One turn. role: as written in the row. videos: its parts of type video. system: a system message to put before the text."""
 
     role: str
     text: str
@@ -46,14 +46,14 @@ class Turn:
 
     @property
     def speaker(self) -> str:
-        """user, assistant or system, whichever way the format calls them."""
+        """The role as user, assistant or system, whatever the format calls it."""
         if self.role not in ROLES:
             raise Refused("unknown role in the conversation", repr(self.role))
         return ROLES[self.role]
 
 
 def read_turns(row: SourceRow, key: str, *, may_hold_videos: bool = False) -> list[Turn]:
-    """The turns under a key of the row. may_hold_videos: a turn may name its video, as in TRL; else the row does."""
+    """Reads the turns under a key of the row. may_hold_videos: turns may name videos, as in TRL; otherwise only the row may."""
     value = row.get(key)
     if isinstance(value, dict):
         value = [value]
@@ -61,7 +61,7 @@ def read_turns(row: SourceRow, key: str, *, may_hold_videos: bool = False) -> li
         raise Refused(f"{key} is not a list of turns", f"{value!r:.60}")
     turns = [_turn(part, key, row) for part in value]
     if not may_hold_videos and any(turn.videos for turn in turns):
-        raise Refused("a video inside the turns; this format names it beside them")
+        raise Refused("a video inside the turns; this format names it outside of them")
     return turns
 
 
@@ -101,7 +101,7 @@ def _video_part(part: dict[str, Any]) -> VideoPart:
         raise Refused("a part of type video names several videos", f"{part!r:.60}")
     unclear = sorted(key for key in OTHER_SPANS & part.keys() if part[key] is not None)
     if unclear:
-        raise Refused("only video_start and video_end, in seconds, cut a video part", ", ".join(unclear))
+        raise Refused("a video part is cut only by video_start and video_end, in seconds", ", ".join(unclear))
     times = [part.get(key) for key in ("video_start", "video_end")]
     if any(isinstance(at, bool) or not isinstance(at, (int, float, type(None))) for at in times):
         raise Refused("video_start and video_end are not seconds", f"{times!r:.60}")
@@ -110,7 +110,7 @@ def _video_part(part: dict[str, Any]) -> VideoPart:
 
 
 def single_prompt(turns: list[Turn], options: ImportOptions) -> Turn:
-    """The one user turn. More turns are refused: a pair has one prompt, and joining them would invent a chat template."""
+    """Returns the only user turn. More turns are refused: a pair has one prompt, and joining turns would need a chat template."""
     system, turns = split_system(turns, options)
     speakers = [turn.speaker for turn in turns]
     if speakers != ["user"]:
@@ -119,10 +119,10 @@ def single_prompt(turns: list[Turn], options: ImportOptions) -> Turn:
 
 
 def split_system(turns: list[Turn], options: ImportOptions) -> tuple[str, list[Turn]]:
-    """(what to fold into the prompt, the turns after a system message)."""
+    """Returns (system message to put before the prompt, the remaining turns)."""
     if turns[:1] and turns[0].role == "system":
         if options.system == "refuse":
-            raise Refused("has a system message: say what becomes of it by --system fold or --system drop")
+            raise Refused("has a system message: choose --system fold or --system drop")
         return (turns[0].text.strip() if options.system == "fold" else ""), turns[1:]
     return "", turns
 

@@ -1,6 +1,6 @@
-"""Data sets whose rows are a video, a question and answers as plain fields: LongVPO, LLaVA-Hound, VistaDPO, TPO, RRPO.
+"""Imports data sets with a video, a question and answers in plain fields: LongVPO, LLaVA-Hound, VistaDPO, TPO, RRPO.
 
-They differ in what the fields are called, and a field of another one of them is a sign of the wrong format.
+They differ in the names of the fields. A field that belongs to another of these formats means that the format is wrong.
 """
 
 import re
@@ -9,19 +9,19 @@ from synpo_fast.data.pair import Pair
 from synpo_fast.pairs.importers.conversations import read_turns, single_answer, single_prompt
 from synpo_fast.pairs.importers.source_row import ImportOptions, Refused, SourceRow, clean_prompt, make_pair
 
-TAGS = ("<video>", "<image>")  # their loaders put the frames where either stands
+TAGS = ("<video>", "<image>")  # their loaders replace either tag with the frames
 
 
 def import_longvpo_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
-    """Stage 2: {video, task_type, question, chosen, rejected}. How stage 1 stores its composites is not published."""
+    """Imports stage 2: {video, task_type, question, chosen, rejected}. How stage 1 stores its composites is not published."""
     row.text("task_type")
     return [_pair(row, options, prompt=row.text("question"), chosen=row.text("chosen"), rejected=row.text("rejected"))]
 
 
 def import_llava_hound_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
-    """{id, video, prompt, chosen, rejected, chosen_score, rejected_score}; video is a folder of frames or a file.
+    """Imports {id, video, prompt, chosen, rejected, chosen_score, rejected_score}; video is a folder of frames or a file.
 
-    The prompt may be in conversations instead, as one turn of a human, and the answers may be turns.
+    The prompt may instead be one human turn in conversations, and the answers may be turns.
     """
     _refuse_foreign(row, "rejected_2", "task_type", "question")
     if row.get("conversations") is not None:
@@ -39,7 +39,7 @@ def import_llava_hound_row(row: SourceRow, options: ImportOptions) -> list[Pair]
 
 
 def import_vistadpo_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
-    """{id, video, prompt, chosen, rejected, rejected_2, ...}. Clips, frames and boxes of its other levels are not used."""
+    """Imports {id, video, prompt, chosen, rejected, rejected_2, ...}. Clips, frames and boxes of other levels are not used."""
     row.text("rejected_2")
     prompt, chosen = row.text("prompt"), row.text("chosen")
     others = sorted((key for key in row.content if re.fullmatch(r"rejected_[0-9]+", key)), key=lambda key: int(key[9:]))
@@ -48,14 +48,14 @@ def import_vistadpo_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
 
 
 def import_tpo_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
-    """{prompt, answer, chosen, rejected, video}. Its authors do not say what answer is for, so it is not used."""
+    """Imports {prompt, answer, chosen, rejected, video}. Its authors do not document answer, so it is not used."""
     _refuse_foreign(row, "rejected_2", "task_type", "question")
     row.text("answer")
     return [_pair(row, options, prompt=row.text("prompt"), chosen=row.text("chosen"), rejected=row.text("rejected"))]
 
 
 def import_rrpo_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
-    """{question, answer = chosen, pred = rejected, video, sample_id, src}. The masked copies of the answers are not used."""
+    """Imports {question, answer: chosen, pred: rejected, video, sample_id, src}. The masked copies of answers are not used."""
     _refuse_foreign(row, "chosen", "rejected")
     row.get("answer_masked"), row.get("pred_masked")
     chosen, rejected = row.text("answer"), row.text("pred")
@@ -90,4 +90,4 @@ def _pair(
 def _refuse_foreign(row: SourceRow, *keys: str) -> None:
     for key in keys:
         if key in row.content:
-            raise Refused(f"has {key}, which this format has not")
+            raise Refused(f"has {key}, which this format does not have")

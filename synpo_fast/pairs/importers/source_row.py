@@ -1,4 +1,4 @@
-"""What every importer is built from: a row that notes which of its keys were used, and the rules for prompts and videos."""
+"""Shared parts of all importers: a row that records which of its keys were used, and the rules for prompts and videos."""
 
 import os
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ VIDEO_SUFFIXES = frozenset(
 
 
 class Refused(ValueError):
-    """A row that is not imported. Rows are counted by reason; detail is what differs from row to row."""
+    """Raised for a row that is not imported. Rows are counted by reason; detail differs from row to row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -24,7 +24,7 @@ class Refused(ValueError):
 
 
 class SourceRow:
-    """One row of the source. A null value counts as a key left out."""
+    """One row of the source. A null value counts as a missing key."""
 
     def __init__(self, content: dict[str, Any]) -> None:
         self.content = {key: value for key, value in content.items() if value is not None}
@@ -33,7 +33,7 @@ class SourceRow:
 
     @property
     def unused(self) -> set[str]:
-        """Keys that nothing asked for, those inside turns by their path: "prompt.content.fps"."""
+        """Keys that the importer did not use. Keys inside turns are given by path: "prompt.content.fps"."""
         return (self.content.keys() - self.used) | self.left
 
     def get(self, key: str) -> Any:
@@ -41,7 +41,7 @@ class SourceRow:
         return self.content.get(key)
 
     def leave(self, place: str, part: dict[str, Any], *used: str) -> None:
-        """Notes the keys of an object inside the row that are not among the used ones. Null and "" say nothing."""
+        """Records the keys of an object inside the row that are not in `used`. Null and "" are ignored."""
         self.left |= {f"{place}.{key}" for key, value in part.items() if key not in used and value not in (None, "")}
 
     def text(self, key: str) -> str:
@@ -59,14 +59,14 @@ class SourceRow:
         return value
 
     def id(self, key: str = "id") -> str:
-        """ "" where there is none: the id is then made from file name and row."""
+        """The row's id; "" if it has none. The id is then made from file name and row."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, (str, int, type(None))):
             raise Refused(f"{key} is neither text nor a whole number", f"{value!r:.60}")
         return "" if value is None else str(value).strip()
 
     def refuse(self, *keys: str, because: str) -> None:
-        """Keys that, unless empty, mean something this importer can not honour."""
+        """Refuses the row if one of the keys is not empty: the importer does not support what it means."""
         for key in keys:
             if self.get(key):
                 raise Refused(f"has {key}: {because}")
@@ -74,9 +74,13 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """video_root: where the videos are; needed for absolute paths and for names without a suffix, and then all are looked for.
-    rejected: of several rejected responses in a row, "first" makes one pair, "all" one for each.
-    system: a system message is "refuse"d, "fold"ed into the prompt (before it, an empty line between) or "drop"ped.
+    """Options of an import.
+
+    video_root: the folder of the videos. It is needed for absolute paths and for names without a suffix. If given, every video
+        must exist.
+    rejected: for several rejected responses in a row, "first" makes one pair and "all" makes one pair for each.
+    system: "refuse" a row with a system message, "fold" the message into the prompt (before it, with an empty line between), or
+        "drop" it.
     """
 
     video_root: Path | None = None
@@ -91,7 +95,7 @@ class ImportOptions:
             raise ValueError(f"video_root {self.video_root} is not a folder")
 
     def video(self, name: object) -> str:
-        """What a row calls its video, as a path relative to the root."""
+        """The row's name of its video as a path relative to the root."""
         if isinstance(name, dict) and name.keys() <= {"path", "bytes"}:  # a Video column of Hugging Face datasets
             if name.get("bytes") is not None:
                 raise Refused("the video is stored inside the row; only paths are imported")
@@ -99,7 +103,7 @@ class ImportOptions:
         if isinstance(name, list) and len(name) == 1:
             name = name[0]
         if isinstance(name, list):
-            raise Refused("several videos in a row: this format shows them apart, a pair shows one")
+            raise Refused("several videos in a row: a pair shows only one")
         if not isinstance(name, str) or not name.strip():
             raise Refused("the video is not named by a path", f"{name!r:.60}")
         if "://" in name:
@@ -113,7 +117,7 @@ class ImportOptions:
 
     def _below_root(self, name: str) -> str:
         if not PurePosixPath(name).is_absolute():
-            return PurePosixPath(name).as_posix()  # without "./" and "//"
+            return PurePosixPath(name).as_posix()  # removes "./" and "//"
         if self.video_root is None:
             raise Refused("the video path is absolute: give the video root", name)
         for root in (self.video_root.absolute(), self.video_root.resolve()):
@@ -134,7 +138,7 @@ class ImportOptions:
 
     @cached_property
     def _by_name(self) -> dict[str, list[str]]:
-        """Video files by path without suffix and by stem: the tree is walked once, not once a row."""
+        """Video files by path without suffix and by stem. The folder is walked once, not once per row."""
         assert self.video_root is not None
         names: dict[str, list[str]] = {}
         for folder, _, files in os.walk(self.video_root):
@@ -147,9 +151,9 @@ class ImportOptions:
 
 
 def clean_prompt(text: str, *, num_videos: int, tags: Sequence[str] = ("<video>",), system: str = "") -> str:
-    """The text without the tag that stands for its video. One tag for one video, or none: anything else is refused.
+    """Removes the tag of the video from the prompt. More tags than videos, and tags of other media, are refused.
 
-    system: a text to put before it, with an empty line between.
+    system: a text to put before the prompt, with an empty line between.
     """
     for tag in ("<video>", "<image>", "<audio>"):
         if tag not in tags and tag in text:
@@ -165,7 +169,7 @@ def clean_prompt(text: str, *, num_videos: int, tags: Sequence[str] = ("<video>"
 
 
 def make_pair(**fields: Any) -> Pair:
-    """A Pair; what it can not hold is a refusal."""
+    """Makes a Pair. Raises Refused with Pair's reason if the fields are not valid."""
     name = f"pair {fields.get('id', '')!r}: "
     try:
         return Pair(**fields)

@@ -1,8 +1,8 @@
-"""SynPO's rows: {idx, video_name, question, pos_pre, pos_score, neg_pre, neg_score, long_answers, ..., answer, duration}.
+"""Imports SynPO's rows: {idx, video_name, question, pos_pre, pos_score, neg_pre, neg_score, long_answers, ..., duration}.
 
 pos_pre and neg_pre are the best and the worst of long_answers. The released scoring counts a judge's reply that could not be
-parsed as 0, starts its search for the best at 0 and for the worst at 100: such a score says that a caption was not scored,
-so the row is refused. The prompt is the row's question; the authors' trainer shows one fixed instruction instead.
+parsed as 0. It starts its search for the best at 0 and for the worst at 100. So a score of 0 or 100 means that a caption was not
+scored, and the row is refused. The prompt is the row's question; the authors' trainer shows one fixed instruction instead.
 """
 
 from pathlib import PurePosixPath
@@ -25,10 +25,10 @@ def import_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
         if score is None:
             raise Refused(f"no {key}")
         if not 0 < score < 100:
-            raise Refused(f"{key} says that the caption was not scored", str(score))
+            raise Refused(f"{key} means that the caption was not scored", str(score))
     name = row.text("video_name")
     if options.video_root is None and PurePosixPath(name).suffix.lower() not in VIDEO_SUFFIXES:
-        raise Refused("video_name has no suffix: give the video root, where its file is looked for", name)
+        raise Refused("video_name has no suffix: give the video root to find its file", name)
     return [
         make_pair(
             id=row.id("idx"),

@@ -1,8 +1,8 @@
-"""TRL's preference rows: prompt, chosen and rejected, each a text ("standard") or a list of messages ("conversational").
+"""Imports TRL's preference rows: prompt, chosen and rejected, each a text ("standard") or messages ("conversational").
 
 Without a prompt, chosen and rejected are whole conversations that share all but their last turn. A video is a content part
-{"type": "video"} of the user turn; its path is in the part, or in a column video or videos. video_start and video_end in
-the part make a clip. Standard rows are text pairs.
+{"type": "video"} of the user turn. Its path is in the part, or in a column video or videos. video_start and video_end in the
+part make a clip. Standard rows are text pairs.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from synpo_fast.pairs.importers.source_row import ImportOptions, Refused, Source
 def import_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
     row.refuse("images", "image", because="images are not supported")
     row.refuse("tools", because="tools are not supported")
-    row.refuse("clips", because="that is a row of a manifest")
+    row.refuse("clips", because="it belongs to rows of a manifest")
     scores = {"chosen_score": row.number("score_chosen"), "rejected_score": row.number("score_rejected")}
     values = [row.get(key) for key in ("prompt", "chosen", "rejected")]
     if any(isinstance(value, str) for value in values):
@@ -30,7 +30,7 @@ def import_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
     if values[0] is None:
         prompt_turns = chosen_turns[:-1]
         if prompt_turns != rejected_turns[:-1] or not prompt_turns:
-            raise Refused("no prompt, and chosen and rejected do not begin alike")
+            raise Refused("no prompt, and chosen and rejected do not start with the same messages")
         chosen_turns, rejected_turns = chosen_turns[-1:], rejected_turns[-1:]
     else:
         prompt_turns = read_turns(row, "prompt", may_hold_videos=True)
@@ -48,7 +48,7 @@ def import_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
 
 
 def _shown(turn: Turn, video: Any, options: ImportOptions) -> dict[str, Any]:
-    """The video, or the clip of it."""
+    """The pair's video or clip, as arguments of make_pair."""
     if video is None:
         return {}
     part, path = turn.videos[0], options.video(video)
@@ -57,11 +57,11 @@ def _shown(turn: Turn, video: Any, options: ImportOptions) -> dict[str, Any]:
     try:
         return {"clips": (Clip(path, part.start, part.end),)}
     except ValueError as error:
-        raise Refused("video_start and video_end are no part of a video", str(error)) from error
+        raise Refused("video_start and video_end are not a valid part of a video", str(error)) from error
 
 
 def _video(turn: Turn, row: SourceRow) -> Any:
-    """The path of the one video; None for a text pair."""
+    """The path of the only video; None for a text pair."""
     columns = [value for key in ("video", "videos") if (value := row.get(key))]
     if len(columns) > 1:
         raise Refused("has both video and videos")
@@ -73,7 +73,7 @@ def _video(turn: Turn, row: SourceRow) -> Any:
             raise Refused('a video without a part {"type": "video"} in the prompt')
         return None
     if len(turn.videos) > 1:
-        raise Refused("several videos in a row: this format shows them apart, a pair shows one")
+        raise Refused("several videos in a row: a pair shows only one")
     part = turn.videos[0].path
     if part is None and column is None:
         raise Refused('a part {"type": "video"} without a path')

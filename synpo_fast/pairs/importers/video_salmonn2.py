@@ -1,12 +1,12 @@
-"""The two formats of video-SALMONN 2, which give the same role names different meanings.
+"""Imports the two formats of video-SALMONN 2, which give the same role names different meanings.
 
     v1:    human = prompt, gpt = CHOSEN,       reject_gpt = rejected, gt = ground truth
     plus:  human = prompt, gpt = GROUND TRUTH, chosen = chosen,       reject = rejected
 
-A row with gpt and none of the roles that tell them apart fits both and is refused by both. v1 may mark a row "ce_only": it
-then trains on cross-entropy alone, over gt where there is one and gpt otherwise, which is what its code calls the target.
-"timestamps": [start, end] in v1 cuts a clip out of the video; in plus they are refused, since their meaning there is not known.
-Rows with sound are refused for as long as sound is not read.
+A row with gpt and none of the roles that only one format has fits both, and is refused by both. v1 may mark a row "ce_only": it
+then trains on cross-entropy alone, with gt as the target if it exists and gpt otherwise, as in the code of v1. In v1,
+"timestamps": [start, end] selects a clip of the video. In plus they are refused, since their meaning there is not known. Rows
+with sound are refused until sound is supported.
 """
 
 from synpo_fast.data.pair import Clip, Pair
@@ -40,7 +40,7 @@ def import_v1_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
 
 def import_plus_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
     roles, prompt = _roles_and_prompt(row, options)
-    row.refuse("timestamps", because="they cut a clip in v1, and it is not known what they mean in plus")
+    row.refuse("timestamps", because="they select a clip in v1, but their meaning in plus is not known")
     if roles.keys() & V1_ONLY or "ce_only" in row.content:
         marks = sorted((roles.keys() & V1_ONLY) | ({"ce_only"} & row.content.keys()))
         raise Refused("marks of video-salmonn2-v1 in a plus row", ", ".join(marks))
@@ -54,7 +54,7 @@ def import_plus_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
 
 
 def _roles_and_prompt(row: SourceRow, options: ImportOptions) -> tuple[dict[str, str], str]:
-    """Text by role, and the prompt."""
+    """Returns the text of each role, and the prompt."""
     row.refuse("image", because="images are not supported")
     if not row.get("video"):
         raise Refused("no video")
@@ -67,7 +67,7 @@ def _roles_and_prompt(row: SourceRow, options: ImportOptions) -> tuple[dict[str,
         raise Refused("the prompt is not one user turn", ", ".join(names))
     if len(set(names)) < len(names):
         raise Refused("a role is given twice", ", ".join(names))
-    tags = ("<video>", "<image>")  # their loaders take both for the video
+    tags = ("<video>", "<image>")  # their loaders treat both as the video
     prompt = clean_prompt(turns[0].text, num_videos=1, tags=tags, system=system)
     return {turn.role: turn.text for turn in turns[1:]}, prompt
 
