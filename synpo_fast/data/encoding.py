@@ -88,7 +88,7 @@ class PairReader:
 
 
 class ReadOnDemand:
-    """Reads a pair when its result is asked for, in the caller's process."""
+    """Reads a pair in the caller's process, when its result is requested."""
 
     def __init__(self, reader: PairReader) -> None:
         self.reader = reader

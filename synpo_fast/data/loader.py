@@ -186,7 +186,7 @@ class PairLoader:
             self._ahead.drop()
         for place in range(self.prefetch_steps):
             if not self.shuffle and step == self.steps_per_epoch:
-                break  # an evaluation ends with its epoch
+                break  # an evaluation reads nothing beyond its epoch
             if place == len(steps):
                 self._ahead.add(self._pending(epoch, step))
             epoch, step = self._next(epoch, step)

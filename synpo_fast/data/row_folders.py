@@ -50,9 +50,8 @@ def split_files(folder: Path, split: str = "") -> list[Path]:
         first = "train" if "train" in splits else next(name for name in sorted(splits) if name != NO_SPLIT)
         raise UserError(f"{folder} holds several splits: {sizes}; name one, as in {folder}:{first}, or give one file")
     ((name, files),) = splits.items()
-    if (
-        name == NO_SPLIT and len(files) > 1 and files[0].suffix in (".jsonl", ".csv")
-    ):  # Parquet and Arrow come in shards
+    # Several Parquet or Arrow files are shards of one data set.
+    if name == NO_SPLIT and len(files) > 1 and files[0].suffix in (".jsonl", ".csv"):
         raise UserError(
             f"{folder} holds {len(files)} {files[0].suffix} files that name no split, the first is {files[0].name}: give one file"
         )

@@ -1,1 +1,1 @@
-"""Tools for tests and benchmarks."""
+"""Test clips for tests and benchmarks."""

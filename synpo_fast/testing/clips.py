@@ -1,9 +1,9 @@
 """Writes test videos in which every frame carries its own number, so that a decoder can be checked frame by frame.
 
-The number stands in the upper part of the picture as 3 rows of 8 black and white blocks: 20 bits of the index, high bit
-first, and 4 bits of check. Blocks are at least 8 pixels wide, which survives lossy compression and halved chroma. Below
-them a texture drifts, so that codecs have motion to code. A clip is written upright whatever its rotation: the stored
-picture is turned and the container told to turn it back.
+The number is in the upper part of the picture as 3 rows of 8 black and white blocks: 20 bits of the index, high bit first, and
+4 check bits. Blocks are at least 8 pixels wide, so they survive lossy compression and halved chroma. A texture moves below them,
+so that codecs have motion to encode. With a rotation, the stored picture is turned and the container states the turn back, so
+that the shown picture is upright.
 """
 
 import functools
@@ -29,11 +29,12 @@ ENCODERS = {
 }
 PIXEL_FORMATS = {"mjpeg": "yuvj420p"}
 AUDIO_CODECS = {".webm": "libopus", ".mp4": "aac", ".mov": "aac", ".mkv": "libopus", ".avi": "pcm_s16le", ".ts": "aac"}
-TIME_BASE = Fraction(1, 60_000)  # exact for 24, 25, 30 and 29.97 frames a second, and as fine as MPEG-4 can
+# Exact for 24, 25, 30 and 29.97 frames per second, and nearly as fine as MPEG-4 allows.
+TIME_BASE = Fraction(1, 60_000)
 
 
 def block_size(width: int, height: int) -> int:
-    """Pixels a side of a barcode block: it fills the upper half of a small picture, a corner of a large one."""
+    """The side of a barcode block in pixels. The barcode fills the upper half of a small picture, or a corner of a large one."""
     size = min(width // BARCODE_COLUMNS, height // (2 * BARCODE_ROWS), 16)
     if size < 8:
         raise ValueError(f"a barcode needs 64x48 pixels or more, got {width}x{height}")
@@ -49,7 +50,8 @@ def barcode_bits(index: int) -> list[int]:
 
 def _check(index: int) -> int:
     nibbles = [index >> shift & 15 for shift in range(0, INDEX_BITS, 4)]
-    return (sum((place + 1) * nibble for place, nibble in enumerate(nibbles)) + 5) & 15  # so that black is no number
+    # + 5, so that a black picture is no valid number.
+    return (sum((place + 1) * nibble for place, nibble in enumerate(nibbles)) + 5) & 15
 
 
 def draw_frame(index: int, width: int, height: int, *, moving: bool = True) -> NDArray[np.uint8]:
@@ -65,7 +67,7 @@ def draw_frame(index: int, width: int, height: int, *, moving: bool = True) -> N
 
 
 def read_barcode(frame: NDArray[np.uint8]) -> int:
-    """The index that a decoded frame [H, W, 3] carries. Raises ValueError where its check bits do not fit."""
+    """The index in the barcode of a decoded frame [H, W, 3]. Raises ValueError if its check bits do not fit."""
     pixels = np.asarray(frame)
     size = block_size(pixels.shape[1], pixels.shape[0])
     blocks = pixels[: BARCODE_ROWS * size, : BARCODE_COLUMNS * size].astype(np.float32).mean(-1)
@@ -73,7 +75,7 @@ def read_barcode(frame: NDArray[np.uint8]) -> int:
     word = int("".join("1" if level > 128 else "0" for level in blocks.flatten()), 2)
     index, check = word >> 4, word & 15
     if check != _check(index):
-        raise ValueError(f"no valid barcode: index {index} with check {check}, wanted {_check(index)}")
+        raise ValueError(f"no valid barcode: index {index} with check {check}, expected {_check(index)}")
     return index
 
 
@@ -96,21 +98,21 @@ def write_clip(
     quality: int | None = None,
     options: dict[str, str] | None = None,
 ) -> Path:
-    """Writes the clip and returns its path; the suffix picks the container: .mp4, .mov, .mkv, .webm or .avi.
+    """Writes a clip and returns its path. The suffix selects the container: .mp4, .mov, .mkv, .webm or .avi.
 
     Args:
         codec: "h264", "hevc", "vp8", "vp9", "av1", "mjpeg" or "mpeg4".
         width, height: of the upright picture, at least 64x48.
-        keyframe_every: in frames; None leaves it to the encoder.
-        b_frames: for h264, hevc and mpeg4.
-        times: seconds at which the frames are shown, rising (variable frame rate; not in .avi).
-        rotation: degrees counter-clockwise that a player has to apply: 0, 90, 180 or 270 (.mp4, .mov, .mkv).
-        mirrored: a player has to mirror the stored picture left to right, before it turns it (.mp4, .mov).
-        audio: with a tone.
-        pixel: a "moving" texture, or a plain grey "barcode" picture, which compresses to nothing.
-        pixel_format: None is 4:2:0, and 4:4:4 where x264 and x265 refuse an odd size.
+        keyframe_every: frames between keyframes; None leaves it to the encoder.
+        b_frames: the most B-frames between two other frames; for h264, hevc and mpeg4.
+        times: seconds at which the frames are shown, rising, for a variable frame rate (not in .avi).
+        rotation: degrees counter-clockwise by which a player has to turn the picture: 0, 90, 180 or 270 (.mp4, .mov, .mkv).
+        mirrored: a player has to mirror the stored picture left to right before turning it (.mp4, .mov).
+        audio: add a sound track with a tone.
+        pixel: "moving" for a moving texture, or "barcode" for a plain grey picture, which compresses to almost nothing.
+        pixel_format: None means 4:2:0, or 4:4:4 for odd sizes with h264, hevc and av1, whose encoders refuse 4:2:0 there.
         quality: the encoder's CRF.
-        options: the encoder's own; these win.
+        options: options of the encoder, which override all others.
     """
     import av
 
@@ -118,10 +120,14 @@ def write_clip(
     if codec not in ENCODERS:
         raise ValueError(f"codec must be one of {sorted(ENCODERS)}, got {codec!r}")
     if pixel not in ("moving", "barcode") or rotation not in (0, 90, 180, 270):
-        raise ValueError(f"got pixel={pixel!r} and rotation={rotation}")
+        raise ValueError(
+            f"pixel must be moving or barcode and rotation 0, 90, 180 or 270, got {pixel!r} and {rotation}"
+        )
     if times is not None and (len(times) != num_frames or path.suffix == ".avi"):
-        raise ValueError(f"{len(times)} times for {num_frames} frames in {path.suffix}: need one a frame, and no .avi")
-    b_frames = min(b_frames, num_frames - 1)  # x265 writes a decoding time it never set where it gets too few frames
+        raise ValueError(
+            f"{len(times)} times for {num_frames} frames in {path.suffix}: need one time per frame, and not .avi"
+        )
+    b_frames = min(b_frames, num_frames - 1)  # with too few frames x265 writes an uninitialised decoding time
     stored = (width, height) if rotation % 180 == 0 else (height, width)
     odd = codec in ("h264", "hevc", "av1") and (width % 2 or height % 2)
     with _scheduling_kept(), av.open(str(path), "w") as container:
@@ -155,9 +161,12 @@ def write_clip(
 
 @contextmanager
 def _scheduling_kept() -> Iterator[None]:
-    """Undoes what SVT-AV1 does where root runs it: it makes the process that encodes a real-time one, and so all that it starts
-    later, which then keep everything else from the processors."""
-    if not hasattr(os, "sched_getscheduler"):  # this is no Linux
+    """Restores the scheduling of this process after encoding.
+
+    If root runs it, SVT-AV1 makes the encoding process a real-time one. All processes started later would inherit that and keep
+    other processes from the CPU.
+    """
+    if not hasattr(os, "sched_getscheduler"):  # not Linux
         yield
         return
     policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
@@ -168,14 +177,14 @@ def _scheduling_kept() -> Iterator[None]:
 
 
 def display_matrix(rotation: int, mirrored: bool) -> list[int]:
-    """Of a container that asks for the stored picture to be mirrored left to right, or not, then turned counter-clockwise."""
+    """The matrix with which a container states mirroring left to right, if `mirrored`, and then a counter-clockwise turn."""
     a, b, c, d = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}[rotation]
     a, b = (-a, -b) if mirrored else (a, b)
     return [65536 * a, 65536 * b, 0, 65536 * c, 65536 * d, 0, 0, 0, 2**30]
 
 
 def write_sound(path: str | Path, seconds: float = 1.0) -> Path:
-    """A file with a tone and no picture."""
+    """Writes a file with a tone and no picture, and returns its path."""
     import av
 
     path = Path(path)

@@ -172,5 +172,7 @@ def _reason(error: RuntimeError) -> str:
     """The one relevant sentence of DALI's message, which also holds a trace of the pipeline's definition."""
     text = str(error).split("encountered:")[-1]
     lines = [line.strip() for line in text.splitlines()]
-    told = [line for line in lines if line and not line.startswith(("C++ context", "Current pipeline", "Stacktrace"))]
-    return told[0][:300] if told else str(error)[:300]
+    relevant = [
+        line for line in lines if line and not line.startswith(("C++ context", "Current pipeline", "Stacktrace"))
+    ]
+    return relevant[0][:300] if relevant else str(error)[:300]

@@ -46,7 +46,7 @@ def receive_message(connection: socket.socket) -> Any:
     if not header:
         raise EOFError("the other side closed the connection")
     if len(descriptors) != 1:
-        raise OSError("a message came without its memory: this process has too many files open")
+        raise OSError("a message arrived without its file descriptor: this process has too many open files")
     assert len(header) == HEADER.size, header
     size, total = HEADER.unpack(header)
     try:
