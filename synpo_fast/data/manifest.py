@@ -47,7 +47,7 @@ class BadRow:
 
 
 class ManifestError(UserError):
-    """Raised for a manifest with bad rows. `bad_rows` holds all of them; the message quotes the first SHOWN_ROWS."""
+    """Raised for a manifest with bad rows. `bad_rows` holds all of them; the message quotes the first 20."""
 
     def __init__(self, path: str | Path, bad_rows: list[BadRow], message: str = "") -> None:
         shown = [str(row) for row in bad_rows[:SHOWN_ROWS]]
