@@ -1,1 +1,1 @@
-"""The report: one HTML page of a run, or of several, with charts, captions and numbers."""
+"""The report: one HTML page about one run or several, with charts, captions and numbers."""

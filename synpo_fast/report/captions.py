@@ -1,6 +1,7 @@
-"""What the model said about held-out videos, beside frames of each video and the pair's two responses.
+"""The captions section: captions of held-out videos, next to frames of each video and the pair's two responses.
 
-One run: its first and its last caption. Several: the last of each, the video shown once. Pairs of one video stand together.
+For one run it shows the first and the last caption of each pair. For several runs it shows the last caption of each run and the
+video once. Pairs of the same video share a card.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from synpo_fast.report.colours import QUIET, RESPONSE_COLOURS
 from synpo_fast.report.data import Row, RunRecord
-from synpo_fast.report.formats import whole
+from synpo_fast.report.formats import whole_number
 from synpo_fast.report.frames import frames_markup
 
 MAX_VIDEOS, MAX_OPEN, MAX_PAIRS = 12, 4, 4
@@ -21,23 +22,23 @@ MAX_TEXT = 3000
 
 
 @dataclass
-class _Shown:
-    """One pair: what is the same in every run, and (label, text, colour) of each caption."""
+class _CaptionedPair:
+    """A pair, which is the same in every run, and (label, text, colour) of each caption of its video."""
 
     row: Row
-    said: list[tuple[str, Any, str]] = field(default_factory=list)
+    captions: list[tuple[str, Any, str]] = field(default_factory=list)
 
 
 def captions_markup(runs: Sequence[RunRecord], colours: Sequence[str]) -> str:
-    """The section's cards, or a sentence where no run has captions."""
-    videos: dict[tuple[str, str], dict[str, _Shown]] = {}
+    """The cards of the section, or a note if no run has captions."""
+    videos: dict[tuple[str, str], dict[str, _CaptionedPair]] = {}
     for run, colour in zip(runs, colours, strict=True):
-        for row, said in _captions_of(run, colour, several=len(runs) > 1):
+        for row, captions in _captions_of(run, colour, several=len(runs) > 1):
             video = row.get("video")
             place = (str(video_root(run)), video) if isinstance(video, str) else ("", "")
             pairs = videos.setdefault(place, {})
             key = f"{row.get('id')} {row.get('prompt')}"
-            pairs.setdefault(key, _Shown(row)).said += said
+            pairs.setdefault(key, _CaptionedPair(row)).captions += captions
     if not videos:
         return '<p class="note">No captions: the run held out no pairs, or num_eval_captions is 0.</p>'
     shown = list(videos.items())[:MAX_VIDEOS]
@@ -49,7 +50,7 @@ def captions_markup(runs: Sequence[RunRecord], colours: Sequence[str]) -> str:
 
 
 def video_root(run: RunRecord) -> Path:
-    """The folder that the captions' videos are relative to, by the same rule as in training."""
+    """The folder that video paths are relative to, by the same rule as in training."""
     given = run.config.get("video_root")
     if isinstance(given, str) and given:
         return Path(given)
@@ -57,8 +58,8 @@ def video_root(run: RunRecord) -> Path:
     return Path(file).parent if isinstance(file, str) else run.folder
 
 
-def said_markup(items: Sequence[tuple[str, Any, str]]) -> str:
-    """(label, text, colour) as a list of what was said; without a colour there is no bar beside the text."""
+def labelled_texts_markup(items: Sequence[tuple[str, Any, str]]) -> str:
+    """A list of (label, text, colour); a text with a colour gets a bar of that colour at its left."""
     parts = []
     for label, text, colour in items:
         style = f' class="barred" style="border-color:{colour}"' if colour else ""
@@ -67,17 +68,17 @@ def said_markup(items: Sequence[tuple[str, Any, str]]) -> str:
 
 
 def text_markup(text: Any) -> str:
-    """Text of a file, escaped, and cut where it is far too long to read here."""
+    """Text that was read from a file, escaped and cut after MAX_TEXT characters."""
     if not isinstance(text, str):
         return '<span class="soft">not recorded</span>'
     if not text.strip():
         return '<span class="soft">(empty)</span>'
-    cut = f"… ({whole(len(text) - MAX_TEXT)} more characters)" if len(text) > MAX_TEXT else ""
+    cut = f"… ({whole_number(len(text) - MAX_TEXT)} more characters)" if len(text) > MAX_TEXT else ""
     return escape(text[:MAX_TEXT] + cut)
 
 
 def _captions_of(run: RunRecord, colour: str, *, several: bool) -> list[tuple[Row, list[tuple[str, Any, str]]]]:
-    """Each captioned pair of a run, and (label, text, colour) of the captions to show."""
+    """Each captioned pair of a run, with (label, text, colour) of its captions to show."""
     found: dict[str, tuple[Row, list[tuple[int, Any]]]] = {}
     for evaluation in run.evaluations:
         rows = evaluation.get("eval_captions")
@@ -86,29 +87,33 @@ def _captions_of(run: RunRecord, colour: str, *, several: bool) -> list[tuple[Ro
                 key = f"{row.get('id')} {row.get('prompt')}"
                 found.setdefault(key, (row, []))[1].append((evaluation["step"], row.get("caption")))
     result: list[tuple[Row, list[tuple[str, Any, str]]]] = []
-    for row, said in found.values():
-        (first, before), (last, after) = said[0], said[-1]
-        name = run.name if several else "after"
-        shown = [(f"{name}, step {whole(last)}", after, colour if several else "")]
-        if len(said) > 1 and not several:
-            shown.insert(0, (f"before, step {whole(first)}" if first else "before training", before, ""))
+    for row, captions in found.values():
+        (first, first_caption), (last, last_caption) = captions[0], captions[-1]
+        label = f"{run.name}, step" if several else "at step"
+        shown = [(f"{label} {whole_number(last)}", last_caption, colour if several else "")]
+        if len(captions) > 1 and not several:
+            shown.insert(0, (f"at step {whole_number(first)}" if first else "before training", first_caption, ""))
         result.append((row, shown))
     return result
 
 
-def _card(video: str, root: Path, pairs: Sequence[_Shown]) -> str:
+def _card(video: str, root: Path, pairs: Sequence[_CaptionedPair]) -> str:
     frames = (
-        frames_markup(video, root) if video else '<p class="note">No frames: a text pair, or one made of clips.</p>'
+        frames_markup(video, root)
+        if video
+        else '<p class="note">No frames: this is a text pair, or a pair made of clips.</p>'
     )
     title = f"<h3>{escape(video)}</h3>" if video else ""
     blocks = []
     for pair in pairs[:MAX_PAIRS]:
-        plain = any(colour for _, _, colour in pair.said)  # the colours stand for runs
+        plain = any(colour for _, _, colour in pair.captions)  # here colours mean runs
         responses = [
             (name, pair.row.get(name), QUIET if plain else colour) for name, colour in RESPONSE_COLOURS.items()
         ]
         prompt = text_markup(pair.row.get("prompt"))
-        blocks.append(f'<div class="pair"><p class="soft">{prompt}</p>{said_markup([*pair.said, *responses])}</div>')
+        blocks.append(
+            f'<div class="pair"><p class="soft">{prompt}</p>{labelled_texts_markup([*pair.captions, *responses])}</div>'
+        )
     left = len(pairs) - MAX_PAIRS
     more = f'<p class="note">{left} more pairs of this video are in metrics.jsonl.</p>' if left > 0 else ""
     return (

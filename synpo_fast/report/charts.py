@@ -1,6 +1,6 @@
-"""The charts of a report, as SVG written by hand: no plotting library, and they follow the page's colours, light and dark.
+"""The charts of a report, as SVG written without a plotting library, so that they follow the page's light and dark colours.
 
-CHARTS lists what is drawn; a number that it does not know gets a chart of its own at the end.
+OUTCOME and CHARTS list the charts. A logged number that is in neither gets a chart of its own at the end.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-from synpo_fast.report.axes import TOP, Frame
+from synpo_fast.report.axes import TOP, PlotArea
 from synpo_fast.report.colours import RESPONSE_COLOURS
 from synpo_fast.report.data import RunRecord
 from synpo_fast.report.formats import short
@@ -23,7 +23,7 @@ from synpo_fast.report.series import (
     thinned,
     value_range,
 )
-from synpo_fast.report.units import GRADIENT, LOGPS, LOSS, PULL, REWARD, by_unit
+from synpo_fast.report.units import GRADIENT, LOGPS, LOSS, REWARD, REWARD_GRADIENT, by_unit
 
 POINT_BUDGET = 900  # points of a chart's faint lines, shared by its series
 MAX_MARKS = 40
@@ -31,7 +31,11 @@ MAX_MARKS = 40
 
 @dataclass(frozen=True)
 class Chart:
-    """metrics: name in metrics.jsonl -> label. factor, unit: values are shown as value * factor, followed by unit."""
+    """A chart of one or two metrics over the steps.
+
+    metrics: name in metrics.jsonl -> label. floor, ceiling: bounds of the value axis, if values do not lie beyond.
+    factor, unit: values are shown as value * factor, followed by unit.
+    """
 
     title: str
     metrics: dict[str, str]
@@ -39,20 +43,20 @@ class Chart:
     ceiling: float | None = None
     factor: float = 1.0
     unit: str = ""
-    axis: str = ""  # the unit where it is too long to follow a value: it stands at the axis
-    median: bool = False  # single values lie far off: its trend is a moving median, and its axis leaves them out
-    exact: bool = False  # has no noise to smooth away
-    counter: bool = False  # counts up over the run; says nothing while it is 0, and evaluations count for themselves
-    quantity: str = ""  # what its unit depends on (report/units.py); runs of different units get axes of their own
+    axis: str = ""  # a unit too long to follow a value; written at the axis
+    median: bool = False  # outliers are usual: the trend is a moving median, and the axis leaves them out
+    exact: bool = False  # without noise, so it is not smoothed
+    counter: bool = False  # counts up over the run; not drawn if always 0; evaluations have counts of their own
+    quantity: str = ""  # what its unit depends on (report/units.py); runs with different units get separate charts
 
 
-OUTCOME = (  # what a run was for: the page opens with it
-    Chart("Pairs ranked right", {"rewards/accuracies": "accuracy"}, floor=0, ceiling=100, factor=100, unit=" %"),
+OUTCOME = (  # the result of preference training; the page begins with it
+    Chart("Pairs ranked correctly", {"rewards/accuracies": "accuracy"}, floor=0, ceiling=100, factor=100, unit=" %"),
     Chart("Reward margin: chosen minus rejected", {"rewards/margins": "margin"}, quantity=REWARD),
     Chart("Reward of each response", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}, quantity=REWARD),
 )
 LOSS_CHART = Chart("Loss", {"loss": "loss"}, quantity=LOSS)
-NLL_CHART = Chart("Language: NLL of the chosen response", {"nll_loss": "NLL"}, axis="nats a token")
+NLL_CHART = Chart("NLL of the chosen response", {"nll_loss": "NLL"}, axis="nats a token")
 CHARTS = (
     LOSS_CHART,
     Chart("Log-prob of each response", {"logps/chosen": "chosen", "logps/rejected": "rejected"}, quantity=LOGPS),
@@ -64,14 +68,14 @@ CHARTS = (
     NLL_CHART,
     Chart("Gradient norm, before clipping", {"grad_norm": "norm"}, floor=0, median=True, quantity=GRADIENT),
     Chart(
-        "Pull of each response on the weights",
+        "Gradient norm of each response's reward",
         {"diagnostics/grad_norm_chosen": "chosen", "diagnostics/grad_norm_rejected": "rejected"},
         floor=0,
-        quantity=PULL,
+        quantity=REWARD_GRADIENT,
     ),
     Chart("Learning rate", {"learning_rate": "rate"}, floor=0, exact=True),
-    Chart("Throughput: pairs a second", {"pairs_per_s": "pairs/s"}, floor=0, median=True),
-    Chart("Throughput: tokens a second", {"tokens_per_s": "tokens/s"}, floor=0, median=True),
+    Chart("Throughput: pairs per second", {"pairs_per_s": "pairs/s"}, floor=0, median=True),
+    Chart("Throughput: tokens per second", {"tokens_per_s": "tokens/s"}, floor=0, median=True),
     Chart(
         "Share of a step spent waiting for data",
         {"data_wait_share": "wait"},
@@ -82,14 +86,14 @@ CHARTS = (
     ),
     Chart("Skipped pairs so far", {"skipped_pairs": "skipped"}, floor=0, exact=True, counter=True),
     Chart(
-        "Steps so far with a loss or gradient not finite",
+        "Steps so far with a non-finite loss or gradient",
         {"nonfinite_steps": "steps"},
         floor=0,
         exact=True,
         counter=True,
     ),
     Chart(
-        "Videos looked for in the feature cache so far",
+        "Feature cache lookups so far",
         {"feature_cache/hits": "found", "feature_cache/misses": "not found"},
         floor=0,
         exact=True,
@@ -97,35 +101,37 @@ CHARTS = (
     Chart("Peak GPU memory, GiB", {"peak_memory_gib": "GiB"}, floor=0, exact=True),
     Chart("Loss scale", {"loss_scale": "scale"}, floor=0, exact=True),
 )
-UNCHARTED = {"step", "epoch", "num_tokens"}  # they say no more than the step does
+UNCHARTED = {"step", "epoch", "num_tokens"}  # they grow with the step, so a chart shows nothing new
 COMPARISONS = tuple(name for chart in OUTCOME for name in chart.metrics)
 PAIR_COLOURS = tuple(RESPONSE_COLOURS.values())
 
 
 @dataclass(frozen=True)
 class Line:
+    """A line of a chart. points: training steps. marks: evaluations."""
+
     label: str
     colour: str
     points: list[Point]
-    marks: list[Point]  # of evaluations
+    marks: list[Point]
     dashed: bool = False
 
 
 def other_charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """Of every number in the metrics that CHARTS does not know."""
+    """Charts of the logged numbers that are in neither OUTCOME nor CHARTS."""
     known = {name for chart in (*OUTCOME, *CHARTS) for name in chart.metrics} | UNCHARTED
     names = {name: None for run in runs for row in run.steps for name in row if name not in known}
     return [Chart(name, {name: name}) for name in names if any(finite(points_of(run.steps, name)) for run in runs)]
 
 
 def outcome_charts(runs: Sequence[RunRecord]) -> tuple[Chart, ...]:
-    """Rewards where pairs were compared; else, of supervised runs, the NLL, which is their loss."""
+    """The charts of accuracy and rewards, or the NLL if no run compared pairs: it is the loss of supervised runs."""
     compared = any(finite(points_of(run.steps + run.evaluations, name)) for run in runs for name in COMPARISONS)
     return OUTCOME if compared else (NLL_CHART,)
 
 
 def figures(chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str]) -> list[str]:
-    """The chart once for each unit that the runs' numbers have. None where no run has any such number."""
+    """The chart, once for each unit that the runs' numbers have; an empty list if no run has such a number."""
     groups = by_unit(runs, colours, chart.quantity)
     drawn = []
     for unit, members, hues in groups:
@@ -138,9 +144,9 @@ def figures(chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str]) -> 
 def draw(
     chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str], *, names: str = "", several: bool | None = None
 ) -> str:
-    """The figure, or an empty text where no run has any such number.
+    """The figure, or "" if no run has such a number.
 
-    names: of the runs in it, where others of the page are not. several: whether the page has more than one run.
+    names: the runs in this figure, if it does not show all runs of the page. several: True if the page has several runs.
     """
     several = len(runs) > 1 if several is None else several
     lines = _lines(chart, runs, colours, several=several)
@@ -149,24 +155,26 @@ def draw(
         return ""
     low, high, cut = value_range(values, chart.floor, chart.ceiling, spiky=chart.median)
     steps = [step for line in lines for step, _ in line.points + line.marks]
-    frame = Frame(min(steps), max(steps), low, high, chart.unit, chart.axis)
+    area = PlotArea(min(steps), max(steps), low, high, chart.unit, chart.axis)
     bins = max(40, POINT_BUDGET // (2 * len(lines)))
-    body = "".join(_drawn(line, chart, frame, bins) for line in lines)
+    body = "".join(_drawn(line, chart, area, bins) for line in lines)
     notes = [names] if names else []
-    notes += [] if several else [_reading(chart, lines)]
+    notes += [] if several else [_start_to_end(chart, lines)]
     if cut:
-        notes.append(f"axis cut: values go from {short(min(values), chart.unit)} to {short(max(values), chart.unit)}")
-    key = "" if len(chart.metrics) == 1 else _key(chart, lines, several)
+        notes.append(
+            f"axis cut: values range from {short(min(values), chart.unit)} to {short(max(values), chart.unit)}"
+        )
+    legend = "" if len(chart.metrics) == 1 else _legend(chart, lines, several)
     title = f"{chart.title} ({chart.axis})" if names else chart.title
     return (
-        f'<figure class="chart"><figcaption><h3>{escape(chart.title)}</h3>{key}'
+        f'<figure class="chart"><figcaption><h3>{escape(chart.title)}</h3>{legend}'
         f'<p class="note">{escape(" · ".join(notes))}</p></figcaption>'
-        f'<div class="plot">{frame.svg(body, title)}<div class="readout" hidden></div></div></figure>'
+        f'<div class="plot">{area.svg(body, title)}<div class="readout" hidden></div></div></figure>'
     )
 
 
 def _lines(chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str], *, several: bool) -> list[Line]:
-    """One run: a colour a metric. Several: a colour a run, and the second metric dashed."""
+    """The lines of a chart. One run: a colour for each metric. Several: a colour for each run, and the second metric dashed."""
     lines = []
     for run, colour in zip(runs, colours, strict=True):
         for number, (name, label) in enumerate(chart.metrics.items()):
@@ -176,43 +184,43 @@ def _lines(chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str], *, s
                 continue
             hue = colour if several or len(chart.metrics) == 1 else PAIR_COLOURS[number]
             full = f"{run.name} {label}" if several else label
-            lines.append(Line(full, hue, points, _some(marks), dashed=several and number > 0))
+            lines.append(Line(full, hue, points, _thinned_marks(marks), dashed=several and number > 0))
     return lines
 
 
-def _drawn(line: Line, chart: Chart, frame: Frame, bins: int) -> str:
+def _drawn(line: Line, chart: Chart, area: PlotArea, bins: int) -> str:
     name, style = escape(line.label, quote=True), f'style="--c:{line.colour}"'
     dash = " dashed" if line.dashed else ""
     parts = []
     if len(line.points) >= SMOOTH_FROM and not chart.exact:
-        parts.append(f'<path class="raw" {style} d="{frame.path(thinned(line.points, bins))}"/>')
-        trend = frame.path(smoothed(line.points, bins, median=chart.median))
+        parts.append(f'<path class="raw" {style} d="{area.path(thinned(line.points, bins))}"/>')
+        trend = area.path(smoothed(line.points, bins, median=chart.median))
         parts.append(f'<path class="line{dash}" {style} data-name="{name}" d="{trend}"/>')
     elif line.points:
-        path = frame.path(thinned(line.points, bins))
+        path = area.path(thinned(line.points, bins))
         parts.append(f'<path class="line{dash}" {style} data-name="{name}" d="{path}"/>')
     alone = [(step, value) for step, value in line.points if value is not None]
-    if len(alone) == 1:  # no line to see
+    if len(alone) == 1:  # a line of one point is invisible
         ((only, height),) = alone
-        parts.append(f'<circle class="dot" {style} cx="{frame.x(only):.1f}" cy="{frame.y(height):.1f}" r="3.2"/>')
-    lost = sorted({round(frame.x(step)) for step, value in line.points if value is None})
+        parts.append(f'<circle class="dot" {style} cx="{area.x(only):.1f}" cy="{area.y(height):.1f}" r="3.2"/>')
+    lost = sorted({round(area.x(step)) for step, value in line.points if value is None})
     if lost:
         marks = "".join(f"M{x} {TOP}v5" for x in lost)
         parts.append(f'<path class="lost" d="{marks}"><title>not finite</title></path>')
     for step, value in line.marks:
         if value is not None:
-            parts.append(f'<circle class="mark" {style} cx="{frame.x(step):.1f}" cy="{frame.y(value):.1f}" r="3"/>')
+            parts.append(f'<circle class="mark" {style} cx="{area.x(step):.1f}" cy="{area.y(value):.1f}" r="3"/>')
     return "".join(parts)
 
 
-def _some(marks: list[Point]) -> list[Point]:
+def _thinned_marks(marks: list[Point]) -> list[Point]:
     if len(marks) <= MAX_MARKS:
         return marks
     return [marks[round(place * (len(marks) - 1) / (MAX_MARKS - 1))] for place in range(MAX_MARKS)]
 
 
-def _reading(chart: Chart, lines: Sequence[Line]) -> str:
-    """What the lines do, in words, for one run."""
+def _start_to_end(chart: Chart, lines: Sequence[Line]) -> str:
+    """Text such as "chosen 0.3 → 0.31": each line's value at the start and the end of one run."""
     parts = []
     for line in lines:
         start, end = ends(line.points or line.marks, exact=chart.exact)
@@ -224,7 +232,7 @@ def _reading(chart: Chart, lines: Sequence[Line]) -> str:
     return " · ".join(parts)
 
 
-def _key(chart: Chart, lines: Sequence[Line], several: bool) -> str:
+def _legend(chart: Chart, lines: Sequence[Line], several: bool) -> str:
     items = []
     for number, label in enumerate(chart.metrics.values()):
         colour = "currentColor" if several else PAIR_COLOURS[number]

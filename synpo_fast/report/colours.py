@@ -1,20 +1,20 @@
-"""The report's colours, one for each use, in light and dark: of runs and stages, of a pair's two responses, of paper and ink.
+"""The report's colours in a light and a dark theme: for runs and stages, a pair's two responses, text and background.
 
-A page names them as CSS variables, which take the theme's value.
+A page refers to them as CSS variables, which take the theme's value.
 """
 
 from __future__ import annotations
 
-# A run's or a stage's, in their order; text and lines in them are told from the paper, and from each other.
+# Runs and stages take these in order. Each has enough contrast with the background for text, and differs from the others.
 LIGHT = ("#0b63bd", "#a94a08", "#16724a", "#8e44ad", "#7d5c00", "#b82c64", "#0b6c74", "#5c6672")
 DARK = ("#5eb0ff", "#ff9a4d", "#5fd39a", "#cf9bea", "#e5c04b", "#ff86b3", "#4fd0d8", "#aab3bf")
 
-RESPONSE_COLOURS = {"chosen": "var(--chosen)", "rejected": "var(--rejected)"}  # on a page of one run
+RESPONSE_COLOURS = {"chosen": "var(--chosen)", "rejected": "var(--rejected)"}  # on a page about one run
 QUIET = "var(--faint)"
 
 
 def series_colour(number: int) -> str:
-    """CSS of the colour of a run or a stage: the chosen ones, then hues as many as needed, as light as the theme needs."""
+    """The CSS colour of a run or a stage: the listed ones first, then as many hues as needed, with the theme's lightness."""
     return f"var(--c{number})" if number < len(LIGHT) else f"hsl({number * 137 % 360} 60% var(--more))"
 
 

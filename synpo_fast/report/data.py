@@ -1,7 +1,7 @@
-"""What a run left in its folder, read for its report.
+"""Reads the files in a run's folder for its report.
 
-A report is wanted most when something went wrong, so nothing here raises for what a file holds: what is missing, cut off or
-not what it should be becomes a sentence in `problems`, which the page shows, and the rest is read all the same.
+A report is needed most after a failure, so nothing here raises for the content of a file. A file that is missing, truncated or
+malformed adds a sentence to `problems`, which the page shows; all other files are still read.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from typing import Any
 from synpo_fast.run_folder.checkpoint import STATE, list_checkpoints
 
 EVALUATION = "eval_"
-SHOWN_LINES = 5  # of the broken lines of one file
-LARGEST = 1e100  # what is larger is as good as infinite, and its square must not overflow
+SHOWN_LINES = 5  # at most so many malformed lines of a file are listed
+LARGEST = 1e100  # larger numbers count as infinite, since their squares could overflow
 Row = dict[str, Any]
 
 
 @dataclass
 class RunRecord:
-    """name: how the page calls the run. steps, evaluations: rows by rising step, the latter with eval_ names alone.
+    """The content of a run's folder.
 
-    config_text is config.yaml as it stands, config what it says; trainer is the newest checkpoint's trainer.json.
-    trained is False for a folder that holds a profile alone.
+    name: the run's name on the page. steps, evaluations: rows sorted by step; evaluations have only the eval_ metrics.
+    config_text is the text of config.yaml, config its parsed content; trainer is the newest checkpoint's trainer.json.
+    trained is False for a folder that holds only a profile.
     """
 
     folder: Path
@@ -42,12 +43,13 @@ class RunRecord:
     problems: list[str] = field(default_factory=list)
 
     def part(self, name: str) -> dict[str, Any]:
-        """A mapping inside trainer.json (state, versions, facts); empty where there is none."""
+        """A mapping inside trainer.json (state, versions, facts); empty if it is missing or not a mapping."""
         value = self.trainer.get(name)
         return value if isinstance(value, dict) else {}
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
+    """Reads a run's folder; problems with its files are noted in the record."""
     run = RunRecord(folder, name)
     _read_metrics(run)
     _read_config(run)
@@ -58,7 +60,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         run.skipped += [row for _, row in _rows(file, run.problems)]
     run.profile = read_json_object(folder / "profile.json", run.problems)
     if run.profile is not None and not (folder / "metrics.jsonl").exists():
-        # A profile trains nothing, so it is no fault that numbers, checkpoints and the config's file are missing.
+        # A profile trains nothing, so missing metrics, checkpoints and config.yaml are not problems.
         run.problems, run.trained = [], False
         config = run.profile.get("config")
         run.config = run.config or (config if isinstance(config, dict) else {})
@@ -66,7 +68,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
 
 
 def read_json_object(file: Path, problems: list[str]) -> dict[str, Any] | None:
-    """None where there is no such file, or, with a problem noted, no object in it."""
+    """The object in a JSON file; None if the file is missing or, with a problem noted, holds no object."""
     text = _text(file, problems)
     if text is None:
         return None
@@ -78,10 +80,10 @@ def read_json_object(file: Path, problems: list[str]) -> dict[str, Any] | None:
 
 
 def number_in(value: Any) -> float | None:
-    """A finite number, or None for whatever else stands in its place."""
+    """The value as a float if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if abs(value) < LARGEST else None  # nan compares false
+    return float(value) if abs(value) < LARGEST else None  # False for nan
 
 
 def _read_metrics(run: RunRecord) -> None:
@@ -99,14 +101,14 @@ def _read_metrics(run: RunRecord) -> None:
             continue
         evaluated = {name: value for name, value in row.items() if name.startswith(EVALUATION)}
         trained = {name: value for name, value in row.items() if name not in evaluated and name != "step"}
-        # A file that was put together by hand may hold a step twice: the later row counts.
+        # A file edited by hand may hold a step twice: the later row counts.
         for place, part in ((steps, trained), (evaluations, evaluated)):
             if part:
                 place[step] = {"step": step, **part}
     if without_step:
-        run.problems.append(f"{without_step} rows of metrics.jsonl have no step and are left out")
+        run.problems.append(f"{without_step} rows of metrics.jsonl have no step and are ignored")
     if not steps:
-        run.problems.append("metrics.jsonl holds no step of training")
+        run.problems.append("metrics.jsonl holds no training step")
     run.steps = [steps[step] for step in sorted(steps)]
     run.evaluations = [evaluations[step] for step in sorted(evaluations)]
 
@@ -142,14 +144,14 @@ def _read_checkpoint(run: RunRecord) -> None:
 
 
 def _drop_comparisons(run: RunRecord) -> None:
-    """Where no pair was compared the trainer's means over pairs are 0, which would read as a result."""
+    """Removes rewards and log-probs of a supervised run: it compares no pairs, and the 0 that is logged looks like a result."""
     for row in run.steps + run.evaluations:
         for name in [name for name in row if name.removeprefix(EVALUATION).startswith(("rewards/", "logps/"))]:
             del row[name]
 
 
 def _rows(file: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
-    """(line number, object) of each line that holds one; the others are counted in one problem."""
+    """Yields (line number, object) for each line that holds a JSON object; all other lines are named in one problem."""
     text = _text(file, problems) or ""
     broken = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -163,7 +165,7 @@ def _rows(file: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
     if broken:
         shown = ", ".join(map(str, broken[:SHOWN_LINES])) + (", ..." if len(broken) > SHOWN_LINES else "")
         lines = "line" if len(broken) == 1 else f"{len(broken)} lines:"
-        problems.append(f"{file.name}: no JSON object in {lines} {shown}, left out")
+        problems.append(f"{file.name}: no JSON object in {lines} {shown} (ignored)")
 
 
 def _text(file: Path, problems: list[str]) -> str | None:
@@ -172,7 +174,7 @@ def _text(file: Path, problems: list[str]) -> str | None:
     try:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        problems.append(f"{file.name} can not be read: {error.strerror or error}")
+        problems.append(f"{file.name} cannot be read: {error.strerror or error}")
         return None
 
 

@@ -1,4 +1,4 @@
-"""Numbers as a report shows them. Whatever is not known is a dash."""
+"""Formats numbers for the report. An unknown number is a dash."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ NO_NUMBER = "–"
 
 
 def short(value: float | None, unit: str = "", digits: int = 4) -> str:
-    """A number as a reader wants it: so many digits that count, and no more of it."""
+    """A number with so many significant digits, in scientific notation if very large or very small."""
     if value is None:
         return NO_NUMBER
     size = abs(value)
@@ -18,13 +18,13 @@ def short(value: float | None, unit: str = "", digits: int = 4) -> str:
     return f"{value:.{digits}g}{unit}"
 
 
-def whole(number: int) -> str:
-    """All digits of a count or a step."""
+def whole_number(number: int) -> str:
+    """All digits of a count or a step, with thousands separators."""
     return f"{number:,}"
 
 
 def large(value: float | None) -> str:
-    """A count that may be large: millions and more by the letter a reader knows."""
+    """A count; from a million on in M (millions) or G (billions)."""
     if value is None or abs(value) < 1e6:
         return short(value)
     return f"{value / 1e6:,.3g} M" if value < 1e9 else f"{value / 1e9:,.4g} G"

@@ -1,4 +1,4 @@
-"""A few frames of a video as small pictures inside the page itself. A video that is gone or broken becomes a sentence."""
+"""A few frames of a video as small pictures embedded in the page. For a missing or broken video the page says why."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from synpo_fast.data.video.sampling import uniform
 NUM_FRAMES = 4
 PICTURE_WIDTH, PICTURE_HEIGHT = 224, 224  # at most
 DEADLINE_S = 10.0  # a report must not wait long for a broken file
-QUALITY = 4  # of MJPEG, 2 is best and 31 worst
+QUALITY = 4  # MJPEG's scale: 2 is best, 31 worst
 
 
 def frames_markup(video: str, root: Path | None) -> str:
-    """Frames spread over the whole video, as <img>, or a <p> that says why there are none. root: as decode_frames takes it."""
+    """Frames spread evenly over the video, as <img>, or a <p> with the reason if there are none. root: see decode_frames."""
     try:
         with open_video_file(video, root=root, deadline_s=DEADLINE_S) as opened:
             num_frames = opened.info.num_frames
@@ -36,7 +36,7 @@ def frames_markup(video: str, root: Path | None) -> str:
 
 
 def jpeg(frame: Tensor) -> bytes:
-    """uint8 [H, W, 3] -> JPEG, scaled down to fit PICTURE_WIDTH x PICTURE_HEIGHT."""
+    """Encodes uint8 [H, W, 3] as JPEG, scaled down to fit PICTURE_WIDTH x PICTURE_HEIGHT."""
     import av
 
     height, width = frame.shape[:2]

@@ -1,4 +1,4 @@
-"""A run's numbers at its start and end; those of several runs beside each other, and what differs in their configs."""
+"""Tables of a run's numbers at its start and end, of several runs' final numbers, and of differences between their configs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from synpo_fast.report.data import Row, RunRecord, number_in, read_json_object
-from synpo_fast.report.formats import NO_NUMBER, large, short, whole
+from synpo_fast.report.formats import NO_NUMBER, large, short, whole_number
 from synpo_fast.report.series import ends, finite, points_of
 from synpo_fast.report.tables import table_card
 from synpo_fast.report.units import LOGPS, LOSS, REWARD, unit_markup, unit_of, with_units
@@ -18,8 +18,10 @@ from synpo_fast.run_folder.best_files import NAME as BEST_MODEL
 
 @dataclass(frozen=True)
 class Measure:
-    """label: name on the page. Values are shown times factor, followed by unit; `quantity` says what the unit depends on
-    where runs may differ in it."""
+    """A metric in the tables. label: its name on the page. Values are shown times factor, followed by unit.
+
+    quantity: what the unit depends on, if runs can have different units (report/units.py).
+    """
 
     label: str
     quantity: str = ""
@@ -28,7 +30,7 @@ class Measure:
 
 
 MEASURES = {
-    "rewards/accuracies": Measure("pairs ranked right", factor=100, unit=" %"),
+    "rewards/accuracies": Measure("pairs ranked correctly", factor=100, unit=" %"),
     "rewards/margins": Measure("reward margin", REWARD),
     "rewards/chosen": Measure("reward, chosen", REWARD),
     "rewards/rejected": Measure("reward, rejected", REWARD),
@@ -40,7 +42,7 @@ MEASURES = {
 
 
 def numbers_markup(run: RunRecord) -> str:
-    """Tiles of how the run went, and its start and end, in training and on held-out pairs."""
+    """Tiles of the run's totals and speeds, and a table of its first and last numbers in training and on held-out pairs."""
     tiles = "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in _facts(run))
     rows = []
     for name, measure in MEASURES.items():
@@ -54,13 +56,17 @@ def numbers_markup(run: RunRecord) -> str:
             rows.append([label, *(short(value, measure.unit) for value in values)])
     if not rows:
         return f'<div class="tiles">{tiles}</div>'
-    when = [f"held out, step {whole(run.evaluations[place]['step'])}" for place in (0, -1)] if run.evaluations else []
+    when = (
+        [f"held out, step {whole_number(run.evaluations[place]['step'])}" for place in (0, -1)]
+        if run.evaluations
+        else []
+    )
     head = ["", "training, start", "training, end", *when]
     return f'<div class="tiles">{tiles}</div>{table_card(head, rows, "numbers stack")}'
 
 
 def best_lines(run: RunRecord, *, several: bool) -> list[str]:
-    """Sentences on the run's best evaluation, and of having stopped early, if evaluations were compared with each other."""
+    """Sentences about the run's best evaluation and about early stopping; none if the run did not compare its evaluations."""
     best = run.part("state").get("best")
     metric = best.get("metric") if isinstance(best, dict) else None
     if not isinstance(best, dict) or not isinstance(metric, str) or not metric:
@@ -70,7 +76,7 @@ def best_lines(run: RunRecord, *, several: bool) -> list[str]:
     units = {measure_name: unit_of(run, measure.quantity) for measure_name, measure in MEASURES.items()}
     unit = units.get(metric.removeprefix("eval_"), "")
     if value is None:
-        return [f"{name}{metric} was finite in no evaluation."]
+        return [f"{name}{metric} was not finite in any evaluation."]
     text = f"Best evaluation: {metric} {short(value)}{f' ({unit})' if unit else ''} at step {short(number_in(best.get('step')))}"
     text += f", before training {short(before)}" if before is not None else ""
     kept = run.config.get("load_best_model_at_end") is True
@@ -91,18 +97,19 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     speeds = finite(points_of(run.steps, "pairs_per_s"))
     tokens = finite(points_of(run.steps, "tokens_per_s"))
     return [
-        ("steps", whole(run.steps[-1]["step"]) if run.steps else NO_NUMBER),
+        ("steps", whole_number(run.steps[-1]["step"]) if run.steps else NO_NUMBER),
         ("epochs", short(last_number(run.steps, "epoch"), digits=3)),
-        ("pairs a second, median", short(statistics.median(speeds) if speeds else None, digits=3)),
-        ("tokens a second, median", short(statistics.median(tokens) if tokens else None, digits=3)),
-        ("of a step waiting for data, median", short(statistics.median(waits) if waits else None, " %", 2)),
-        ("tokens in all", large(last_number(run.steps, "num_tokens"))),
+        ("pairs per second, median", short(statistics.median(speeds) if speeds else None, digits=3)),
+        ("tokens per second, median", short(statistics.median(tokens) if tokens else None, digits=3)),
+        ("of step time waiting for data, median", short(statistics.median(waits) if waits else None, " %", 2)),
+        ("tokens in total", large(last_number(run.steps, "num_tokens"))),
         ("pairs skipped", short(last_number(run.steps, "skipped_pairs"))),
-        ("steps not finite", short(max(finite(points_of(run.steps, "nonfinite_steps")), default=None))),
+        ("non-finite steps", short(max(finite(points_of(run.steps, "nonfinite_steps")), default=None))),
     ]
 
 
 def compared_markup(runs: Sequence[RunRecord]) -> str:
+    """A table of the final numbers of several runs, one column per run."""
     rows = []
     for name, measure in MEASURES.items():
         trained = [ends(points_of(run.steps, name, measure.factor))[1] for run in runs]
@@ -119,6 +126,7 @@ def compared_markup(runs: Sequence[RunRecord]) -> str:
 
 
 def differences_markup(runs: Sequence[RunRecord]) -> str:
+    """A table of the options whose values differ between the runs."""
     names = list({name: None for run in runs for name in run.config})
     rows = []
     for name in names:
@@ -126,12 +134,12 @@ def differences_markup(runs: Sequence[RunRecord]) -> str:
         if len(set(values)) > 1:
             rows.append([escape(name), *map(escape, values)])
     if not rows:
-        return '<p class="note">Nothing: the configs are the same.</p>'
+        return '<p class="note">None: the configs are identical.</p>'
     return table_card(["option", *(escape(run.name) for run in runs)], rows, "several")
 
 
 def as_text(value: Any) -> str:
-    """As YAML writes it, so that defaults (tuples) and what was read (lists) look alike."""
+    """An option's value as text, so that a default (a tuple) and a value read from YAML (a list) look alike."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
     if value is None or value == {}:

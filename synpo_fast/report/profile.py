@@ -1,4 +1,4 @@
-"""The sections of a report that come from profile.json (steps of several losses timed beside each other) and demo.json."""
+"""The report sections made from profile.json (step times of several variants) and from demo.json."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from synpo_fast.report.captions import said_markup
+from synpo_fast.report.captions import labelled_texts_markup
 from synpo_fast.report.colours import series_colour
 from synpo_fast.report.data import number_in
 from synpo_fast.report.formats import NO_NUMBER, duration, memory, percent, short
@@ -15,11 +15,11 @@ from synpo_fast.report.frames import frames_markup
 from synpo_fast.report.tables import table, table_card
 
 MAX_EXAMPLES = 6
-NAMES = {"warm_up": "warm-up", "synpo": "SynPO", "dpo": "DPO", "after": "after SynPO"}
+NAMES = {"warm_up": "warm-up", "synpo": "SynPO", "dpo": "DPO", "before": "before SynPO", "after": "after SynPO"}
 
 
 def profile_markup(profile: Mapping[str, Any]) -> str:
-    """A bar of stages for each variant, drawn to one scale, and the figures."""
+    """A bar of stage times for each variant, all to one scale, and tables of the numbers."""
     variants = [variant for variant in _list(profile.get("variants", profile.get("ways"))) if isinstance(variant, dict)]
     if not variants and isinstance(profile.get("stages"), dict):
         variants = [{"name": "this run", "stages": profile["stages"]}]
@@ -32,12 +32,12 @@ def profile_markup(profile: Mapping[str, Any]) -> str:
 
 
 def demo_markup(demo: Mapping[str, Any], folder: Path) -> str:
-    """Accuracy before and after, by attribute, NLL of held-out truth, and examples."""
+    """Accuracy by attribute before and after training, the NLL of true captions, and example captions."""
     parts = []
     rows = {"all attributes": demo.get("accuracy"), **_by_attribute(demo)}
     tables = [
         ("Exact-attribute accuracy on unseen videos", rows, True),
-        ("NLL of held-out true captions", {"NLL": demo.get("nll")}, False),
+        ("NLL of the true captions of unseen videos", {"NLL": demo.get("nll")}, False),
     ]
     for title, found, share in tables:
         good = {name: value for name, value in found.items() if isinstance(value, dict)}
@@ -51,12 +51,12 @@ def demo_markup(demo: Mapping[str, Any], folder: Path) -> str:
     )
     speeds = {str(name): number_in(value) for name, value in _dict(demo.get("pairs_per_s")).items()}
     rates = ", ".join(f"{escape(NAMES.get(name, name))} {short(rate)}" for name, rate in speeds.items())
-    notes = [f"Pairs a second in training, median: {rates}." if rates else "", f"Time: {times}." if times else ""]
+    notes = [f"Pairs per second in training, median: {rates}." if rates else "", f"Time: {times}." if times else ""]
     return "".join(parts) + "".join(f'<p class="note">{note}</p>' for note in notes if note)
 
 
 def _bars(variants: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    spans = [{name: _middle(_dict(variant.get("stages")).get(name)) or 0.0 for name in names} for variant in variants]
+    spans = [{name: _median(_dict(variant.get("stages")).get(name)) or 0.0 for name in names} for variant in variants]
     longest = max((sum(span.values()) for span in spans), default=0.0)
     if longest <= 0:
         return ""
@@ -68,7 +68,7 @@ def _bars(variants: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
             for number, (name, seconds) in enumerate(span.items())
         )
         rows.append(
-            f'<div>{_name(variant)}</div><div class="bar" role="img" aria-label="{_spoken(span)}">{pieces}</div>'
+            f'<div>{_name(variant)}</div><div class="bar" role="img" aria-label="{_aria_label(span)}">{pieces}</div>'
         )
     key = "".join(
         f'<span><b class="swatch" style="background:{series_colour(number)}"></b>{escape(name)}</span>'
@@ -78,43 +78,50 @@ def _bars(variants: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
 
 
 def _variants_table(variants: Sequence[dict[str, Any]]) -> str:
-    # The ratio first: it is what a profile is made for, and on a phone the columns at the right are out of sight.
-    head = ["", "ratio", "one step", "spread", "tokens/s", "peak memory", "FLOPs"]
+    # The ratio comes first: it is the purpose of a profile, and a phone hides the columns at the right.
+    head = ["", "ratio", "step time", "spread", "tokens/s", "peak memory", "FLOPs"]
     rows = []
     for variant in variants:
         rows.append(
             [
                 _name(variant),
                 _with_spread(variant.get("ratio"), lambda ratio: short(ratio, "x", 3)),
-                duration(_middle(variant.get("seconds"))),
+                duration(_median(variant.get("seconds"))),
                 _spread(variant.get("seconds"), duration),
-                short(_middle(variant.get("tokens_per_s"))),
+                short(_median(variant.get("tokens_per_s"))),
                 memory(number_in(variant.get("peak_memory_bytes"))),
-                short(_middle(variant.get("flops"))),
+                short(_median(variant.get("flops"))),
             ]
         )
     return table_card(head, rows, "numbers several")
 
 
 def _explained(profile: Mapping[str, Any], variants: Sequence[dict[str, Any]]) -> str:
-    """Notes on the batch, the ratio and its limit, and on variants that were left out."""
+    """Notes about the batch, the ratio and its limit, and the variants that were not measured."""
     batch, limit = _dict(profile.get("batch")), _dict(profile.get("limit"))
     facts = [f"{short(number_in(profile.get('rounds')))} rounds"] if "rounds" in profile else []
     for name, what in (("pairs", "pairs"), ("prompt_tokens", "prompt tokens"), ("response_tokens", "response tokens")):
         facts += [f"{short(number_in(batch[name]), digits=3)} {what}"] if name in batch else []
-    lines = [", ".join(facts) + " a step. Spread: lowest to highest round."] if facts else []
+    lines = (
+        [", ".join(facts) + " per step. Bars: median step by stage. Spread: lowest to highest of the rounds."]
+        if facts
+        else []
+    )
     if isinstance(profile.get("ratio_base"), str):
-        lines.append(f"Ratio: time of {profile['ratio_base']} over the variant's own, round by round.")
+        lines.append(
+            f"Ratio, per round: time of {profile['ratio_base']} divided by the variant's time; higher is faster."
+        )
     shared, apart = (short(number_in(limit.get(name)), digits=3) for name in ("dpo_over_synpo_shared", "unshared"))
     if limit:
         lines.append(
-            f"Passes of the language model alone predict {shared} for SynPO, {apart} without sharing the prefix."
+            f"Passes of the language model alone predict a ratio of {shared} for SynPO, {apart} without prefix sharing."
         )
     for variant in variants:
         seconds = number_in(variant.get("amortised_s"))
         if seconds is not None:
             lines.append(
-                f"{variant.get('name')}: log-probs made beforehand, {duration(seconds)} a step, once a training run."
+                f"{variant.get('name')}: computing the log-probs beforehand takes {duration(seconds)} per step, "
+                "once per training run. This is not in the table."
             )
         if variant.get("skipped") is not None:
             lines.append(f"{variant.get('name')}: not measured, {variant['skipped']}.")
@@ -129,7 +136,7 @@ def _stages_table(variants: Sequence[dict[str, Any]], names: Sequence[str]) -> s
         for name in names
     ]
     inner = table(["stage", *map(_name, variants)], rows, "numbers several")
-    return f"<details><summary>Every stage, median and spread</summary>{inner}</details>"
+    return f"<details><summary>All stages: median and spread</summary>{inner}</details>"
 
 
 def _environment(profile: Mapping[str, Any]) -> str:
@@ -139,7 +146,7 @@ def _environment(profile: Mapping[str, Any]) -> str:
 
 
 def _by_attribute(demo: Mapping[str, Any]) -> dict[str, Any]:
-    """attribute -> model -> accuracy, whichever of the two the file groups by first."""
+    """Returns attribute -> model -> accuracy; the file may be grouped by attribute or by model."""
     found = _dict(demo.get("per_attribute"))
     models = _dict(demo.get("accuracy"))
     if models and set(found) <= set(models):
@@ -169,10 +176,11 @@ def _example(example: Mapping[str, Any], folder: Path) -> str:
     names = [name for name in example if name != "video"]
     items = [(NAMES.get(name, str(name)), example[name], series_colour(0) if name == "after" else "") for name in names]
     title = f"<h3>{escape(video)}</h3>" if isinstance(video, str) else ""
-    return f'<article class="card video"><div class="frames">{frames}</div><div>{title}{said_markup(items)}</div></article>'
+    body = f"{title}{labelled_texts_markup(items)}"
+    return f'<article class="card video"><div class="frames">{frames}</div><div>{body}</div></article>'
 
 
-def _middle(value: Any) -> float | None:
+def _median(value: Any) -> float | None:
     return number_in(value.get("median") if isinstance(value, dict) else value)
 
 
@@ -183,11 +191,11 @@ def _spread(value: Any, shown: Any = short) -> str:
 
 def _with_spread(value: Any, shown: Any = short) -> str:
     spread = _spread(value, shown)
-    middle = shown(_middle(value))
-    return middle if "to" not in spread else f'{middle}<br><span class="soft">{spread}</span>'
+    median = shown(_median(value))
+    return median if "to" not in spread else f'{median}<br><span class="soft">{spread}</span>'
 
 
-def _spoken(span: Mapping[str, float]) -> str:
+def _aria_label(span: Mapping[str, float]) -> str:
     return escape(", ".join(f"{name} {duration(seconds)}" for name, seconds in span.items() if seconds))
 
 

@@ -1,8 +1,8 @@
-"""A metric over steps, made small enough for a page: gaps kept, spikes kept, a moving mean over them.
+"""Reduces a metric's values over the steps to what a chart can show: gaps and spikes are kept, and a moving mean is added.
 
-A run of 10,000 steps has more points than a chart has pixels. Steps are put into bins; of each bin the lowest and the highest
-value stay, so that a spike is seen, and a mean over a centred window of steps gives the trend. Where a number was not finite
-there is no point, and the line is broken.
+A run of 10,000 steps has more points than a chart has pixels. Steps are put into bins. The lowest and the highest value of each
+bin are kept, so spikes stay visible; the trend is a mean over a centred window of steps. A value that is not finite leaves a
+gap in the line.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 from synpo_fast.report.data import number_in
 
 Point = tuple[int, float | None]
-SMOOTH_FROM = 60  # shorter series are shown as they are
-ENDS = 20  # the first and last 1/20 of the steps stand for a run's start and end
+SMOOTH_FROM = 60  # shorter series are drawn without smoothing
+ENDS = 20  # a run's start and end are means over the first and the last 1/20 of its steps
 CUT_FROM = 200  # with fewer points no value counts as an outlier
-CUT_SHARE = 0.01
-SPIKY_FROM = 8
+CUT_SHARE = 0.01  # at each end, values that may lie outside the axis
+SPIKY_FROM = 8  # CUT_FROM for metrics in which outliers are usual
 TINY = 1e-100
 
 
 def points_of(rows: Sequence[Mapping[str, Any]], name: str, factor: float = 1.0) -> list[Point]:
-    """(step, value) of the rows that have the metric; None where it is not a finite number."""
+    """(step, value) of the rows that have the metric; the value is None if it is not a finite number."""
     found: list[Point] = []
     for row in rows:
         if name in row:
@@ -34,19 +34,21 @@ def points_of(rows: Sequence[Mapping[str, Any]], name: str, factor: float = 1.0)
 
 
 def finite(points: Sequence[Point]) -> list[float]:
+    """The values of the points that have one."""
     return [value for _, value in points if value is not None]
 
 
 def smoothing_window(count: int) -> int:
+    """The number of steps that the trend of `count` points averages over."""
     return max(5, count // 25)
 
 
 def thinned(points: Sequence[Point], bins: int) -> list[Point]:
-    """At most two points a bin, its extremes in their order; a bin without a finite value gives a gap."""
+    """At most two points per bin: its lowest and its highest, in step order. A bin without a finite value gives a gap."""
     if len(points) <= 2 * bins:
         return list(points)
     kept: list[Point] = []
-    for part in _parts(points, bins):
+    for part in _binned(points, bins):
         good = [point for point in part if point[1] is not None]
         if not good:
             kept.append(part[len(part) // 2])
@@ -57,15 +59,15 @@ def thinned(points: Sequence[Point], bins: int) -> list[Point]:
 
 
 def smoothed(points: Sequence[Point], bins: int, *, median: bool = False) -> list[Point]:
-    """The moving mean, or median, at the middle of each bin, over the finite values around it.
+    """The moving mean, or median, at the middle of each bin, over the finite values in the window around it.
 
-    A median where single values lie far off (gradient norms, speeds); a mean where values are few (0 or 1 for one pair).
+    The median suits metrics with outliers (gradient norms, speeds); the mean suits few distinct values (0 or 1 for one pair).
     """
     half = smoothing_window(len(points)) // 2
     middle_of = statistics.median if median else statistics.fmean
     trend: list[Point] = []
     begin = 0
-    for part in _parts(points, min(bins, len(points))):
+    for part in _binned(points, min(bins, len(points))):
         middle = begin + len(part) // 2
         first, last = max(0, middle - half), min(len(points), middle + half + 1)
         empty = all(value is None for _, value in part)
@@ -75,7 +77,7 @@ def smoothed(points: Sequence[Point], bins: int, *, median: bool = False) -> lis
 
 
 def ends(points: Sequence[Point], *, exact: bool = False) -> tuple[float | None, float | None]:
-    """The mean of the first and of the last twentieth of the points (at least one each); exact: of one each."""
+    """The means of the first and of the last 1/20 of the points (at least one each). exact: the first and the last value."""
     size = 1 if exact else max(1, len(points) // ENDS)
     return _mean(finite(points[:size])), _mean(finite(points[-size:]))
 
@@ -83,9 +85,9 @@ def ends(points: Sequence[Point], *, exact: bool = False) -> tuple[float | None,
 def value_range(
     values: Sequence[float], floor: float | None = None, ceiling: float | None = None, *, spiky: bool = False
 ) -> tuple[float, float, bool]:
-    """(lowest, highest, whether values lie beyond) of an axis. A few far outliers must not flatten all the rest.
+    """(lowest, highest, True if values lie beyond) of an axis. It leaves out a few far outliers, which would flatten the line.
 
-    spiky: single values far off are usual (the first step waits for the first video), so few points suffice to tell them.
+    spiky: outliers are usual in this metric (the first step waits for the first video), so few points suffice to detect them.
     """
     ordered = sorted(values)
     low, high, cut = ordered[0], ordered[-1], False
@@ -108,7 +110,7 @@ def value_range(
 
 
 def ticks(low: float, high: float, about: int, *, whole: bool = False) -> list[float]:
-    """Round numbers in [low, high], about so many; whole: integers."""
+    """Round numbers in [low, high], about `about` of them. whole: integers only."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
@@ -118,8 +120,8 @@ def ticks(low: float, high: float, about: int, *, whole: bool = False) -> list[f
     return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _parts(points: Sequence[Point], bins: int) -> list[list[Point]]:
-    """Points by equal stretches of steps; empty stretches are left out."""
+def _binned(points: Sequence[Point], bins: int) -> list[list[Point]]:
+    """The points grouped into bins of equally many steps, without empty bins."""
     first, last = points[0][0], points[-1][0]
     width = max(1, last - first)
     parts: list[list[Point]] = []

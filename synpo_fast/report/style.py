@@ -1,4 +1,4 @@
-"""How a report looks, and the few lines of script that read a chart under the pointer. Nothing is loaded from anywhere."""
+"""The CSS of a report, and its script, which shows a chart's values at the pointer. Neither loads anything."""
 
 from synpo_fast.report.colours import THEMES
 

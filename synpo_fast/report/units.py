@@ -1,4 +1,4 @@
-"""The units of a run's numbers, from its config: what may share an axis or a row with another run's, and what may not."""
+"""The units of a run's numbers, from its config. Numbers of different units share neither an axis nor an unlabelled table row."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from synpo_fast.losses.units import LOGPS_UNITS, SFT, logps_unit, loss_unit, rew
 from synpo_fast.report.data import RunRecord, number_in
 from synpo_fast.report.formats import NO_NUMBER
 
-LOSS, GRADIENT, REWARD, LOGPS, PULL = "loss", "gradient", "reward", "logps", "pull"  # what a number is made of
+# The quantities whose unit depends on the loss and its options.
+LOSS, GRADIENT, REWARD, LOGPS, REWARD_GRADIENT = "loss", "gradient", "reward", "logps", "reward gradient"
 UNKNOWN = "unit not known"
 
 
 def unit_of(run: RunRecord, quantity: str) -> str:
-    """quantity: one of those above, or "" for a number that means the same in every run, which needs no unit here."""
+    """The unit of a quantity above; "" for the quantity "", which stands for a number with the same meaning in every run."""
     if not quantity:
         return ""
     name = run.config.get("loss_type")
@@ -35,7 +36,7 @@ def unit_of(run: RunRecord, quantity: str) -> str:
 def by_unit(
     runs: Sequence[RunRecord], colours: Sequence[str], quantity: str
 ) -> list[tuple[str, list[RunRecord], list[str]]]:
-    """(unit, runs, their colours) of each unit, in the order of the runs. A run whose unit is not known stands alone."""
+    """(unit, runs, their colours) of each unit, in the order of the runs. A run with an unknown unit is in a group of its own."""
     found: dict[tuple[str, int], tuple[str, list[RunRecord], list[str]]] = {}
     for number, (run, colour) in enumerate(zip(runs, colours, strict=True)):
         unit = unit_of(run, quantity)
@@ -46,7 +47,7 @@ def by_unit(
 
 
 def with_units(label: str, cells: Sequence[str], units: Sequence[str]) -> list[str]:
-    """A table's row of several runs: the unit stands beside the label where all share one, else in each cell with a number."""
+    """A table row of several runs. A unit that all share is written beside the label, else each number has its own."""
     used = {unit for unit, cell in zip(units, cells, strict=True) if cell != NO_NUMBER}
     if len(used) == 1 and UNKNOWN not in used:
         return [label + unit_markup(used.pop()), *cells]
@@ -57,11 +58,12 @@ def with_units(label: str, cells: Sequence[str], units: Sequence[str]) -> list[s
 
 
 def unit_markup(unit: str) -> str:
+    """The unit in small type; "" for no unit."""
     return f'<span class="unit">{escape(unit)}</span>' if unit else ""
 
 
 def _options(run: RunRecord, name: str) -> dict[str, Any]:
-    """The loss's options that the config sets, numbers as numbers; the loss knows the others."""
+    """The loss's options as the config sets them; None for a value of the wrong type, so that the loss uses its default."""
     if name not in LOSSES:
         return {}
     found: dict[str, Any] = {}

@@ -1,8 +1,8 @@
-"""report.html: what happened in a run, or in several beside each other, on one page that needs nothing but itself.
+"""Writes report.html: one self-contained page about a run, or a comparison of several runs.
 
-The page is made from what a run leaves in its folder, so it can be made again at any time, also of a run that was killed:
-`synpo-fast report DIR [DIR ...]`. The trainer writes one at the end of every run. Charts are SVG and frames are pictures inside
-the file; it opens without a network, on a phone, in the dark, and without its script.
+The page is made from the files in a run's folder, so it can be made again at any time, even for a run that was killed:
+`synpo-fast report DIR [DIR ...]`. The trainer writes one at the end of every run. Charts (SVG) and video frames are embedded in
+the file. The page works offline, on a phone, in dark mode and with scripts disabled.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from synpo_fast.terminal.printable import printable
 DONE, USAGE = 0, 2
 NAME = "report.html"
 LEFT_BY_RUNS = ("metrics.jsonl", "config.yaml", "profile.json")
-BEGINS, TITLE_ENDS, HEAD_BYTES = b"<!doctype html>", "– synpo_fast</title>".encode(), 2**16
+PAGE_START, TITLE_END, HEAD_BYTES = b"<!doctype html>", "– synpo_fast</title>".encode(), 2**16
 
 
 def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Writes the page and returns where it lies.
+    """Writes the page and returns its path.
 
-    out: default is report.html in the run's folder, for several runs in the folder that they share, else in the current one.
-    A file that is missing or broken is named on the page. Raises ValueError for a folder that is not there or holds no run, for
-    one given twice, for none, and for a file at the page's place that is no report; OSError where the page can not be written.
+    out: the default is report.html in the run's folder. For several runs it is in their common parent folder, or in the current
+    folder if they have different parents. A missing or broken file is named on the page. Raises ValueError if no folder is given,
+    one is given twice, does not exist or holds no run, or if `out` exists and is not a report; OSError if writing fails.
     """
     folders = [Path(folder) for folder in run_dirs]
     _check(folders)
-    target = Path(out) if out is not None else _usual_place(folders)
-    _check_place(target)
+    target = Path(out) if out is not None else _default_target(folders)
+    _check_target(target)
     runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     problems: list[str] = []
     demo = _demo([*folders, target.parent], problems)
-    # A surrogate that stands alone in some caption has no UTF-8 form.
+    # A lone surrogate in a caption cannot be encoded as UTF-8.
     content = page(runs, demo, problems).encode("utf-8", errors="replace")
     partial = target.with_name(f"{target.name}.partial")
     partial.write_bytes(content)
@@ -48,10 +48,14 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) 
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0 the page is there, 2 a mistake in the call, or a page that can not be written there."""
-    parser = argparse.ArgumentParser(prog="synpo-fast report", description="Writes a run's report, or compares runs.")
-    parser.add_argument("runs", metavar="DIR", nargs="+", type=Path, help="output_dir of a run; several are compared")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in DIR, or in what DIRs share")
+    """Runs `synpo-fast report`. Exit status: 0 if the page was written, 2 for a wrong call or if the page cannot be written."""
+    parser = argparse.ArgumentParser(
+        prog="synpo-fast report", description="Write a run's report, or compare several runs."
+    )
+    parser.add_argument(
+        "runs", metavar="DIR", nargs="+", type=Path, help="output_dir of a run; several runs are compared"
+    )
+    parser.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in DIR, or in the DIRs' parent")
     arguments = parser.parse_args(argv)
     try:
         file = write_report(arguments.runs, arguments.out)
@@ -64,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 def _check(folders: Sequence[Path]) -> None:
     if not folders:
-        raise UserError("no run's folder was given")
+        raise UserError("no run folder was given: give the output_dir of a run")
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder: give the output_dir of a run")
@@ -73,15 +77,17 @@ def _check(folders: Sequence[Path]) -> None:
     places = [folder.resolve() for folder in folders]
     twice = [str(folder) for folder, place in zip(folders, places, strict=True) if places.count(place) > 1]
     if twice:
-        raise UserError(f"one folder is given more than once: {', '.join(twice)}")
+        raise UserError(f"folder given more than once: {', '.join(twice)}")
 
 
-def _check_place(target: Path) -> None:
-    """Only a page of ours is replaced: --out may be a slip of the hand that names a file of another kind."""
+def _check_target(target: Path) -> None:
+    """Raises UserError if `target` is a folder or exists and is not a report: --out may name the wrong file by mistake."""
     if target.is_dir():
-        raise UserError(f"the page can not be written to {target}: it is a folder")
+        raise UserError(f"the page cannot be written to {target}: it is a folder, give a file name")
     if target.exists() and not (target.suffix.lower() in (".html", ".htm") and _is_report(target)):
-        raise UserError(f"{target} exists and is no report of synpo-fast: remove it, or name another place with --out")
+        raise UserError(
+            f"{target} exists and is not a report of synpo-fast: remove it, or name another file with --out"
+        )
 
 
 def _is_report(file: Path) -> bool:
@@ -89,10 +95,10 @@ def _is_report(file: Path) -> bool:
         return False
     with file.open("rb") as page:
         head = page.read(HEAD_BYTES)
-    return not head or (head.startswith(BEGINS) and TITLE_ENDS in head)
+    return not head or (head.startswith(PAGE_START) and TITLE_END in head)
 
 
-def _usual_place(folders: Sequence[Path]) -> Path:
+def _default_target(folders: Sequence[Path]) -> Path:
     if len(folders) == 1:
         return folders[0] / NAME
     parents = {folder.resolve().parent for folder in folders}
@@ -100,7 +106,7 @@ def _usual_place(folders: Sequence[Path]) -> Path:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of their paths, as few as tell all runs apart."""
+    """The runs' names: the last parts of their paths, as few as make all names different."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]
@@ -109,10 +115,10 @@ def _names(folders: Sequence[Path]) -> list[str]:
     raise AssertionError(f"the same folder twice: {folders}")
 
 
-def _demo(places: Sequence[Path], problems: list[str]) -> tuple[dict[str, Any], Path] | None:
-    """demo.json of the first place that has one: a run's folder, or where the page is written."""
-    for place in places:
-        if (place / "demo.json").exists():
-            found = read_json_object(place / "demo.json", problems)
-            return None if found is None else (found, place.resolve())
+def _demo(folders: Sequence[Path], problems: list[str]) -> tuple[dict[str, Any], Path] | None:
+    """The first demo.json found in these folders, with its folder; None if there is none."""
+    for folder in folders:
+        if (folder / "demo.json").exists():
+            found = read_json_object(folder / "demo.json", problems)
+            return None if found is None else (found, folder.resolve())
     return None

@@ -90,7 +90,7 @@ needs_browser = pytest.mark.skipif(
 
 
 def look_at(page, folder, *, width, dark=False, more=""):
-    """What MEASURE finds in a copy of the page, and the lines that the browser's console got."""
+    """Returns what MEASURE finds in a copy of the page, and the lines of the browser's console."""
     source = page.read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(MEASURE.encode()).digest()).decode()
     source = source.replace("script-src '", f"script-src 'sha256-{digest}' '", 1)
@@ -187,6 +187,6 @@ def luminance(colour):
 
 
 def contrast(first, second):
-    """As WCAG defines it."""
+    """The contrast of two colours as WCAG defines it."""
     dark, light = sorted((luminance(first), luminance(second)))
     return (light + 0.05) / (dark + 0.05)

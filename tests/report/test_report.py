@@ -62,10 +62,10 @@ def test_the_page_tells_what_the_folder_holds(run):
     assert (run / "report.html").exists()
     assert page.text.startswith("first")
     for words in (
-        "Outcome Numbers Charts Captions Skipped pairs Config Versions",
+        "Outcome Numbers Charts Captions of held-out videos Skipped pairs Config Versions",
         "12 steps",
-        "16 pairs a second",
-        "12,000 tokens",
+        "16 pairs per second",
+        "12,000 tokens in total",
     ):
         assert words in page.text, words
     assert "bad-7 lost.mp4: there is no such file" in page.text
@@ -74,16 +74,16 @@ def test_the_page_tells_what_the_folder_holds(run):
     # The last twentieth of 12 steps is the last one alone.
     last = step_row(12, 12)["loss"]
     assert re.search(rf"loss -0\.5\d* {last:.4g} -0\.6 -0\.6", page.text), page.text[:900]
-    for title in ("Loss", "Reward of each response", "Log-prob of each response", "Throughput: pairs a second"):
+    for title in ("Loss", "Reward of each response", "Log-prob of each response", "Throughput: pairs per second"):
         assert title in page.charts()
-    assert "To know first" not in page.text
+    assert "Read this first" not in page.text
 
 
 def test_captions_before_and_after_stand_beside_frames(tmp_path):
     folder = make_run(tmp_path / "run")
     write_clip(folder / "v0.mp4", codec="h264", num_frames=9, width=66, height=50, fps=8)
     page = report(folder)
-    before, after = page.text.index("before, step 6 halfway 0"), page.text.index("after, step 12 finally 0")
+    before, after = page.text.index("at step 6 halfway 0"), page.text.index("at step 12 finally 0")
     assert before < after < page.text.index("chosen A red square. rejected A blue circle.")
     pictures = page.all("img")
     assert [picture["alt"] for picture in pictures] == [f"frame {n} of 9" for n in (1, 3, 6, 9)]
@@ -107,7 +107,7 @@ def decoded(uri):
     ("content", "reason"),
     [(None, "there is no such file"), (b"", "is empty"), (b"no video at all" * 99, "v0.mp4: ")],
 )
-def test_a_video_that_can_not_be_shown_is_said(run, content, reason):
+def test_a_video_that_cannot_be_shown_is_said(run, content, reason):
     if content is not None:
         (run / "v0.mp4").write_bytes(content)
     page = report(run)
@@ -118,14 +118,14 @@ def test_a_video_that_can_not_be_shown_is_said(run, content, reason):
 def test_text_pairs_and_runs_without_evaluation_have_their_place(tmp_path):
     row = {"step": 1, "eval_loss": 1.0, "eval_captions": captions("said", video=None)}
     page = report(make_run(tmp_path / "text", rows=[step_row(1, 1), row]))
-    assert "a text pair, or one made of clips" in page.text and "after, step 1 said 0" in page.text
+    assert "a text pair, or a pair made of clips" in page.text and "at step 1 said 0" in page.text
     bare = report(make_run(tmp_path / "bare", rows=[step_row(step, 3) for step in (1, 2, 3)]))
     assert "No captions" in bare.text and "Circles" not in bare.text and not bare.all("circle")
 
 
 def test_the_page_opens_with_the_outcome_as_a_plot(tmp_path):
     """Before any table: rewards where pairs were compared, the NLL where none were."""
-    for loss, title in (("synpo", "Pairs ranked right"), ("sft", "Language: NLL of the chosen response")):
+    for loss, title in (("synpo", "Pairs ranked correctly"), ("sft", "NLL of the chosen response")):
         folder = make_run(tmp_path / loss, loss_type=loss)
         (folder / "demo.json").write_text(json.dumps(demo("gone.mp4")))
         page = report(folder)
@@ -137,15 +137,15 @@ def test_the_page_opens_with_the_outcome_as_a_plot(tmp_path):
 def test_a_run_without_evaluation_has_no_empty_columns(tmp_path):
     page = report(make_run(tmp_path / "run", rows=[step_row(step, 3) for step in (1, 2, 3)]))
     table = page.text[page.text.index("training, start") :]
-    assert table.startswith("training, start training, end pairs ranked right 63.33 % 90 % reward margin")
-    assert "not finite" not in page.text.replace("steps not finite", "")
+    assert table.startswith("training, start training, end pairs ranked correctly 63.33 % 90 % reward margin")
+    assert "not finite" not in page.text
 
 
 def test_a_supervised_run_shows_no_comparisons(tmp_path):
     page = report(make_run(tmp_path / "run", loss_type="sft"))
-    assert "Language: NLL of the chosen response" in page.charts() and "NLL of chosen" in page.text
+    assert "NLL of the chosen response" in page.charts() and "NLL of chosen" in page.text
     assert not any("Reward" in title or "ranked" in title or "Log-prob of" in title for title in page.charts())
-    assert "reward margin" not in page.text and "pairs ranked right" not in page.text
+    assert "reward margin" not in page.text and "pairs ranked correctly" not in page.text
 
 
 def test_no_text_of_a_file_becomes_markup(tmp_path):
@@ -194,13 +194,13 @@ def test_numbers_that_are_not_finite_are_said(tmp_path):
         row |= {"loss": None, "grad_norm": float("nan"), "nonfinite_steps": row["step"] - 4}
     rows[6]["nonfinite_steps"] = rows[7]["nonfinite_steps"] = rows[8]["nonfinite_steps"] = 2
     page = report(make_run(tmp_path / "run", rows=rows))
-    assert "To know first the loss or gradient was not finite in 2 steps" in page.text
-    assert "2 steps not finite" in page.text and "Steps so far with a loss or gradient not finite" in page.charts()
+    assert "Read this first the loss or gradient was not finite in 2 steps" in page.text
+    assert "2 non-finite steps" in page.text and "Steps so far with a non-finite loss or gradient" in page.charts()
 
 
 BROKEN = [
     ("metrics.jsonl", None, "there is no metrics.jsonl"),
-    ("metrics.jsonl", b"", "holds no step of training"),
+    ("metrics.jsonl", b"", "holds no training step"),
     ("metrics.jsonl", b'{"step": 1, "loss": 1.0}\n{"step": 2, "lo', "no JSON object in line 2"),
     (
         "metrics.jsonl",
@@ -218,7 +218,7 @@ BROKEN = [
     ("config.yaml", b"", "does not map options"),
     ("config.yaml", b"train_file: 7\nvideo_root: [1]\n1: {2: 3}\n", None),
     ("checkpoint-000012/state/trainer.json", b"{", "versions are not known"),
-    ("checkpoint-000012/state/trainer.json", b'{"versions": [1], "state": 3}', "no checkpoint says"),
+    ("checkpoint-000012/state/trainer.json", b'{"versions": [1], "state": 3}', "no checkpoint records"),
     ("skipped_pairs.rank0.jsonl", b"{}\nnope\n", "skipped_pairs.rank0.jsonl: no JSON object in line 2"),
     ("profile.json", b"[]", "profile.json is not a JSON object"),
     ("profile.json", b'{"variants": [1, {"stages": []}, {"seconds": "x", "stages": {"a": {}}}]}', None),
@@ -242,7 +242,7 @@ def test_a_folder_in_the_place_of_a_file_and_an_empty_folder(run, tmp_path):
     for name in ("metrics.jsonl", "config.yaml"):
         (run / name).unlink()
         (run / name).mkdir()
-    assert "metrics.jsonl can not be read" in report(run).text
+    assert "metrics.jsonl cannot be read" in report(run).text
     (run / "metrics.jsonl").rmdir()  # killed before its first step
     page = report(run)
     assert "there is no metrics.jsonl" in page.text and not page.charts()
@@ -267,7 +267,7 @@ def test_only_a_report_is_replaced(run, tmp_path, capsys, name):
         file.write_text("mine")
     before = file.read_bytes()
     assert main(["report", str(run), "--out", str(file)]) == 2
-    assert f"{file} exists and is no report of synpo-fast" in capsys.readouterr().err
+    assert f"{file} exists and is not a report of synpo-fast" in capsys.readouterr().err
     assert file.read_bytes() == before and not list(tmp_path.rglob("*.partial"))
     for _ in range(2):
         assert main(["report", str(run), "--out", str(tmp_path / "new.html")]) == 0
@@ -308,7 +308,7 @@ def test_several_runs_stand_side_by_side(run, tmp_path):
     assert file.resolve() == (tmp_path / "report.html").resolve()
     page = Page(file)
     assert "at the end first second" in page.text and "steps 12 8" in page.text
-    differing = page.text[page.text.index("What differs option") :]
+    differing = page.text[page.text.index("Config differences option") :]
     differing = differing[: differing.index(" Charts ")]
     assert "learning_rate 2e-05 0.0001" in differing and "loss_type synpo dpo" in differing
     assert "warmup_ratio" not in differing
@@ -320,7 +320,7 @@ def test_several_runs_stand_side_by_side(run, tmp_path):
 def test_runs_of_one_name_are_told_apart(tmp_path):
     folders = [make_run(tmp_path / name / "out", rows=[step_row(1, 1)]) for name in ("a", "b", "c")]
     page = report(*folders, out=tmp_path / "page.html")
-    assert "a/out beside b/out beside c/out" in page.text
+    assert "a/out vs b/out vs c/out" in page.text
 
 
 def test_the_profile_shows_bars_to_scale_and_its_figures(run):
@@ -336,14 +336,14 @@ def test_the_profile_shows_bars_to_scale_and_its_figures(run):
     assert sum(widths[:3]) == pytest.approx(50) and sum(widths[3:]) == pytest.approx(100)
     assert "DPO, adapter off 2x 1.8x to 2.4x 8 s 7.2 s to 9.6 s 1,234 3 GiB 2.5e15" in page.text
     assert (
-        "9 rounds, 2 pairs, 1,293 prompt tokens, 485 response tokens a step. Spread: lowest to highest round."
-        in page.text
+        "9 rounds, 2 pairs, 1,293 prompt tokens, 485 response tokens per step. "
+        "Bars: median step by stage. Spread: lowest to highest of the rounds." in page.text
     )
     assert (
-        "time of DPO, adapter off over the variant's own" in page.text
-        and "predict 2.59 for SynPO, 1.5 without" in page.text
+        "time of DPO, adapter off divided by the variant's time" in page.text
+        and "predict a ratio of 2.59 for SynPO, 1.5 without" in page.text
     )
-    assert "made beforehand, 250 ms a step" in page.text
+    assert "computing the log-probs beforehand takes 250 ms per step" in page.text
     assert "DPO, frozen copy: not measured, zero_stage=3 shards the model." in page.text
 
 
@@ -360,7 +360,7 @@ def test_a_profile_of_an_earlier_release_is_shown(run):
 def test_a_folder_with_a_profile_alone_is_no_fault(tmp_path):
     (tmp_path / "profile.json").write_text(json.dumps(profile()))
     page = report(tmp_path)
-    assert "To know first" not in page.text and "Profile Config Profile" in page.text
+    assert "Read this first" not in page.text and "Profile Config Profile" in page.text
     assert "learning_rate 0.25" in page.text and "SynPO 1x 0.9x to 1.2x 4 s" in page.text
 
 
@@ -375,13 +375,13 @@ def test_the_demo_shows_accuracy_by_attribute_and_examples(run, by_model):
     (run / "demo.json").write_text(json.dumps(content))
     page = report(run)
     assert "warm-up SynPO DPO all attributes 50.1 % 70.2 % 65.3 % colour 40.0 % 80.0 % 60.0 %" in page.text
-    assert "NLL 0.71 0.72 0.93" in page.text and "before a blue square after SynPO a red square" in page.text
+    assert "NLL 0.71 0.72 0.93" in page.text and "before SynPO a blue square after SynPO a red square" in page.text
     assert "SynPO 12.5, DPO 10." in page.text and "Time: data 3 s." in page.text
     assert len(page.all("img")) == 3
 
 
 def test_mistakes_in_the_call(run, tmp_path, capsys):
-    with pytest.raises(ValueError, match="no run's folder"):
+    with pytest.raises(ValueError, match="no run folder"):
         write_report([])
     with pytest.raises(ValueError, match="more than once"):
         write_report([run, run / ".." / "first"])
@@ -412,6 +412,6 @@ def test_a_run_of_the_trainer_has_everything_the_page_wants(world, tmp_path, in_
     said = capsys.readouterr().err
     assert "synpo: rewards are G (probability), log-probs means (nats a token)\n" in said
     page = report(tmp_path / "out")
-    assert "To know first" not in page.text and "before training" in page.text and "after, step 2" in page.text
-    assert len(page.all("img")) == 4 and "Pull of each response on the weights" in page.charts()
+    assert "Read this first" not in page.text and "before training" in page.text and "at step 2" in page.text
+    assert len(page.all("img")) == 4 and "Gradient norm of each response's reward" in page.charts()
     assert "deepspeed" in page.text and "No pair was skipped" in page.text

@@ -97,7 +97,7 @@ def test_far_outliers_do_not_flatten_the_rest():
     low, high, cut = value_range(values, 0.0)
     assert cut and low == 0.0 and high < 2
     figure = draw(CHARTS[0], [record(values)], ["red"])
-    assert "axis cut: values go from 0.9 to 1e6" in figure
+    assert "axis cut: values range from 0.9 to 1e6" in figure
     assert value_range(values[:400])[2] is False
 
 
@@ -168,7 +168,7 @@ def test_one_slow_first_step_does_not_flatten_the_waiting():
         figure = draw(chart, [record(values, "data_wait_share")], ["red"])
         low, high = map(float, re.search(r'data-y="(\S+) (\S+)', figure).groups())
         assert low == 0 and 0.3 <= high < 1, (count, high)
-        assert "axis cut: values go from 0.2 % to 99 %" in figure
+        assert "axis cut: values range from 0.2 % to 99 %" in figure
     steady = draw(chart, [record([0.3, 0.2, 0.4, 0.3] * 5, "data_wait_share")], ["red"])
     assert "axis cut" not in steady and float(re.search(r'data-y="(\S+) (\S+)', steady)[2]) == pytest.approx(41.2)
     still = draw(chart, [record([0.5] + [0.0] * 20, "data_wait_share")], ["red"])

@@ -49,8 +49,8 @@ def test_series_of_different_units_have_axes_of_their_own(page):
     assert [[name.split()[0] for name in names[::2]] for *_, names, _ in logps] == [["synpo", "simpo"], ["dpo"]]
     assert logps[0][0] > -10 and logps[1][0] < -200
     # What means the same everywhere is drawn once, for all.
-    assert [len(names) for *_, names, _ in axes(page, "Pairs ranked right")] == [3]
-    assert [len(names) for *_, names, _ in axes(page, "Language: NLL")] == [3]
+    assert [len(names) for *_, names, _ in axes(page, "Pairs ranked correctly")] == [3]
+    assert [len(names) for *_, names, _ in axes(page, "NLL")] == [3]
     assert len(axes(page, "Loss")) == len(axes(page, "Gradient norm")) == 3
 
 
@@ -61,7 +61,7 @@ def test_a_table_row_names_the_units_of_its_cells(page):
         in numbers
     )
     assert "log-prob, chosen -1.5 nats a token -1.5 nats a token -255 nats a response" in numbers
-    assert "pairs ranked right 90 % 90 % 90 %" in numbers
+    assert "pairs ranked correctly 90 % 90 % 90 %" in numbers
 
 
 def test_runs_of_one_loss_share_axes_unless_beta_scales_their_rewards(tmp_path):
