@@ -1,1 +1,1 @@
-"""Time by stage, peak memory and counted FLOPs of a training step, and a fair comparison of SynPO with DPO."""
+"""Measures a training step: time by stage, peak memory, counted FLOPs, and a fair comparison of SynPO with DPO."""

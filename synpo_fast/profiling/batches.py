@@ -1,8 +1,8 @@
-"""The steps that a profile measures: the first ones of training, held in memory, and how long they take to read.
+"""The batches that a profile measures: the first steps of training, held in memory, and the time it takes to read them.
 
-Waiting for data cannot be watched while variants take turns: with every batch used many times, the next one is always
-there. So the reading is timed by itself, before anything else runs. With workers a step waits for what its reading
-takes longer than its computing, and without them for all of it.
+The wait for data cannot be measured while variants take turns: every batch is used many times, so the next one is always
+ready. Reading is therefore timed separately, before anything else runs. With worker processes a step waits only for the part of
+its reading that its computing does not hide; without them it waits for all of it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from synpo_fast.data.loader import PairLoader, StepBatch
 from synpo_fast.errors import UserError
 from synpo_fast.models.policy import Sample
 
-MOST_BATCHES = 4  # in memory with their pixels, and used again when there are more rounds
+MOST_BATCHES = 4  # kept in memory with their pixels, and reused if there are more rounds
 
 
 @dataclass(frozen=True, eq=False)
 class ProfiledStep:
-    """batch: this rank's part of a step. The counts are of all ranks. reading_s: how long this rank reads for it."""
+    """One step to measure.
+
+    batch: this rank's part of the step. The counts are sums over all ranks. reading_s: seconds this rank takes to read its part.
+    """
 
     batch: StepBatch
     pairs: int
@@ -35,16 +38,19 @@ class ProfiledStep:
 
     @property
     def samples(self) -> list[Sample]:
-        """This rank's, each once."""
+        """This rank's samples, each once."""
         return [pair.sample for pair in self.batch.pairs]
 
     def wait_s(self, computing_s: float, reads_ahead: bool) -> float:
+        """Seconds that a step of computing_s waits for its data. reads_ahead: True if worker processes read."""
         return max(0.0, self.reading_s - computing_s) if reads_ahead else self.reading_s
 
 
 def read_steps(config: TrainConfig, loader: PairLoader) -> list[ProfiledStep]:
-    """The first steps of training that every rank has pairs for. The very first is left out where there are
-    others: its reading is slow to start."""
+    """The first steps of training in which every rank has pairs, without the very first if there are others: it is slow to read.
+
+    Raises UserError if there is no such step. All ranks must call this.
+    """
     wanted = min(config.profile, MOST_BATCHES)
     batches: list[StepBatch] = []
     waits: list[float] = []
@@ -59,11 +65,11 @@ def read_steps(config: TrainConfig, loader: PairLoader) -> list[ProfiledStep]:
             break
     if not batches:
         why = f": {quoted(bad)}" if bad else ""
-        raise UserError(f"no step of {config.train_file} has a pair that can be used on every process{why}")
+        raise UserError(f"no step of {config.train_file} has a usable pair on every process{why}")
     mean = sum(waits) / max(1, len(waits))
     steps = []
     for batch in batches[-wanted:]:
-        # Who reads ahead does it unevenly: of their reading only the mean says something.
+        # Workers that read ahead deliver batches unevenly, so only their mean reading time is meaningful.
         steps.append(_profiled_step(batch, mean if config.reads_ahead else batch.wait_s))
     return steps
 
@@ -85,7 +91,7 @@ def _profiled_step(batch: StepBatch, reading_s: float) -> ProfiledStep:
 
 
 def every_rank(value: Any) -> list[Any]:
-    """This rank's value and those of all others, by rank."""
+    """The values of all ranks, in rank order. All ranks must call this."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found

@@ -1,4 +1,4 @@
-"""The rounds of a profile: steps in turn, timed, their losses compared; and what each variant costs in memory and FLOPs."""
+"""Runs the rounds of a profile: times the variants in turn, compares their losses, and counts each one's memory and FLOPs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.metrics import means_of, summed_over_ranks
 from synpo_fast.training.step import Stepper
 
-WARM_UP = 2  # rounds; kernels are compiled and buffers made in the first
-# How far two variants with the same loss may differ, in the mean over a step's pairs.
+WARM_UP = 2  # rounds that are not measured: they compile kernels and allocate buffers
+# How far the mean loss of a step may differ between two variants that must have the same loss.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 @dataclass(eq=False)
 class Bench:
-    """One engine, the steps to take with it, and the variants to take of each."""
+    """An engine, the steps to measure with it, and the variants to run on each step."""
 
     config: TrainConfig
     engine: Engine
@@ -50,7 +50,7 @@ class Bench:
         return [variant for variant in self.variants if variant.skipped is None]
 
     def run(self, progress: Progress) -> tuple[dict[str, list[StageTimes]], dict[str, float]]:
-        """Times of every variant in every round, and its loss in the first.
+        """Returns the times of every variant in every round, and its loss in the first round.
 
         Raises TrainingStopped if losses disagree or memory runs out.
         """
@@ -61,7 +61,7 @@ class Bench:
             for index in range(-WARM_UP, self.config.profile):
                 step = self.steps[index % len(self.steps)]
                 losses: dict[str, float] = {}
-                with _no_collection():
+                with _no_garbage_collection():
                     for variant in round_order(self.measured, index):
                         losses[variant.name], taken = self._timed_step(
                             variant, step, self.config.seed + index + WARM_UP, clock
@@ -87,14 +87,14 @@ class Bench:
         return loss, StageTimes(times.seconds + wait, {**times.stages, WAIT: wait})
 
     def take(self, step: ProfiledStep, seed: int) -> float:
-        """One optimiser step of training, but at learning rate 0. Returns the loss over all ranks."""
+        """Takes one optimiser step as in training, but at learning rate 0. Returns the mean loss over all ranks."""
         taken = self.stepper.take(step.batch, seed=seed, learning_rate=0.0)
-        if taken.batch is not step.batch:  # oom_policy=skip took it without some of its pairs
+        if taken.batch is not step.batch:  # oom_policy=skip dropped some of its pairs
             raise torch.OutOfMemoryError(quoted(taken.batch.bad))
         return means_of(summed_over_ranks(taken.sums, self.device))["loss"]
 
     def check(self, losses: Mapping[str, float]) -> None:
-        """Raises TrainingStopped unless variants that must have one loss have it. Every rank sees the same losses."""
+        """Raises TrainingStopped if variants that must have the same loss differ. Every rank sees the same losses."""
         allowed = TOLERANCES[self.engine.dtype]
         for loss_type in sorted({variant.loss_type for variant in self.measured}):
             same = {variant.name: losses[variant.name] for variant in self.measured if variant.loss_type == loss_type}
@@ -106,13 +106,13 @@ class Bench:
                 )
 
     def _dpo_starts_at_log_2(self) -> bool:
-        """Policy and reference are one model, so it does unless the loss has other terms or another form."""
+        """True if DPO's loss must be log 2: policy equals reference, and the loss has its default form and no extra term."""
         every = all(pair.preference for step in self.steps for pair in step.batch.pairs)
         form = self.config.variant if self.config.loss_type == "dpo" else None
         return every and self.engine.module.auxiliary is None and form in (None, "sigmoid")
 
     def costs(self, variant: Variant) -> dict[str, Any]:
-        """All ranks call it. Memory is that of the rank that needs most, FLOPs are those of all."""
+        """A variant's memory (on the rank that needs most), FLOPs (all ranks) and precomputing time. All ranks must call this."""
         policies = [self.engine.module.policy, self.switch.references.copy]
         self.switch.use(variant)
 
@@ -134,7 +134,7 @@ class Bench:
         }
 
     def _held_bytes(self, variant: Variant) -> int:
-        """Bytes held between steps, without a copy of the model that this variant does not need."""
+        """Bytes allocated between steps. A frozen copy of the model counts only if the variant uses it."""
         copy = self.switch.references.copy_bytes
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device) - (0 if variant.reference == "frozen_copy" else copy)
@@ -147,8 +147,8 @@ class Bench:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keeps Python's collector from stopping whichever variant runs when it is due."""
+def _no_garbage_collection() -> Iterator[None]:
+    """Keeps Python's garbage collector from adding a pause to one variant's time."""
     gc.collect()
     gc.disable()
     try:

@@ -1,10 +1,10 @@
-"""Counted FLOPs of a call, attention on CPUs included, which torch's counter leaves out.
+"""Counts the FLOPs of a call, including attention on CPUs, which torch's counter omits.
 
-Attention is counted as torch counts it on GPUs: every query with every key it is given, masked or not; a backward pass is
-five such products against the forward's two.
+Attention is counted as torch counts it on GPUs: every query with every key it is given, masked or not. The forward is two such
+products, the backward five.
 
-A product inside a kernel of our own, or of flash attention, is seen by no counter. `visible_products` puts their twins in
-plain torch in their place, which do the same work.
+The counter cannot see matrix products inside our own kernels or flash attention. `visible_products` replaces them by versions in
+plain torch that do the same work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from synpo_fast.models.attention import SEGMENTS, VARLEN
 from synpo_fast.models.policy import Policy
 from synpo_fast.models.vision_attention import FLASH_ATTENTION_2, set_vision_attention
 
-# The same work where the counter sees it.
+# Attention implementations that the counter cannot see -> those that do the same work in plain torch.
 PLAIN: dict[str | None, str] = {VARLEN: SEGMENTS, FLASH_ATTENTION_2: "sdpa"}
 
 
@@ -44,7 +44,7 @@ def _register_cpu_attention() -> None:
 
 
 def count_flops(call: Callable[[], Any]) -> int:
-    """FLOPs of one call, by operator. Call it once before, so that lazily loaded operators are known to the counter."""
+    """The FLOPs of one call, by operator. Make the call once before, so that the counter knows lazily loaded operators."""
     _register_cpu_attention()
     with FlopCounterMode(display=False) as counter:
         call()
@@ -53,7 +53,7 @@ def count_flops(call: Callable[[], Any]) -> int:
 
 @contextmanager
 def visible_products(policies: Sequence[Policy]) -> Iterator[None]:
-    """Policies on a GPU: the chunked head for the Triton one, attention segment by segment for flash attention."""
+    """Switches policies on a GPU to the chunked head and to attention in plain torch, and switches them back at the end."""
     on_gpu = [policy for policy in policies if policy.device.type == "cuda"]
     before = [(policy.backend, policy.attn_implementation, policy.vision_attn_implementation) for policy in on_gpu]
     try:

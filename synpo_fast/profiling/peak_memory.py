@@ -1,17 +1,17 @@
-"""Peak extra memory of one call: the most it holds at once beyond what was there before, its results included.
+"""Peak extra memory of one call: the most memory it holds at once beyond that allocated before, its results included.
 
 GPU: `torch.cuda.max_memory_allocated` during the call, less `memory_allocated` before it.
 
-CPU: the larger of two views, each exact where the other is blind.
+CPU: the larger of two measurements, each of which sees memory that the other misses.
 - allocator: the running sum of the `[memory]` events that torch.profiler records from ATen's CPU allocator. It counts
-  every tensor to the byte, inside C++ operators too, but not what a library or `std::vector` takes with malloc.
+  every tensor to the byte, inside C++ operators too, but not memory that a library or `std::vector` takes with malloc.
 - resident: the kernel's high-water mark of resident memory (VmHWM, reset through /proc/self/clear_refs), less VmRSS
-  before. It counts everything, but not pages that an earlier call left behind (malloc_trim returns most of them first)
-  nor pages that were reserved and never touched.
+  before the call. It counts all touched pages, but not reserved pages that are never touched, nor the reuse of pages that an
+  earlier call left behind (malloc_trim returns most of them first).
 Sampling RSS from a thread would miss short peaks, and a TorchDispatchMode would miss buffers inside C++ operators.
 
-The call is made once per view, apart from any timing: the profiler slows what it watches. Call the function once
-before, so that compiling, autotuning and handle creation are not counted.
+The call is made once per measurement, separately from any timing, because the profiler slows it. Make the call once before, so
+that compiling, autotuning and handle creation are not counted.
 """
 
 from __future__ import annotations
@@ -32,20 +32,23 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def peak_extra_memory(call: Callable[[], Any], device: torch.device) -> dict[str, int]:
-    """{"peak": bytes, and on a CPU "allocator" and "resident", the views it is the larger of}."""
+    """Returns {"peak": bytes}; on a CPU also "allocator" and "resident", the two measurements of which it is the larger."""
     gc.collect()
     if device.type == "cuda":
         return {"peak": _cuda_peak(call, device)}
-    views = {"allocator": _allocator_peak(call)}
+    measured = {"allocator": _allocator_peak(call)}
     resident = _resident_peak(call)
     if resident is not None:
-        views["resident"] = resident
-    return {"peak": max(views.values()), **views}
+        measured["resident"] = resident
+    return {"peak": max(measured.values()), **measured}
 
 
 def peak_of_step(call: Callable[[], Any], device: torch.device) -> int:
-    """For a training step on a CPU the resident view alone, where there is one: DeepSpeed reserves a buffer of 2 GB for gradients
-    and touches only what it needs, which the allocator cannot tell. The call is made once."""
+    """Peak extra memory in bytes of a training step. The call is made once.
+
+    On a CPU this is the resident measurement if the system has it: DeepSpeed reserves a buffer of 2 GB for gradients and touches
+    only a part of it, and the allocator would count all of it.
+    """
     gc.collect()
     if device.type == "cuda":
         return _cuda_peak(call, device)
@@ -68,7 +71,7 @@ def _allocator_peak(call: Callable[[], Any]) -> int:
     # The events are read from the exported trace: the profiler's tables fold the frees of an operator into its
     # allocations, which hides the peak.
     activities = [torch.profiler.ProfilerActivity.CPU]
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints two lines a call
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise it prints two lines per call
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         result = call()
     del result
@@ -86,7 +89,7 @@ def _allocator_peak(call: Callable[[], Any]) -> int:
 
 
 def _resident_peak(call: Callable[[], Any]) -> int | None:
-    """None where the system keeps no high-water mark that can be reset."""
+    """Peak growth of resident memory in bytes; None if the system has no high-water mark that can be reset."""
     if sys.platform != "linux" or not _CLEAR_REFS.exists():
         return None
     gc.collect()

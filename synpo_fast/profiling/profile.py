@@ -1,10 +1,10 @@
-"""`--profile N`: what a step of this run costs, beside DPO's on the same batches, engine and weights.
+"""`--profile N`: measures a step of this run and DPO's step on the same batches, with the same engine and weights.
 
-Nothing is trained. Model, adapter, data and engine are those of the run; every step has learning rate 0, so weights stay as they
-are, and the losses that must be equal are compared before a time is shown. A round takes one step of each variant
-(variants.py), in an order that turns from round to round; a clock (stage_clock.py) says where each step's time went.
+Nothing is trained: model, adapter, data and engine are those of the run, but every step has learning rate 0, so the weights do
+not change. Losses that must be equal are compared before any time is shown. A round takes one step of each variant
+(variants.py), in an order that changes from round to round. A clock (stage_clock.py) splits each step's time by stage.
 
-Written is profile.json, and nothing else: no checkpoint, and a run that lies in the folder stays as it is.
+The profile writes only profile.json. It saves no checkpoint and leaves a run in the same folder unchanged.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ FILE = "profile.json"
 
 
 def profile_in_group(config: TrainConfig, device: torch.device) -> None:
-    """Every rank calls it; rank 0 writes profile.json and shows the table.
+    """Runs the profile. All ranks must call this; rank 0 writes profile.json and prints the table.
 
-    Raises TrainingStopped if two variants with the same loss differ, since their times would mean nothing, or if memory runs out.
+    Raises TrainingStopped if memory runs out, or if variants that must have the same loss differ: then they did not do the same
+    work, and their times cannot be compared.
     """
     folder, rank = Path(config.output_dir), dist.get_rank()
     check_options_on(device, config)
     _check_folder(folder)
-    # As what it is on this device: the predicted ratios depend on it.
+    # The automatic setting is resolved here, since the predicted ratios depend on it.
     config = replace(config, gradient_checkpointing=checkpoints_activations(config, device))
     progress = Progress(shows=rank == 0, bar=False, first_step=0, num_steps=config.profile, every=1)
     bench = _build(config, read_data(config), device)
     progress.say(
-        f"profile: {config.profile} rounds after {WARM_UP} to warm up, {len(bench.measured)} variants, "
+        f"profile: {config.profile} rounds after {WARM_UP} warm-up rounds, {len(bench.measured)} variants, "
         f"{len(bench.steps)} batches, {bench.engine.world_size} process{'es' * (bench.engine.world_size > 1)} on {device.type}",
         "profile",
     )
@@ -69,7 +70,7 @@ def profile_in_group(config: TrainConfig, device: torch.device) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Rank 0 tries; every rank gets the same ValueError."""
+    """Raises UserError on every rank if rank 0 cannot write to the folder."""
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
@@ -82,11 +83,11 @@ def _check_folder(folder: Path) -> None:
 
 
 def _build(config: TrainConfig, data: RunData, device: torch.device) -> Bench:
-    """Builds the run as start.py does, but with the references of all variants: before the engine, which may shard the model."""
-    # Built for a loss that reads no reference, or the run's own would be made, and written into its folder.
+    """Builds the run as start.py does, with the references of all variants made before the engine, which may shard the model."""
+    # Built for a loss without a reference; otherwise the run's own reference would be made and written into its folder.
     unset: dict[str, Any] = dict.fromkeys(LOSS_OPTIONS)
     model = build_model(replace(config, loss_type="synpo", reference="auto", **unset), data, device, checkpoint=None)
-    # Some variants leave the cache out: their videos must come with pixels.
+    # Some variants do not use the feature cache, so the videos are read with their pixels.
     with train_loader(
         replace(config, feature_cache=None), data, model.policy, dist.get_rank(), dist.get_world_size()
     ) as loader:
@@ -98,7 +99,7 @@ def _build(config: TrainConfig, data: RunData, device: torch.device) -> Bench:
 
 
 def _record(bench: Bench, times: Mapping[str, list[StageTimes]], losses: Mapping[str, float]) -> dict[str, Any]:
-    """All ranks call it: memory and FLOPs take further steps."""
+    """The content of profile.json. All ranks must call this, since measuring memory and FLOPs takes further steps."""
     config, base = bench.config, baseline_of(times)
     used = [bench.steps[index % len(bench.steps)] for index in range(config.profile)]
     batch = _batch_facts(used, len(bench.steps))
@@ -121,7 +122,7 @@ def _record(bench: Bench, times: Mapping[str, list[StageTimes]], losses: Mapping
 
 
 def _batch_facts(used: Sequence[ProfiledStep], distinct: int) -> dict[str, Any]:
-    """Means over the steps of the measured rounds; counts are of all ranks."""
+    """Means over the steps of the measured rounds; counts are sums over all ranks."""
     names = ("pairs", "responses", "prompt_tokens", "response_tokens", "reading_s")
     facts: dict[str, Any] = {name: sum(getattr(step, name) for step in used) / len(used) for name in names}
     a_prompt, a_response = facts["prompt_tokens"] / facts["pairs"], facts["response_tokens"] / facts["responses"]
@@ -130,7 +131,7 @@ def _batch_facts(used: Sequence[ProfiledStep], distinct: int) -> dict[str, Any]:
 
 
 def _mean_over_ranks(times: Mapping[str, list[StageTimes]]) -> dict[str, list[StageTimes]]:
-    """Ranks wait for each other, so they differ in where the time goes rather than in how much of it there is."""
+    """The mean times over all ranks. Ranks wait for each other, so their totals agree, but their stages may differ."""
     ranks = every_rank(dict(times))
     return {name: [_mean(row) for row in zip(*(rank[name] for rank in ranks), strict=True)] for name in times}
 

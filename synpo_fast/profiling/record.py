@@ -1,16 +1,17 @@
-"""profile.json and the table on the screen: medians of what the rounds of a profile measured, and the lowest and highest of them.
+"""Makes profile.json and the printed table from a profile's rounds: the median of each number, with its lowest and highest value.
 
-The spread is the whole range, since rounds are no independent draws: the speed of a shared machine wanders over minutes, and an
-interval that takes rounds for draws is too narrow to hold what the next profile finds.
+The spread is the whole range because rounds are not independent samples: the speed of a shared machine drifts over minutes. An
+interval that treats rounds as independent is too narrow to contain the result of the next profile.
 
-A variant's ratio is the time of the slowest baseline (DPO with the adapter off, without the gains of sharing) over its own, round
-by round, so that a machine that slows down slows both. The limit beside it counts forward passes of the language model per token:
+A variant's ratio is the time of the baseline (unshared DPO with the adapter off) divided by its own time in the same round, so a
+machine that slows down affects both. The limit beside it counts forward passes of the language model per token:
 
-    shared     d 2(P + C) / (s (P + 2C))            d, s: passes of DPO and of SynPO; P prompt and C response tokens of a pair
+    shared     d 2(P + C) / (s (P + 2C))
     unshared   d / s
 
-s = 2 with an adapter (a forward, and a backward through frozen layers that costs as much), 3 when all weights train, one more
-with gradient checkpointing; d = s + 1, the reference.
+d and s are the numbers of passes of DPO and of SynPO; a prompt has P tokens, a response C. s is 2 with an adapter (a forward, and
+a backward through frozen layers that costs as much) and 3 if all weights train, plus 1 with gradient checkpointing. d = s + 1,
+because DPO runs the reference too.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from synpo_fast.profiling.rounds import Spread, ratios_by_round, spread
 from synpo_fast.profiling.stage_clock import STAGES, StageTimes
 from synpo_fast.profiling.variants import Variant
 
-# The first of them that was measured is what ratios are against.
+# Ratios compare with the first of these that was measured.
 BASELINES = ("dpo-adapter-off-unshared", "dpo-frozen-copy-unshared", "dpo-precomputed-unshared")
 
 
 def stage_spreads(times: Sequence[StageTimes]) -> dict[str, Spread]:
-    """Seconds of each stage in the median step. Medians of seconds would not sum to the median step where rounds differ: so
-    a stage's share of its step is taken round by round, and the median shares are brought to sum to 1."""
+    """Seconds of each stage in the median step.
+
+    If rounds differ, the medians of the stages' seconds do not sum to the median step. So we take the median of each stage's
+    share of its step, and scale these shares to sum to 1.
+    """
     median = statistics.median(each.seconds for each in times)
     shares = {stage: spread([each.stages[stage] / each.seconds for each in times]) for stage in STAGES}
     scale = median / sum(share["median"] for share in shares.values())
@@ -38,13 +42,17 @@ def stage_spreads(times: Sequence[StageTimes]) -> dict[str, Spread]:
 
 
 def baseline_of(times: Mapping[str, object]) -> str | None:
+    """The variant that ratios compare with; None if no baseline was measured."""
     return next((name for name in BASELINES if name in times), None)
 
 
 def limit(
     config: TrainConfig, prompt_tokens: float, response_tokens: float, responses_of_a_pair: float = 2.0
 ) -> dict[str, Any]:
-    """prompt_tokens: each pair's once. response_tokens: of all responses; a ground truth is a third one."""
+    """The ratios that passes of the language model alone predict.
+
+    prompt_tokens: each pair's prompt counted once. response_tokens: of all responses; a ground truth counts as a third response.
+    """
     own = (2 if config.use_peft else 3) + int(bool(config.gradient_checkpointing))
     apart, shared = responses_of_a_pair * prompt_tokens + response_tokens, prompt_tokens + response_tokens
     return {
@@ -61,7 +69,7 @@ def variant_record(
     tokens: Sequence[int],
     costs: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """costs: loss, peak_memory_bytes, flops and amortised_s of a variant that was measured."""
+    """A variant's entry in profile.json. costs: its loss, peak_memory_bytes, flops and amortised_s, if it was measured."""
     record: dict[str, Any] = {"name": variant.name, "loss_type": variant.loss_type, "reference": variant.reference}
     record |= {"shared": variant.shared, "skipped": variant.skipped}
     measured = ("seconds", "stages", "stages_over_step", "tokens_per_s", "ratio")
@@ -79,7 +87,7 @@ def variant_record(
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """The table on the screen: the variants, then where their time goes."""
+    """The printed table: a row for each variant, then each variant's time by stage."""
     variants = [variant for variant in record["variants"] if variant["skipped"] is None]
     lines = [_title(record), ""]
     rows = [["variant", "step", "", "ratio", "", "limit", "tokens/s", "peak memory", "GFLOP", "loss"]]
@@ -93,10 +101,10 @@ def table(record: Mapping[str, Any]) -> str:
                 f"{variant['tokens_per_s']:.0f}",
                 f"{variant['peak_memory_bytes'] / 2**20:,.0f} MiB",
                 _gflop(variant["flops"]),
-                f"{variant['loss_type']} {variant['loss']:.5f}",  # the numbers of two losses are no quantities of one kind
+                f"{variant['loss_type']} {variant['loss']:.5f}",  # named, because values of different losses are not comparable
             ]
         )
-    lines += [*_aligned(rows), "", "milliseconds by stage of the median step"]
+    lines += [*_aligned(rows), "", "milliseconds by stage in the median step"]
     stages = [stage for stage in STAGES if any(variant["stages"][stage]["median"] > 0 for variant in variants)]
     rows = [["variant", *stages]]
     rows += [
@@ -107,7 +115,8 @@ def table(record: Mapping[str, Any]) -> str:
     for variant in variants:
         if variant["amortised_s"] is not None:
             lines.append(
-                f"{variant['name']}: log-probs made beforehand, {variant['amortised_s']:.4g} s a step, once a training run"
+                f"{variant['name']}: computing the log-probs beforehand takes {variant['amortised_s']:.4g} s per step, "
+                "once per training run; this is not in the table"
             )
     lines += [
         f"{variant['name']}: not measured, {variant['skipped']}"
@@ -122,13 +131,13 @@ def _title(record: Mapping[str, Any]) -> str:
     return (
         f"{record['rounds']} rounds of one step each: {batch['pairs']:.4g} pairs, {batch['prompt_tokens']:.0f} prompt and "
         f"{batch['response_tokens']:.0f} response tokens, prefix/completion {batch['prefix_to_completion']:.2f}\n"
-        f"medians [lowest - highest]; ratio: time of {base} over the variant's own, round by round; "
-        "limit: what passes of the language model predict"
+        f"medians [lowest - highest]; ratio: time of {base} divided by the variant's time, per round; "
+        "limit: the ratio that passes of the language model alone predict"
     )
 
 
 def _limit_cell(record: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
-    """SynPO's two figures are all that the formula speaks of."""
+    """The predicted ratio of a variant; "" for DPO's variants, which the formula does not cover."""
     if variant["loss_type"] == "dpo" or record["ratio_base"] != BASELINES[0]:
         return ""
     return f"{record['limit']['dpo_over_synpo_shared' if variant['shared'] else 'unshared']:.2f}x"
@@ -144,7 +153,7 @@ def _gflop(flops: float) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, figures to the right."""
+    """Lines of a table with its first column aligned left and all others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for name, *cells in rows:

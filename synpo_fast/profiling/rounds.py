@@ -1,9 +1,9 @@
-"""Interleaved rounds: contestants take turns, and their times are compared round by round.
+"""Interleaved timing: contestants take turns, and their times are compared round by round.
 
-All contestants run once in every round, so a machine that slows down slows them alike; the order changes direction every
-round and turns by a place every two, so nobody always follows the same neighbour. Figures are medians with quartiles or
-with the whole range; a ratio is the median over the rounds of (own time / the other's time in the same round).
-On a GPU a call is timed with events around it, launches and host waits included; on a CPU with perf_counter.
+Each contestant runs once in every round, so a machine that slows down affects all of them. The order is reversed every second
+round and rotated by one place every two rounds, so no contestant always follows the same one. Results are medians with quartiles
+or with the whole range. A ratio is the median over the rounds of (own time / the other's time in the same round).
+On a GPU a call is timed with events around it, which include launches and host waits; on a CPU with perf_counter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _L2_FLUSH_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median, lower and upper quartile over `rounds` samples."""
+    """Seconds of one call: the median and the lower and upper quartile of `rounds` samples."""
 
     median: float
     low: float
@@ -36,6 +36,7 @@ class Timing:
 
 
 def summarise(samples: Sequence[float]) -> Timing:
+    """The median and quartiles of the samples. Raises ValueError if there are none."""
     if not samples:
         raise ValueError("no samples to summarise")
     if len(samples) == 1:
@@ -45,26 +46,29 @@ def summarise(samples: Sequence[float]) -> Timing:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median, lowest and highest."""
+    """The median, the lowest and the highest value."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def ratios_by_round(samples: Sequence[float], base: Sequence[float]) -> list[float]:
-    """samples / base, paired by round."""
+    """samples / base in each round."""
     return [own / other for own, other in zip(samples, base, strict=True)]
 
 
 def median_ratio(samples: Sequence[float], base: Sequence[float]) -> float:
+    """The median over the rounds of samples / base."""
     return statistics.median(ratios_by_round(samples, base))
 
 
-ROUNDS_FOR_AN_INTERVAL = 5  # the median of all lies outside the range of n values with probability 2 ** (1 - n)
+ROUNDS_FOR_AN_INTERVAL = 5  # the true median lies outside the range of n values with probability 2 ** (1 - n)
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Two of the values with the true median between them nine times in ten or more, whatever their distribution. Of fewer than
-    eight, the lowest and the highest; of fewer than ROUNDS_FOR_AN_INTERVAL these hold it less often, three times in four with
-    three. (Quartiles are where half of the rounds lie, and narrower than this.)"""
+    """A confidence interval of at least 90 % for the true median: two of the values, valid for any distribution.
+
+    With fewer than eight values it is their whole range. With fewer than ROUNDS_FOR_AN_INTERVAL its confidence is lower: 75 % for
+    three values. (The interval between the quartiles is narrower: it holds half of the values.)
+    """
     rising = sorted(values)
     cut = 0
     while 2 * sum(math.comb(len(rising), k) for k in range(cut + 2)) <= 0.1 * 2 ** len(rising):
@@ -73,7 +77,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def round_order(contestants: Sequence[T], round_index: int) -> list[T]:
-    """The order of one round: every second round backwards, turned by a place every two rounds."""
+    """The order of one round: rotated by one place every two rounds, and reversed every second round."""
     turn = round_index // 2 % len(contestants)
     order = [*contestants[turn:], *contestants[:turn]]
     return order[::-1] if round_index % 2 else order
@@ -89,10 +93,10 @@ def interleave(
     min_rounds: int = 3,
     timer: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round. No warm-up here: call each once or twice before.
+    """Seconds of every call in every round. There is no warm-up: make each call once or twice before.
 
-    Stops before `rounds` when `budget_seconds` are spent, but not before `min_rounds`. `cold_l2` writes over the GPU's
-    L2 cache before every call. `timer(call) -> seconds` replaces the clock.
+    Stops before `rounds` once `budget_seconds` are spent, but not before `min_rounds`. `cold_l2` overwrites the GPU's L2 cache
+    before every call. `timer(call) -> seconds` replaces the clock.
     """
     if not calls:
         return {}
@@ -102,7 +106,7 @@ def interleave(
     start = time.perf_counter()
     gc.collect()
     frozen = gc.get_freeze_count()
-    gc.freeze()  # the collections between rounds look at new objects only
+    gc.freeze()  # so that collections between rounds look only at new objects
     gc.disable()
     try:
         for round_index in range(rounds):
@@ -113,7 +117,7 @@ def interleave(
                 break
     finally:
         gc.enable()
-        if not frozen:  # else the caller had frozen objects of its own
+        if not frozen:  # otherwise the caller has frozen objects of its own
             gc.unfreeze()
     return samples
 

@@ -1,14 +1,15 @@
-"""The time of an optimiser step by stage, each moment counted once.
+"""Splits the time of an optimiser step by stage; each moment counts for one stage only.
 
-A stack says which stage runs; entering and leaving one closes an interval, which is charged to the stage on top. So a collective
-inside the backward is communication and not backward, and the stages sum to the step. Inside `reference` everything is the
-reference's. The language model runs prefixes and responses in one row: its time is divided by their shares of the rows.
+A stack holds the running stages. Entering or leaving a stage closes an interval, which is charged to the stage on top. So a
+collective inside the backward counts as communication and not as backward, and the stages sum to the step. All time inside
+`reference` counts for the reference. The language model runs prefixes and responses in one row, so its time is divided in
+proportion to their tokens.
 
-On a GPU the borders are events in the stream: nothing waits until the step is over, so the step runs as it does in training.
-The step itself is timed with the host's clock, apart from the borders.
+On a GPU the intervals are bounded by events in the stream. The host waits for them only after the step, so the step runs as in
+training. The whole step is also timed with the host's clock, independently of the intervals.
 
-`timed_stages` puts the clock around methods of one engine, its policy and torch's process groups, and takes it off again.
-A run that is not profiled never meets it.
+`timed_stages` wraps methods of one engine, its policy and torch's process groups, and restores them afterwards. A run without a
+profile does not use this module.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from synpo_fast.models.layout import RowLayout
 WAIT, VISION, PREFIX, RESPONSES, HEAD = "wait for data", "vision", "prefix", "responses", "head and loss"
 REFERENCE, BACKWARD, OPTIMISER, COMMUNICATION, OTHER = "reference", "backward", "optimiser", "communication", "other"
 STAGES = (WAIT, VISION, PREFIX, RESPONSES, HEAD, REFERENCE, BACKWARD, OPTIMISER, COMMUNICATION, OTHER)
-Shares = Mapping[str, float]  # stages that run at once, and which part of the time is whose
+Shares = Mapping[str, float]  # stages that run at the same time -> their shares of the time, which sum to 1
 
-# What torch.distributed and DeepSpeed end in, whichever of their functions was called. Names vary between torch versions.
+# Methods of a process group that every function of torch.distributed and DeepSpeed calls. Names vary between torch versions.
 COLLECTIVES = (
     "allreduce", "allreduce_coalesced", "reduce", "broadcast", "barrier", "gather", "scatter",
     "allgather", "allgather_coalesced", "allgather_into_tensor_coalesced", "_allgather_base", "all_gather_single",
@@ -42,16 +43,18 @@ COLLECTIVES = (
 
 @dataclass(frozen=True)
 class StageTimes:
-    """seconds: the whole step by the host's clock. stages: every one of STAGES."""
+    """The times of one step. seconds: the whole step by the host's clock. stages: seconds of each of STAGES."""
 
     seconds: float
     stages: dict[str, float]
 
 
 class StageClock:
+    """Measures the stages of one step at a time, between `start` and `stop`."""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stack: list[Shares] = []  # empty: no step is being timed
+        self._stack: list[Shares] = []  # empty while no step is timed
         self._intervals: list[tuple[Shares, Any, Any]] = []
         self._last: Any = None
         self._began = 0.0
@@ -79,7 +82,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, shares: Shares) -> Iterator[None]:
-        """Does nothing between steps."""
+        """Charges the time inside the `with` block to these stages. Does nothing between steps and inside `reference`."""
         if not self._stack or REFERENCE in self._stack[-1]:
             yield
             return
@@ -92,7 +95,7 @@ class StageClock:
             self._stack.pop()
 
     def timed(self, call: Callable[..., Any], shares_of: Callable[..., Shares]) -> Callable[..., Any]:
-        """`call` inside the stage that shares_of makes of its arguments."""
+        """Wraps `call` so that its time is charged to the stages that shares_of returns for its arguments."""
 
         @functools.wraps(call)
         def inside(*args: Any, **kwargs: Any) -> Any:
@@ -118,37 +121,38 @@ class StageClock:
             torch.cuda.synchronize(self.device)
 
 
-def whole(stage: str) -> Callable[..., Shares]:
+def only(stage: str) -> Callable[..., Shares]:
+    """A shares_of that charges all time to one stage."""
     shares = {stage: 1.0}
     return lambda *_, **__: shares
 
 
 def row_shares(row: RowLayout, *_: Any, **__: Any) -> Shares:
-    """The shares of a packed row's tokens that stand in prefixes and in responses."""
+    """The shares of a packed row's tokens that belong to prefixes and to responses."""
     prefix = sum(group.prefix.length for group in row.groups) / row.length
     return {PREFIX: prefix, RESPONSES: 1.0 - prefix}
 
 
 @contextmanager
 def timed_stages(clock: StageClock, engine: Any) -> Iterator[None]:
-    """engine: training.engine.Engine."""
+    """Wraps the methods of the engine (training.engine.Engine) that belong to a stage, and restores them at the end."""
     module, policy = engine.module, engine.module.policy
     places: list[tuple[Any, str, Callable[..., Shares]]] = [
-        (policy, "encode_videos", whole(VISION)),
+        (policy, "encode_videos", only(VISION)),
         (policy, "hidden_states", row_shares),
-        (policy, "_row_logps", whole(HEAD)),
-        (module, "reference_logps", whole(REFERENCE)),
-        (module, "loss_of_logps", whole(HEAD)),
-        (engine, "backward", whole(BACKWARD)),
-        (engine, "step", whole(OPTIMISER)),
+        (policy, "_row_logps", only(HEAD)),
+        (module, "reference_logps", only(REFERENCE)),
+        (module, "loss_of_logps", only(HEAD)),
+        (engine, "backward", only(BACKWARD)),
+        (engine, "step", only(OPTIMISER)),
     ]
     known = [name for name in COLLECTIVES if name in vars(dist.ProcessGroup)]
-    places += [(dist.ProcessGroup, name, whole(COMMUNICATION)) for name in known]
-    places.append((dist.Work, "wait", whole(COMMUNICATION)))
+    places += [(dist.ProcessGroup, name, only(COMMUNICATION)) for name in known]
+    places.append((dist.Work, "wait", only(COMMUNICATION)))
     before: list[tuple[Any, str, dict[str, Any]]] = []
     try:
         for owner, name, shares_of in places:
-            # The owner's own entry: a method looked up on it is not what its class holds.
+            # Only the owner's own attribute: a method of its class is not in vars(owner), and is restored by deleting.
             before.append((owner, name, {key: own for key, own in vars(owner).items() if key == name}))
             setattr(owner, name, clock.timed(getattr(owner, name), shares_of))
         yield
@@ -157,4 +161,4 @@ def timed_stages(clock: StageClock, engine: Any) -> Iterator[None]:
             if held:
                 setattr(owner, name, held[name])
             else:
-                delattr(owner, name)  # the class's own is visible again
+                delattr(owner, name)  # makes the method of the class visible again

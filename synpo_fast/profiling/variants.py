@@ -1,15 +1,16 @@
-"""The variants of a step that a profile compares, and how one engine is switched from one to another.
+"""The variants of a training step that a profile compares, and the switch that sets one engine up for each of them.
 
-    synpo                    the configured loss as configured; synpo if that is one that reads a reference
-    dpo-adapter-off          DPO, its reference the model without its adapter
-    dpo-frozen-copy          ... a copy of the model
-    dpo-precomputed          ... log-probs made beforehand
+    synpo                    the configured loss; synpo if the configured loss reads a reference
+    dpo-adapter-off          DPO; its reference is the model without its adapter
+    dpo-frozen-copy          DPO; its reference is a copy of the model
+    dpo-precomputed          DPO; its reference log-probs are computed beforehand
 
-and each once more as `-unshared`. What is not SynPO's own gain is given to DPO, too: prompts shared by both responses, pairs
-packed into rows, the fused head on response tokens only, one pass of the vision tower for policy and reference. `-unshared` runs
-the prompt once a response and has the reference call the tower again. It keeps packed rows, or DPO would look worse than it
-is: run one by one, short rows take longer than in the padded batch of a plain implementation. Under sdpa and eager, where a row
-costs by its square, it is packed rows that would, and there they run one by one.
+Each of them has a second form, `-unshared`. The first form gives DPO every gain that is not specific to SynPO: prompts shared by
+both responses, pairs packed into rows, the fused head on response tokens only, one pass of the vision tower for policy and
+reference. `-unshared` runs the prompt once per response, and the reference calls the tower again. It keeps packed rows, because
+DPO would look worse without them: single short rows take longer than the padded batch of a plain implementation. Under sdpa and
+eager attention, where the cost of a row grows with the square of its length, packed rows are slower, so there each response of an
+unshared variant is a row of its own.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ KINDS = tuple(kind for kind in REFERENCES if kind != "auto")
 
 @dataclass(frozen=True)
 class Variant:
-    """reference: its kind, or None. shared: the prompt runs once a pair, the tower once a video. skipped: why it cannot be
-    measured."""
+    """One variant of a step.
+
+    reference: the kind of reference, or None. shared: True if the prompt runs once per pair and the tower once per video.
+    skipped: the reason if it cannot be measured.
+    """
 
     name: str
     loss_type: str
@@ -50,7 +54,7 @@ class Variant:
 
 
 def variants_of(config: TrainConfig, *, copied: bool) -> list[Variant]:
-    """copied: whether there is a frozen copy."""
+    """All variants, each with the reason if it cannot be measured. copied: True if there is a frozen copy of the model."""
     own = config.loss_type
     if own in LOSSES and LOSSES[own].needs_reference:
         own = "synpo"
@@ -74,8 +78,11 @@ def _why_impossible(variant: Variant, config: TrainConfig, copied: bool) -> str 
 
 @dataclass
 class ReferenceSet:
-    """References by kind. copy: the frozen copy. precompute_s: seconds a step's log-probs took to make beforehand, with prompts
-    shared (True) and without."""
+    """The references by kind.
+
+    copy: the frozen copy. precompute_s: seconds to compute the log-probs of one step beforehand, with shared prompts (True) and
+    without (False).
+    """
 
     by_kind: dict[str, Any]
     copy: Policy | None
@@ -89,19 +96,19 @@ class ReferenceSet:
 
 
 def make_references(config: TrainConfig, policy: Policy, steps: Sequence[Sequence[Sample]]) -> ReferenceSet:
-    """Makes all references, before the engine shards or wraps anything. steps: the samples of each step that will be measured."""
+    """Makes all references, before the engine shards or wraps the model. steps: the samples of each step to be measured."""
     policy.eval()
     by_kind: dict[str, Any] = {}
     copied = None if config.zero_stage == 3 else _copy_that_fits(policy)
     if copied is not None:
-        # Without its adapter, which is at zero: a copy that is to be compared with need not pay for one.
+        # The copy runs without its adapter, which is zero, so that the variant does not pay for it.
         by_kind["frozen_copy"] = AdapterOff(copied.policy) if config.use_peft else copied
     if config.use_peft:
         by_kind["adapter_off"] = AdapterOff(policy)
-    detached_logps(policy, steps[0][:1], config.share_prefix)  # the first call of an operator is slow
+    detached_logps(policy, steps[0][:1], config.share_prefix)  # warm-up, since the first call of an operator is slow
     seconds, store = {}, policy.feature_store
     every = [sample for step in steps for sample in step]
-    for shared in (False, True):  # both find the same log-probs
+    for shared in (False, True):  # both compute the same log-probs; only their times differ
         policy.feature_store = store if shared else None
         policy.row_tokens = _row_tokens(config, policy, shared)
         begin = time.perf_counter()
@@ -114,14 +121,14 @@ def make_references(config: TrainConfig, policy: Policy, steps: Sequence[Sequenc
 
 
 def _row_tokens(config: TrainConfig, policy: Policy, shared: bool) -> int | None:
-    """1: no two branches fit one row. ZeRO-3 has every rank run as many rows, so there rows stay packed."""
-    by_the_square = policy.attn_implementation not in (SEGMENTS, VARLEN)
-    return 1 if by_the_square and not shared and config.zero_stage != 3 else config.row_tokens
+    """The row length for a variant. 1 gives each response its own row; ZeRO-3 forbids that, as ranks need equally many rows."""
+    quadratic = policy.attn_implementation not in (SEGMENTS, VARLEN)
+    return 1 if quadratic and not shared and config.zero_stage != 3 else config.row_tokens
 
 
 @contextmanager
 def memory_for(what: str) -> Iterator[None]:
-    """Raises TrainingStopped with its name where it runs out of memory."""
+    """Turns running out of memory into TrainingStopped with the name of the variant, `what`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -131,7 +138,7 @@ def memory_for(what: str) -> Iterator[None]:
 
 
 def _copy_that_fits(policy: Policy) -> FrozenCopy | None:
-    """None if it does not fit on some device; then no rank keeps one."""
+    """A frozen copy of the model, or None on all ranks if it does not fit on one of the devices."""
     found: FrozenCopy | None = None
     try:
         found = FrozenCopy(policy)
@@ -143,7 +150,7 @@ def _copy_that_fits(policy: Policy) -> FrozenCopy | None:
 
 
 class _OnDevice:
-    """A reference whose log-probs are moved to where the policy's are."""
+    """A reference whose log-probs are moved to the policy's device."""
 
     def __init__(self, inner: Reference, device: torch.device) -> None:
         self.inner, self.device, self.same_tower = inner, device, inner.same_tower
@@ -164,11 +171,11 @@ def _precomputed(config: TrainConfig, policy: Policy, every: Sequence[Sample], *
 
 
 class VariantSwitch:
-    """Sets one module up for the step of one variant or another."""
+    """Sets a module up for the step of a variant."""
 
     def __init__(self, config: TrainConfig, module: PairModule, references: ReferenceSet) -> None:
         self.config, self.module, self.references = config, module, references
-        self.store = module.policy.feature_store  # the configured one
+        self.store = module.policy.feature_store  # the configured store, which unshared variants do not use
 
     def use(self, variant: Variant) -> None:
         assert variant.skipped is None, variant
@@ -188,7 +195,7 @@ class VariantSwitch:
                 policy.row_tokens = _row_tokens(self.config, policy, variant.shared)
 
     def _options(self, loss_type: str) -> dict[str, Any]:
-        """The configured options for the configured loss, and defaults for another."""
+        """The configured options for the configured loss, the default options for any other."""
         if loss_type == self.config.loss_type:
             return loss_options(self.config)
         reference = "precomputed" if loss_type in LOSSES and LOSSES[loss_type].needs_reference else "auto"

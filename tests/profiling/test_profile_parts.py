@@ -162,7 +162,7 @@ def test_every_reference_is_measured_with_the_gains_and_without():
         ({}, {"copied": False}, ["dpo-frozen-copy", "dpo-frozen-copy-unshared"], "memory"),
     ],
 )  # fmt: skip
-def test_what_can_not_be_measured_is_listed_with_its_reason(config, facts, skipped, reason):
+def test_variants_that_cannot_be_measured_are_listed_with_their_reasons(config, facts, skipped, reason):
     found = names_of(a_config(**config), **facts)
     assert [name for name, why in found.items() if why] == skipped
     assert all(reason in found[name] for name in skipped)
@@ -251,7 +251,7 @@ def test_steps_without_pairs_and_the_first_reading_are_left_out(group):
     assert [step.reading_s for step in workers] == [2.0, 2.0]  # the mean of 1, 2, 3: workers read unevenly
     alone = read([3, 0, 2, 1], [9.0, 1.0, 2.0, 3.0], profile=2, dataloader_num_workers=0)
     assert [step.reading_s for step in alone] == [2.0, 3.0]
-    with pytest.raises(ValueError, match="no step of x has a pair"):
+    with pytest.raises(ValueError, match="no step of x has a usable pair"):
         read([0, 0], [1.0, 1.0], profile=2)
 
 

@@ -25,7 +25,7 @@ def make_sample(policy: Policy) -> Sample:
 
 
 def whole_rows(policy: Policy, samples: list[Sample]) -> list[list[torch.Tensor]]:
-    """As TRL: each response a row of its own with its own pass of the video, logits of every row of the sequence."""
+    """Log-probs computed as TRL does: each response a row of its own with its own pass of the video, logits at all positions."""
     head = policy.head()
     results = []
     policy.attn_implementation = policy.family.language_model(policy.base).config._attn_implementation = "sdpa"
