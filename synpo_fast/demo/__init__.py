@@ -1,1 +1,1 @@
-"""A synthetic world of videos with known truth, a tiny model that learns it, and `synpo-fast demo`, which trains it."""
+"""Synthetic videos with known true captions, a tiny model that learns to describe them, and `synpo-fast demo`."""

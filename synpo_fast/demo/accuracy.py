@@ -1,14 +1,13 @@
-"""Exact-attribute accuracy: which share of what a caption should say it says, word for word.
+"""Exact-attribute accuracy: the share of a video's attributes that its caption states with exactly the right word.
 
-A true event has five attributes to get right, and a scene of two or more events has an order. The caption's events are paired
-with the true ones so that most attributes agree. What is left out counts as wrong in all its attributes, and so does every event
-the caption tells too much:
+Each true event has five attributes, and a scene of two or more events also has an order. The caption's events are matched to the
+true events so that as many attributes as possible agree. All attributes of an omitted event count as wrong, and so do those of an
+extra event:
 
-    accuracy = attributes and orders right / (5 * max(true events, told events) + scenes with an order)
+    accuracy = correct attributes and orders / (5 * max(true events, events of the caption) + scenes with an order)
 
-summed over all videos.
-An attribute alone: its share among the true events. Order: all events are told, each known by its colour or its
-shape, in their order.
+Both sums run over all videos. The accuracy of a single attribute is its share of the true events. The order is correct if the
+caption has all events in the true order, each with the right colour or the right shape.
 """
 
 from __future__ import annotations
@@ -20,69 +19,75 @@ from itertools import permutations
 from synpo_fast.demo.captions import plural
 from synpo_fast.demo.world import WORDS, Event, Scene
 
-Told = dict[str, str | None]  # attribute -> the word the caption has for it
+ParsedEvent = dict[str, str | None]  # attribute -> the caption's word for it
 SINGULAR = {plural(shape): shape for shape in WORDS["shape"]}
-MOST_TOLD = 6  # a caption that goes on and on: what comes later only counts as too much
+MAX_MATCHED = 6  # later events of a caption are not matched; they only count as extra events
 
 
-def told_events(text: str) -> list[Told]:
-    """One a sentence; an attribute without a word is None, and of two words the first counts."""
-    told = []
+def parse_events(text: str) -> list[ParsedEvent]:
+    """The events of a caption, one per sentence. A missing attribute is None; of two words for an attribute the first counts."""
+    parsed = []
     for sentence in text.split("."):
         words = [SINGULAR.get(word, word) for word in sentence.split()]
         if words:
-            told.append({name: next((w for w in words if w in known), None) for name, known in WORDS.items()})
-    return told
+            parsed.append({name: next((w for w in words if w in known), None) for name, known in WORDS.items()})
+    return parsed
 
 
-def agreements(scene: Scene, told: Sequence[Told]) -> list[tuple[Told | None, int]]:
-    """For each true event the told one that is paired with it, and its place; of equally good pairings the one in order."""
-    places = [*range(min(len(told), MOST_TOLD))] + [-1] * len(scene)
+def match_events(scene: Scene, parsed: Sequence[ParsedEvent]) -> list[tuple[ParsedEvent | None, int]]:
+    """For each true event, its match in the caption (or None) and the match's index (or -1).
+
+    Of equally good matchings it takes the one that keeps the caption's order.
+    """
+    places = [*range(min(len(parsed), MAX_MATCHED))] + [-1] * len(scene)
     best: tuple[int, tuple[int, ...]] = (-1, ())
     for chosen in permutations(places, len(scene)):
-        right = sum(
-            told[place][name] == getattr(event, name)
+        correct = sum(
+            parsed[place][name] == getattr(event, name)
             for event, place in zip(scene, chosen, strict=True)
             if place >= 0
             for name in WORDS
         )
-        best = (right, chosen) if right > best[0] else best
-    return [(told[place] if place >= 0 else None, place) for place in best[1]]
+        best = (correct, chosen) if correct > best[0] else best
+    return [(parsed[place] if place >= 0 else None, place) for place in best[1]]
 
 
 @dataclass
 class Accuracy:
-    """Counts over videos: of each attribute, and of "order", how often it was right and how often it was asked for."""
+    """Counts over videos: correct and total numbers for each attribute and for "order", and the number of extra events."""
 
-    right: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*WORDS, "order"), 0))
-    asked: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*WORDS, "order"), 0))
-    too_much: int = 0
+    correct: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*WORDS, "order"), 0))
+    total: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*WORDS, "order"), 0))
+    extra_events: int = 0
 
     def add(self, scene: Scene, text: str) -> None:
-        told = told_events(text)
-        paired = agreements(scene, told)
-        for event, (said, _) in zip(scene, paired, strict=True):
+        """Counts the caption `text` of a video that shows `scene`."""
+        parsed = parse_events(text)
+        matches = match_events(scene, parsed)
+        for event, (match, _) in zip(scene, matches, strict=True):
             for name in WORDS:
-                self.asked[name] += 1
-                self.right[name] += said is not None and said[name] == getattr(event, name)
-        self.too_much += max(0, len(told) - len(scene))
+                self.total[name] += 1
+                self.correct[name] += match is not None and match[name] == getattr(event, name)
+        self.extra_events += max(0, len(parsed) - len(scene))
         if len(scene) > 1:
-            places = [place for _, place in paired]
-            self.asked["order"] += 1
-            known = all(
-                said is not None and _same_things(event, said) for event, (said, _) in zip(scene, paired, strict=True)
+            places = [place for _, place in matches]
+            self.total["order"] += 1
+            recognised = all(
+                match is not None and _is_same_group(event, match)
+                for event, (match, _) in zip(scene, matches, strict=True)
             )
-            self.right["order"] += known and places == sorted(places)
+            self.correct["order"] += recognised and places == sorted(places)
 
     @property
     def overall(self) -> float:
-        """In [0, 1]."""
-        return sum(self.right.values()) / (sum(self.asked.values()) + len(WORDS) * self.too_much)
+        """The accuracy over all videos, in [0, 1]."""
+        return sum(self.correct.values()) / (sum(self.total.values()) + len(WORDS) * self.extra_events)
 
     def per_attribute(self) -> dict[str, float]:
-        return {name: self.right[name] / max(1, asked) for name, asked in self.asked.items()}
+        """The accuracy of each attribute and of "order", in [0, 1]."""
+        return {name: self.correct[name] / max(1, total) for name, total in self.total.items()}
 
 
-def _same_things(event: Event, said: Told) -> bool:
-    """Events of a scene differ in both."""
-    return said["colour"] == event.colour or said["shape"] == event.shape
+def _is_same_group(event: Event, match: ParsedEvent) -> bool:
+    """True if colour or shape agree: the events of a scene differ in both."""
+    return match["colour"] == event.colour or match["shape"] == event.shape

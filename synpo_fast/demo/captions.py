@@ -1,11 +1,11 @@
-"""What can be said of a scene, rightly and wrongly, and how wrong it is.
+"""True and false captions of a scene, with the errors of each.
 
-A caption is one sentence an event: "First two large red rings move left. Then one small blue cross moves up." It is made of
-events, so an error is an edit of the events and its weight is known; the score of a caption is 10 less the weights of its errors.
+A caption has one sentence per event: "First two large red rings move left. Then one small blue cross moves up." It is made from
+events, so an error is an edit of the events and its weight is known. A caption's score is 10 minus the weights of its errors.
 
-Errors are of two kinds. Slips happen to anybody, at random. Habits are systematic: the careless captioner takes crosses for
-squares and three for two more often than not, so a model that learned from it does so always when it writes the likeliest word,
-although it sees the difference. That is what preference training is to mend.
+There are two kinds of errors. Slips are random. Habits are systematic: the careless captioner calls crosses squares and three
+two in more than half of the cases. A model trained on its captions always makes these errors when it writes the likeliest word,
+although it can see the difference. Preference training is to correct them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ PROMPT = "Describe the video."
 BEST_SCORE = 10.0
 WEIGHTS = {**dict.fromkeys(WORDS, 1), "omission": 2, "order": 2, "repetition": 1, "invented": 2}
 
-CAREFUL_SLIPS = 0.2  # of the careful captioner's captions have one
+CAREFUL_SLIPS = 0.2  # share of the careful captioner's captions that have a slip
 HABITS = {"three": "two", "small": "large", "purple": "blue", "cross": "square", "up": "down"}
-HABIT_SHARE = 0.6
+HABIT_SHARE = 0.6  # how likely a habit shows where it can
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What a caption tells, and its errors, keys of WEIGHTS: each that was made, a wrong attribute as often as it was."""
+    """The events a caption states, and its errors: a key of WEIGHTS for each, the same key several times if repeated."""
 
     events: Scene
     errors: tuple[str, ...] = ()
@@ -42,21 +42,21 @@ class Caption:
 
 
 def careful_caption(scene: Scene, random: Random) -> Caption:
-    """The truth, with one slip in an attribute now and then."""
+    """The true caption, in CAREFUL_SLIPS of the cases with one wrong attribute."""
     slips = [random.choice(list(WORDS))] if random.random() < CAREFUL_SLIPS else []
-    return told_with(scene, random, slips=slips)
+    return caption_with_slips(scene, random, slips=slips)
 
 
 def careless_caption(scene: Scene, random: Random, *, num_slips: int = 0) -> Caption:
-    """Habits, and so many slips of different kinds."""
-    return told_with(scene, random, slips=random.sample(list(WEIGHTS), num_slips), habits=HABIT_SHARE)
+    """A caption with habits and with num_slips slips of different kinds."""
+    return caption_with_slips(scene, random, slips=random.sample(list(WEIGHTS), num_slips), habits=HABIT_SHARE)
 
 
-def told_with(scene: Scene, random: Random, *, slips: Collection[str], habits: float = 0.0) -> Caption:
-    """A caption with one slip of each kind named; habits: how likely each is where it can show.
+def caption_with_slips(scene: Scene, random: Random, *, slips: Collection[str], habits: float = 0.0) -> Caption:
+    """A caption with one slip of each given kind. habits: the probability of each habit where it can show.
 
-    Slips are made in an order in which none undoes another. One that can not be made, such as two events in the wrong order
-    where there is one, is left out and is not among the errors.
+    Slips are made in an order in which none undoes another. A slip that cannot be made, such as a wrong order of a single event,
+    is left out and does not count as an error.
     """
     truth, errors = scene, []
     if "omission" in slips and len(scene) > 1:
@@ -76,13 +76,13 @@ def told_with(scene: Scene, random: Random, *, slips: Collection[str], habits: f
             others = [word for word in WORDS[name] if word != getattr(truth[at], name)]
             events[at] = replace(events[at], **{name: random.choice(others)})
             errors.append(name)
-    return Caption(*_in_another_way(events, errors, slips, random))
+    return Caption(*_with_event_slips(events, errors, slips, random))
 
 
-def _in_another_way(
+def _with_event_slips(
     events: list[Event], errors: list[str], slips: Collection[str], random: Random
 ) -> tuple[Scene, tuple[str, ...]]:
-    """Slips in what is told when."""
+    """Adds the slips that move, repeat or invent a whole event."""
     if "order" in slips and len(set(events)) == len(events) > 1:
         at = random.randrange(len(events) - 1)
         events = [*events[:at], events[at + 1], events[at], *events[at + 2 :]]
@@ -99,6 +99,7 @@ def _in_another_way(
 
 
 def caption_text(events: Sequence[Event]) -> str:
+    """The caption that states these events in this order."""
     last = len(events) - 1
     begins = ["First" if i == 0 else "Finally" if i == last and i > 1 else "Then" for i in range(len(events))]
     return " ".join(f"{begin} {_clause(event)}." for begin, event in zip(begins, events, strict=True))
@@ -111,11 +112,12 @@ def _clause(event: Event) -> str:
 
 
 def plural(shape: str) -> str:
+    """The plural of a shape's name."""
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 
 def vocabulary() -> list[str]:
-    """Every word of captions and prompt, and the full stop."""
+    """All words of captions and prompt, and the full stop."""
     attributes = [word for words in WORDS.values() for word in words]
     rest = ["First", "Then", "Finally", "move", "moves", ".", *PROMPT.removesuffix(".").split()]
     return [*attributes, *map(plural, WORDS["shape"]), *rest]

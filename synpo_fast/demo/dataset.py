@@ -1,8 +1,8 @@
-"""The demo's files: videos, the warm-up's captions, preference pairs, and scenes that no training sees.
+"""Makes the demo's files: videos, captions for the warm-up, preference pairs, and unseen videos, which no training uses.
 
-The warm-up learns from the careless captioner. A pair holds the careful captioner's caption and the careless one's with up to
-two slips more; its scores are what the errors weigh. Every video is drawn from a generator of its own, named by seed, part and
-number, so a part can be made again, or made longer, and stay the same.
+The warm-up learns from the careless captioner. A preference pair has a caption of the careful captioner and one of the careless
+captioner with up to two more slips; their scores follow from their errors. Each video has a random generator of its own, seeded
+by seed, part and number, so a part that is made again, or made longer, has the same videos.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from synpo_fast.data.pair import Pair
 from synpo_fast.demo.captions import PROMPT, Caption, caption_text, careful_caption, careless_caption
 from synpo_fast.demo.world import CODECS, Event, Scene, draw_scene, random_scene, write_video
 
-DONE = "done"  # written last
+DONE = "done"  # this file is written last
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A video of the demo, by its path inside the data folder, and what it shows."""
+    """A video of the demo: its path inside the data folder, and the scene it shows."""
 
     video: str
     scene: Scene
@@ -33,27 +33,31 @@ class Clip:
         return caption_text(self.scene)
 
 
-def make_dataset(folder: Path, *, seed: int, num_train: int, num_unseen: int, say: Callable[[int, int], None]) -> None:
-    """Writes warm_up.jsonl, pairs.jsonl, held_out.jsonl and unseen.json with their videos. `say` is told (videos done, of all)
-    now and then. Does nothing in a folder that is complete."""
+def make_dataset(
+    folder: Path, *, seed: int, num_train: int, num_unseen: int, on_progress: Callable[[int, int], None]
+) -> None:
+    """Writes warm_up.jsonl, pairs.jsonl, held_out.jsonl and unseen.json with their videos. Does nothing in a complete folder.
+
+    on_progress is called with (videos written, videos in total) after every 100 videos and after the last.
+    """
     if (folder / DONE).exists():
         return
     (folder / "videos").mkdir(parents=True, exist_ok=True)
-    every = num_train + num_unseen
+    total = num_train + num_unseen
 
-    def said(done: int) -> None:
-        if done % 100 == 0 or done == every:
-            say(done, every)
+    def report_progress(done: int) -> None:
+        if done % 100 == 0 or done == total:
+            on_progress(done, total)
 
     train = []
     for number in range(num_train):
         train.append(_make_clip(folder, f"{seed} train", number, avoid=frozenset()))
-        said(number + 1)
+        report_progress(number + 1)
     seen = frozenset(clip.scene for clip in train)
     unseen = []
     for number in range(num_unseen):
         unseen.append(_make_clip(folder, f"{seed} unseen", number, avoid=seen))
-        said(num_train + number + 1)
+        report_progress(num_train + number + 1)
     random = Random(f"{seed} captions")
     write_manifest(folder / "warm_up.jsonl", [_warm_up_row(clip, random) for clip in train])
     write_manifest(folder / "pairs.jsonl", [preference_pair(clip, random) for clip in train])
@@ -64,12 +68,13 @@ def make_dataset(folder: Path, *, seed: int, num_train: int, num_unseen: int, sa
 
 
 def read_unseen(folder: Path) -> list[Clip]:
+    """The unseen videos and their scenes, which make_dataset wrote."""
     rows = json.loads((folder / "unseen.json").read_text(encoding="utf-8"))
     return [Clip(row["video"], tuple(Event(**event) for event in row["scene"])) for row in rows]
 
 
 def preference_pair(clip: Clip, random: Random) -> Pair:
-    """Rejected has the lower score; it is drawn again until it has."""
+    """A pair of captions of the clip. The rejected caption is drawn again until it has the lower score."""
     chosen = careful_caption(clip.scene, random)
     rejected = chosen
     while rejected.score >= chosen.score:

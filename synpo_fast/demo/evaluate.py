@@ -1,4 +1,4 @@
-"""What a trained model says of unseen videos: greedy captions, their accuracy, and the NLL of the truth."""
+"""Evaluates a trained model on unseen videos: greedy captions, their accuracy, and the NLL of the true captions."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from synpo_fast.models.policy import Policy, Sample
 from synpo_fast.scoring import PairEncoder
 
 SAMPLING = FrameSampling(fps=FPS, min_frames=FRAMES_PER_EVENT, max_frames=3 * FRAMES_PER_EVENT)
-VIDEO_BACKEND = "pyav"  # pictures of 64 pixels are too small for a GPU's VP9 decoder
+VIDEO_BACKEND = "pyav"  # frames of 64 x 64 pixels are too small for a GPU's VP9 decoder
 MAX_NEW_TOKENS = 48
 NLL_BATCH = 16
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """captions: one a video. nll: of the true captions, mean over their tokens, end of text included."""
+    """A model's results. captions: one per video. nll: mean over the tokens of the true captions, end of text included."""
 
     captions: list[str]
     accuracy: Accuracy
@@ -39,10 +39,12 @@ class Evaluation:
 
 def load_trained(model: Path, adapter: Path | None, *, lora_r: int, lora_alpha: int) -> Policy:
     """The model in fp32, on a GPU if there is one, with its adapter if one is given."""
-    policy = load_policy(str(model), dtype=torch.float32, attn_implementation="sdpa")  # flash attention knows no fp32
+    policy = load_policy(
+        str(model), dtype=torch.float32, attn_implementation="sdpa"
+    )  # flash attention does not support fp32
     if adapter is not None:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks for it
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft calls it
             add_lora(policy, r=lora_r, alpha=lora_alpha, dropout=0.0)
         load_adapter(policy, adapter)
         policy.model.to(policy.device)
@@ -50,7 +52,7 @@ def load_trained(model: Path, adapter: Path | None, *, lora_r: int, lora_alpha: 
 
 
 def encode_clips(policy: Policy, clips: Sequence[Clip], root: Path) -> list[Sample]:
-    """The videos decoded; the one response of each sample is the truth."""
+    """Decodes the videos and encodes each with its true caption as the only response."""
     encoder = PairEncoder.of(policy)
     samples = []
     for clip in clips:
@@ -60,6 +62,7 @@ def encode_clips(policy: Policy, clips: Sequence[Clip], root: Path) -> list[Samp
 
 
 def evaluate(policy: Policy, clips: Sequence[Clip], samples: Sequence[Sample]) -> Evaluation:
+    """Captions all clips with the policy, and rates the captions. samples: the encoded clips."""
     captions = []
     accuracy = Accuracy()
     for clip, sample in zip(clips, samples, strict=True):
@@ -70,6 +73,7 @@ def evaluate(policy: Policy, clips: Sequence[Clip], samples: Sequence[Sample]) -
 
 @torch.no_grad()
 def truth_nll(policy: Policy, samples: Sequence[Sample]) -> float:
+    """The mean NLL per token of the samples' responses, which are the true captions."""
     total, tokens = 0.0, 0
     for begin in range(0, len(samples), NLL_BATCH):
         for (logps,) in policy(samples[begin : begin + NLL_BATCH]):

@@ -1,7 +1,7 @@
-"""Runs the trainer as a user does, under the deepspeed launcher, and shows what it says as it goes.
+"""Runs the trainer under the deepspeed launcher, as a user does, and shows its progress.
 
-All it prints goes to log.txt in the run's folder. Its events (terminal/events.py) are shown by their kinds, and where nothing
-comes for some seconds, that it is still at work.
+The trainer's whole output goes to log.txt in the run's folder. Events of some kinds (terminal/events.py) are printed. If there is
+no new output for some seconds, a line says that the trainer is still running.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from synpo_fast.run_folder.checkpoint import newest_checkpoint
 from synpo_fast.terminal.events import VARIABLE, EventReader, Kind
 
 QUIET_SECONDS = 5.0
-SHOW_SECONDS = 2.0  # at most one line of steps in this time
+SHOW_SECONDS = 2.0  # at most one step is shown in this time
 SHOWN: tuple[Kind, ...] = (
     "run",
     "resuming",
@@ -41,30 +41,30 @@ SHOWN: tuple[Kind, ...] = (
 
 
 class DemoError(RuntimeError):
-    """A step of the demo failed; the message ends with what it said last."""
+    """A step of the demo failed; the message ends with the last lines of its output."""
 
 
 def train(out: Path, recipe: str, options: Mapping[str, Any]) -> Path:
-    """A training of one process, from the newest checkpoint in `out` if there is one. Returns its last checkpoint.
+    """Trains in one process, from the newest checkpoint in `out` if there is one, and returns the last checkpoint.
 
-    It takes a GPU if there is one. options: of the trainer, by name; max_steps among them. Raises DemoError if it fails.
+    Uses a GPU if there is one. options: the trainer's options by name, including max_steps. Raises DemoError if it fails.
     """
     done = newest_checkpoint(out)
     if done is not None and done.name == f"checkpoint-{options['max_steps']:06d}":
-        print("  done before", flush=True)
+        print("  already done by an earlier run", flush=True)
         return done
     log = _run(out, recipe, {"resume": "auto", **options}, f"the {recipe} training")
     last = newest_checkpoint(out)
     if last is None:
-        raise DemoError(f"the {recipe} training left no checkpoint; all it said is in {log}")
+        raise DemoError(f"the {recipe} training left no checkpoint; its output is in {log}")
     return last
 
 
 def profile(out: Path, recipe: str, options: Mapping[str, Any], rounds: int) -> dict[str, Any]:
-    """What profile.json holds after the trainer's --profile in the folder of a training. Raises DemoError if it fails."""
+    """Runs the trainer's --profile in a run's folder and returns the content of profile.json. Raises DemoError if it fails."""
     file = out / "profile.json"
     if file.exists():
-        print("  done before", flush=True)
+        print("  already done by an earlier run", flush=True)
     else:
         _run(out, recipe, {"profile": rounds, **options}, f"the profile of {recipe} and dpo")
     record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -72,7 +72,7 @@ def profile(out: Path, recipe: str, options: Mapping[str, Any], rounds: int) -> 
 
 
 def _run(out: Path, recipe: str, options: Mapping[str, Any], title: str) -> Path:
-    """The trainer on one process under the launcher. Returns its log; DemoError with the log's end if it fails."""
+    """Runs the trainer on one process under the launcher. Returns its log file; DemoError with the log's end if it fails."""
     out.mkdir(parents=True, exist_ok=True)
     words = [word for name, value in options.items() for word in (f"--{name}", _text(value))]
     script = Path(synpo_fast.__file__).parent / "train.py"
@@ -90,11 +90,12 @@ def _run(out: Path, recipe: str, options: Mapping[str, Any], title: str) -> Path
     status = _run_and_show(command, log)
     if status != 0:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
-        raise DemoError(f"{title} ended with status {status}; all it said is in {log}\n{tail}")
+        raise DemoError(f"{title} ended with status {status}; its output is in {log}\n{tail}")
     return log
 
 
 def _run_and_show(command: list[str], log: Path) -> int:
+    """Runs the command, shows its progress and returns its exit status."""
     with tempfile.TemporaryDirectory() as folder:
         events = Path(folder) / "events.jsonl"
         process = subprocess.Popen(
@@ -110,16 +111,16 @@ def _run_and_show(command: list[str], log: Path) -> int:
             _show(process, log, EventReader(events))
             return process.wait()
         finally:
-            if process.poll() is None:  # interrupted: the trainer, told so, saves a checkpoint and ends
+            if process.poll() is None:  # interrupted: on SIGTERM the trainer saves a checkpoint and ends
                 os.killpg(process.pid, signal.SIGTERM)
                 process.wait()
 
 
 def _show(process: subprocess.Popen[str], log: Path, events: EventReader) -> None:
-    """Until the process has nothing more to say. Each line that it prints is the sign to look for new events."""
+    """Prints new events until the process closes its output. Each line of output makes us look for new events."""
     lines: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=_pass_on, args=(process, lines, log), daemon=True).start()
-    started = said = time.monotonic()
+    threading.Thread(target=_copy_output, args=(process, lines, log), daemon=True).start()
+    started = last_step_shown = time.monotonic()
     line: str | None = ""
     while line is not None:
         quiet = False
@@ -129,14 +130,15 @@ def _show(process: subprocess.Popen[str], log: Path, events: EventReader) -> Non
             quiet = True
         for event in events.new():
             quiet, is_step = False, event.kind == "step"
-            if event.kind in SHOWN and (not is_step or time.monotonic() - said > SHOW_SECONDS):
+            if event.kind in SHOWN and (not is_step or time.monotonic() - last_step_shown > SHOW_SECONDS):
                 print(f"  {event.text}", flush=True)
-                said = time.monotonic() if is_step else said
+                last_step_shown = time.monotonic() if is_step else last_step_shown
         if quiet:
-            print(f"  ... at work for {time.monotonic() - started:.0f} s", flush=True)
+            print(f"  ... still running after {time.monotonic() - started:.0f} s", flush=True)
 
 
-def _pass_on(process: subprocess.Popen[str], lines: queue.Queue[str | None], log: Path) -> None:
+def _copy_output(process: subprocess.Popen[str], lines: queue.Queue[str | None], log: Path) -> None:
+    """Copies the process's output to the log and to `lines`, which gets None at the end."""
     assert process.stdout is not None
     with log.open("a", encoding="utf-8") as file:
         for line in process.stdout:

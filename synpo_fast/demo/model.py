@@ -1,7 +1,8 @@
-"""A small Qwen2.5-VL with random weights and a tokenizer of whole words, saved as transformers saves any model.
+"""Makes a small Qwen2.5-VL with random weights and a tokenizer of whole words, saved as transformers saves any model.
 
-One token a word keeps captions at a dozen tokens or two, and one word an attribute lets a model of a million parameters learn to
-see within minutes. The special tokens, the order of the prompt and the shape of the network are the family's.
+With one token per word a caption of one to three events has 8 to 24 tokens. With one word per attribute a model of a million
+parameters learns to see within minutes. The special tokens, the order of the prompt and the network's structure are those of
+Qwen2.5-VL.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from synpo_fast.models.families.chat_template import chatml_template
 
 BOS, EOS, PAD, UNKNOWN = "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|unknown|>"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-SPACE = "▁"  # stands before a word, so that text survives the way to tokens and back
+SPACE = "▁"  # marks the space before a word, so that decoding restores the text
 
 HIDDEN, LAYERS, HEADS = 128, 3, 4
 VISION_HIDDEN, VISION_LAYERS, VISION_HEADS = 128, 2, 4
-PATCH, MERGE = CELL, 1  # a token is one cell of the picture
+PATCH, MERGE = CELL, 1  # a vision token covers one cell of the picture
 
 
 def save_model(folder: Path, seed: int) -> None:
-    """Writes config, weights, tokenizer and video settings: AutoModelForImageTextToText and AutoTokenizer read them."""
+    """Writes config, weights, tokenizer and video settings, which AutoModelForImageTextToText and AutoTokenizer can read."""
     from transformers import AutoModelForImageTextToText
 
     tokenizer = word_tokenizer()
@@ -38,7 +39,7 @@ def save_model(folder: Path, seed: int) -> None:
 
 
 def word_tokenizer() -> Any:
-    """Words, each with the space before it, and full stops."""
+    """A tokenizer whose tokens are whole words, each with the space before it, and the full stop."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,6 +66,7 @@ def word_tokenizer() -> Any:
 
 
 def model_config(tokenizer: Any) -> Any:
+    """The config of the small Qwen2.5-VL."""
     from transformers import Qwen2_5_VLConfig
 
     half = HIDDEN // HEADS // 2
@@ -106,7 +108,7 @@ def model_config(tokenizer: Any) -> Any:
         **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")},
         **{f"vision_{end}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{end}|>") for end in ("start", "end")},
     )
-    # The background near zero: what is there stands out, and the model learns to see in half the steps.
+    # This maps the background to about zero. Shapes stand out, and the model learns to see in half the steps.
     config.video_processing = {
         "mean": [BACKGROUND / 255] * 3,
         "std": [0.25] * 3,

@@ -1,14 +1,14 @@
-"""`synpo-fast demo`: from nothing to a model trained with SynPO, beside DPO from the same start, in a few minutes on a CPU.
+"""`synpo-fast demo`: trains a tiny model with SynPO, and with DPO for comparison, from scratch in a few minutes on a CPU.
 
-    data       videos of a synthetic world, captions and preference pairs with known errors
-    warm-up    a small Qwen2.5-VL learns to caption from the careless captioner, its habits included
-    SynPO      LoRA on its language model, through the deepspeed launcher
-    DPO        the same pairs, steps and adapter, from the same warm-up
-    speed      steps of both in turn, on the same pairs with the same engine
-    evaluation captions of unseen videos, attribute by attribute, and the NLL of the truth
-    report     demo.json and report.html
+    data       makes synthetic videos, captions, and preference pairs with known errors
+    warm-up    trains a small Qwen2.5-VL on the careless captioner's captions, so that it learns their systematic errors
+    SynPO      trains LoRA on its language model, through the deepspeed launcher
+    DPO        trains on the same pairs, for the same number of steps, with the same adapter, from the same warm-up
+    speed      times steps of both in turn, on the same pairs with the same engine
+    evaluation captions unseen videos; measures the accuracy of each attribute and the NLL of the true captions
+    report     writes demo.json and report.html
 
-Each step is left out if an earlier run in the same folder, with the same settings, has done it.
+A step is skipped if an earlier run in the same folder, with the same settings, has completed it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 from synpo_fast.demo.summary import TRAININGS, summary
 from synpo_fast.terminal.printable import printable
 
-if TYPE_CHECKING:  # it loads torch, which --help can do without
+if TYPE_CHECKING:  # importing it loads torch, which would slow --help
     from synpo_fast.demo.settings import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: done. 1: a step failed. 2: a mistake in the call. 130: interrupted."""
+    """Runs the demo. Exit status: 0 if it is done, 1 if a step failed, 2 for a wrong call, 130 if interrupted."""
     arguments = _parser().parse_args(argv)
     from synpo_fast.demo.launch import DemoError
     from synpo_fast.demo.settings import Settings, quick_settings
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"synpo-fast demo: {printable(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nsynpo-fast demo: interrupted; the same command goes on from here", file=sys.stderr)
+        print("\nsynpo-fast demo: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     return 0
 
@@ -55,18 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="synpo-fast demo",
-        description="Train a tiny video-language model with SynPO, beside DPO, in a few minutes.",
+        description="Train a tiny video-language model with SynPO, and with DPO for comparison, in a few minutes.",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("synpo_fast_demo"), help="folder for all it writes (%(default)s)"
+        "--out", type=Path, default=Path("synpo_fast_demo"), help="folder for all files that it writes (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the videos, the captions and the model (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of videos, captions and model (%(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="only a few steps of each training, to check that everything works"
+    )
     return parser
 
 
 def run_demo(out: Path, settings: Settings) -> dict[str, Any]:
-    """Runs what is not done yet; returns what demo.json holds."""
+    """Runs the steps that are not done yet. Returns the content of demo.json."""
     from synpo_fast.demo.dataset import make_dataset
     from synpo_fast.demo.launch import profile, train
     from synpo_fast.demo.model import save_model
@@ -78,25 +80,37 @@ def run_demo(out: Path, settings: Settings) -> dict[str, Any]:
     clock = Clock()
     with clock.step("data", f"drawing {settings.num_train + settings.num_unseen} videos"):
         make_dataset(
-            out / "data", seed=settings.seed, num_train=settings.num_train, num_unseen=settings.num_unseen, say=_videos
+            out / "data",
+            seed=settings.seed,
+            num_train=settings.num_train,
+            num_unseen=settings.num_unseen,
+            on_progress=_print_progress,
         )
         if not (out / "base").exists():
             save_model(out / "base.partial", settings.seed)
             (out / "base.partial").rename(out / "base")
-    with clock.step("warm_up", "warm-up: a small Qwen2.5-VL learns from careless captions"):
-        print("  (on a CPU the first training on a machine compiles a part of DeepSpeed, about 30 s)", flush=True)
+    with clock.step("warm_up", "warm-up: training a small Qwen2.5-VL on captions with systematic errors"):
+        print(
+            "  (on a CPU, the first training on a machine compiles a part of DeepSpeed, which takes about 30 s)",
+            flush=True,
+        )
         model = train(out / "warm_up", "sft", warm_up_options(out, settings))
-    with clock.step("synpo", "SynPO: LoRA on the language model, no reference"):
+    with clock.step("synpo", "SynPO: training LoRA on the language model, without a reference"):
         synpo = train(out / "synpo", "synpo", preference_options(out, settings, model, settings.synpo))
-    with clock.step("dpo", "DPO: the same pairs, steps and adapter; reference: the adapter switched off"):
+    with clock.step(
+        "dpo",
+        "DPO: training on the same pairs and with the same adapter; the reference is the model without its adapter",
+    ):
         dpo = train(out / "dpo", "dpo", preference_options(out, settings, model, settings.dpo))
-    with clock.step("speed", "speed: steps of SynPO and DPO in turn, on the same pairs"):
+    with clock.step("speed", "speed: timing steps of SynPO and DPO in turn, on the same pairs"):
         options = preference_options(out, settings, model, settings.synpo)
         speed = profile(out / "synpo", "synpo", options, settings.profile_rounds)
-    with clock.step("evaluation", f"captions of {settings.num_unseen} unseen videos, by each of the three"):
+    with clock.step(
+        "evaluation", f"evaluation: captioning {settings.num_unseen} unseen videos with each of the three models"
+    ):
         results = evaluate_all(out, settings, model, {"warm_up": None, "synpo": synpo, "dpo": dpo})
     results["seconds"] = clock.seconds
-    variants = speed["variants"] if "variants" in speed else speed["ways"]  # as an earlier release called them
+    variants = speed["variants"] if "variants" in speed else speed["ways"]  # "ways" in files of an earlier release
     results["step"] = {
         variant["name"]: {key: variant[key] for key in ("seconds", "ratio", "skipped")} for variant in variants
     }
@@ -109,7 +123,7 @@ def run_demo(out: Path, settings: Settings) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """No bars for loading a file of some megabytes, and no warning of deepspeed, which transformers imports, about the device."""
+    """Turns off transformers' progress bars, and DeepSpeed's warning about the device (transformers imports DeepSpeed)."""
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -119,6 +133,7 @@ def _quiet() -> None:
 
 
 def evaluate_all(out: Path, settings: Settings, model: Path, adapters: dict[str, Path | None]) -> dict[str, Any]:
+    """Evaluates the model with each adapter, and without one for None. Returns the results for demo.json."""
     from synpo_fast.demo.dataset import read_unseen
     from synpo_fast.demo.evaluate import encode_clips, evaluate, load_trained
 
@@ -128,7 +143,7 @@ def evaluate_all(out: Path, settings: Settings, model: Path, adapters: dict[str,
         policy = load_trained(model, adapter, lora_r=settings.lora_r, lora_alpha=settings.lora_alpha)
         samples = samples or encode_clips(policy, clips, out / "data")
         found[name] = evaluate(policy, clips, samples)
-        print(f"  {name}: {100 * found[name].accuracy.overall:.1f} % of the attributes", flush=True)
+        print(f"  {name}: {100 * found[name].accuracy.overall:.1f} % of the attributes correct", flush=True)
     return {
         "accuracy": {name: each.accuracy.overall for name, each in found.items()},
         "per_attribute": {name: each.accuracy.per_attribute() for name, each in found.items()},
@@ -141,7 +156,7 @@ def evaluate_all(out: Path, settings: Settings, model: Path, adapters: dict[str,
 
 
 class Clock:
-    """Says what begins, and keeps how long it took."""
+    """Prints the title of each step of the demo, and records the seconds it took."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -155,5 +170,5 @@ class Clock:
         print(f"  {self.seconds[name]:.0f} s", flush=True)
 
 
-def _videos(done: int, every: int) -> None:
-    print(f"  {done}/{every} videos", flush=True)
+def _print_progress(done: int, total: int) -> None:
+    print(f"  {done}/{total} videos", flush=True)

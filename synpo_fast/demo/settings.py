@@ -1,12 +1,12 @@
-"""Sizes and options of the demo, and the folder that belongs to one choice of them.
+"""The demo's sizes and options, and its output folder, which belongs to one set of them.
 
-All was chosen on worlds of other seeds than those whose results are published.
-Warm-up: with steps of 8 captions the model had not learned to see sizes on four seeds of six, with 16 on one of eight.
-Preferences about what it does not see make it guess with more confidence, and the NLL of the truth can rise.
-SynPO: alpha = 10 and beta = 1 instead of 30 and 0.2, because captions of twenty tokens differ more in their mean
-probability than captions of two hundred, and alpha = 30 would saturate at once. At a rate of 1e-3 it guessed with more
-confidence than at 5e-4.
-DPO: of six pairs of rate and beta the one with the best accuracy, which had the best NLL too.
+All values were chosen on other seeds than those whose results are published.
+Warm-up: with 8 captions per step the model had not learned to see sizes on four of six seeds, with 16 on one of eight.
+Preferences about attributes that the model does not see make it guess with more confidence; the NLL of true captions can rise.
+SynPO: alpha = 10 and beta = 1 instead of 30 and 0.2, because captions of twenty tokens differ more in their mean probability than
+captions of two hundred, so alpha = 30 would saturate at once. With a learning rate of 1e-3 the model guessed with more confidence
+than with 5e-4.
+DPO: of six pairs of learning rate and beta, this one had the best accuracy and the best NLL.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from synpo_fast.demo.evaluate import MAX_NEW_TOKENS, SAMPLING, VIDEO_BACKEND
 from synpo_fast.run_folder.superseded import free_name
 
 FILE = "demo_settings.json"
-PARTS = ("data", "base", "base.partial", "warm_up", "synpo", "dpo")  # of the output folder
+PARTS = ("data", "base", "base.partial", "warm_up", "synpo", "dpo")  # in the output folder
 RESULTS = ("demo.json", "report.html")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a demo's result."""
+    """All settings that determine a demo's result."""
 
     seed: int
     num_train: int = 1200
@@ -47,7 +47,7 @@ class Settings:
 
 
 def quick_settings(seed: int) -> Settings:
-    """Every step in small: to see that all works, not what it is good for."""
+    """Settings for a short run that checks that every step works; its results mean nothing."""
     few = {"max_steps": 4, "learning_rate": 1e-3}
     return Settings(
         seed,
@@ -62,23 +62,24 @@ def quick_settings(seed: int) -> Settings:
 
 
 def prepare_folder(out: Path, settings: Settings) -> None:
-    """Makes the folder. Results of other settings are moved aside; ValueError for a folder that is not a demo's."""
+    """Makes the output folder. Moves results of other settings to a subfolder. ValueError if the folder is not a demo's."""
     text = json.dumps(asdict(settings), indent=1)
     file = out / FILE
     if out.exists() and not file.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is not empty and not a folder of the demo: give another one")
+        raise ValueError(f"--out {out} is not empty and is not a folder of the demo: name another folder")
     if file.exists() and file.read_text(encoding="utf-8") != text:
         earlier = free_name(out / "earlier")
         earlier.mkdir()
         for part in (*PARTS, *RESULTS, FILE):
             if (out / part).exists():
                 (out / part).rename(earlier / part)
-        print(f"{out} holds a demo with other settings: that one is now in {earlier.name}/", flush=True)
+        print(f"{out} held a demo with other settings, which was moved to {earlier.name}/", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
 
 
 def warm_up_options(out: Path, settings: Settings) -> dict[str, Any]:
+    """The trainer's options for the warm-up."""
     return {
         **_common_options(out, settings),
         "model_name_or_path": out / "base",
@@ -90,6 +91,7 @@ def warm_up_options(out: Path, settings: Settings) -> dict[str, Any]:
 
 
 def preference_options(out: Path, settings: Settings, model: Path, own: dict[str, Any]) -> dict[str, Any]:
+    """The trainer's options for SynPO or DPO, starting from `model`. own: the options in which the two differ."""
     return {
         **_common_options(out, settings),
         "model_name_or_path": model,

@@ -1,4 +1,4 @@
-"""The demo's results as a table for people."""
+"""Formats the demo's results for the terminal."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ TRAININGS = ("warm_up", "synpo", "dpo")
 
 
 def summary(results: dict[str, Any]) -> str:
-    """A table for people."""
+    """The results as text: accuracy and NLL of each model, step times, and an example."""
     names = ("warm-up", "SynPO", "DPO")
     rows: list[tuple[str, ...]] = [("unseen videos", *names)]
     rows.append(("exact attributes, %", *(f"{100 * results['accuracy'][name]:.1f}" for name in TRAININGS)))
     for attribute in results["per_attribute"]["synpo"]:
         rows.append((f"  {attribute}", *(f"{100 * results['per_attribute'][n][attribute]:.1f}" for n in TRAININGS)))
-    rows.append(("NLL of the truth", *(f"{results['nll'][name]:.3f}" for name in TRAININGS)))
+    rows.append(("NLL, true captions", *(f"{results['nll'][name]:.3f}" for name in TRAININGS)))
     table = "\n".join(f"{row[0]:<20}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows)
     example = results["examples"][0]
     return "\n".join(
@@ -24,7 +24,7 @@ def summary(results: dict[str, Any]) -> str:
             "",
             *_speed(results["step"]),
             "",
-            f"The trainings and their evaluation took {sum(results['seconds'].values()):.0f} s.",
+            f"All steps of the demo took {sum(results['seconds'].values()):.0f} s.",
             "",
             f"{example['video']}",
             *(f"  {name:<7} {example[name]}" for name in ("truth", "before", "after")),
@@ -33,13 +33,13 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def _speed(steps: dict[str, Any]) -> list[str]:
-    """DPO both ways: with all that SynPO has too, and without the prompt shared."""
+    """Lines that compare DPO's step times with SynPO's: with the same optimisations, and without sharing the prompt."""
     synpo = steps["synpo"]["seconds"]["median"]
-    lines = [f"A step of SynPO took {1e3 * synpo:.0f} ms. On the same pairs in turn with it, DPO's took"]
+    lines = [f"A step of SynPO took {1e3 * synpo:.0f} ms. On the same pairs, a step of DPO took"]
     for name, how in (
-        ("dpo-adapter-off", "reference computed in the step, prompt shared and rows packed as SynPO's"),
-        ("dpo-precomputed", "reference computed beforehand, the rest as SynPO's"),
-        ("dpo-adapter-off-unshared", "reference computed in the step, prompt run for each caption"),
+        ("dpo-adapter-off", "reference computed in the step; prompt shared and rows packed as in SynPO"),
+        ("dpo-precomputed", "reference computed beforehand; the rest as in SynPO"),
+        ("dpo-adapter-off-unshared", "reference computed in the step; prompt run once per caption"),
     ):
         step = steps[name]
         if step["skipped"] is None:

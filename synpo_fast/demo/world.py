@@ -1,8 +1,8 @@
-"""The demo's world: short videos in which groups of coloured shapes move, one group after another.
+"""The demo's videos: groups of coloured shapes move across the picture, one group after another.
 
-An event is one group crossing the picture: so many shapes of one colour and size, in one direction. A scene is one to three
-events in order, and a video shows a scene. Everything a caption may say of a video is in its scene, so truth needs no labelling.
-Events of a scene differ in colour and in shape: which of them came first is then a question with an answer.
+An event is one group that crosses the picture: one to three shapes of the same kind, colour and size, moving in one direction. A
+scene is one to three events in order, and a video shows a scene. The scene contains all that a caption can state, so the videos
+need no labelling. The events of a scene differ in colour and in shape, so their order can be stated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 COUNTS = ("one", "two", "three")
-SIZES = {"small": 4, "large": 7}  # half a side, in pixels
+SIZES = {"small": 4, "large": 7}  # half the side length, in pixels
 COLOURS = {
     "red": (225, 40, 40),
     "green": (40, 190, 60),
@@ -28,14 +28,14 @@ COLOURS = {
 SHAPES = ("square", "ring", "bar", "cross")
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
-CELL, CELLS = 16, 4  # a shape starts in the middle of a cell, which is what the model's patches see
+CELL, CELLS = 16, 4  # a shape starts in the middle of a cell; a cell is one patch of the model
 SIDE = CELL * CELLS
 FPS = 4
-# Pixels gone in each frame of an event. The model's patches hold a cell in two frames: in the first the shape is in the middle of
-# its cell, in the second it has begun to leave it, so a single patch shows the shape and where it goes.
-WAY = (0, 5, CELL, CELL + 5)
-FRAMES_PER_EVENT = len(WAY)
-JITTER = 1  # pixels, up and to the left: no shape leaves the picture
+# Pixels moved up to each frame of an event. A patch of the model covers a cell in two frames. In the first the shape is in the
+# middle of its cell, in the second it has begun to leave it, so a single patch shows the shape and its direction.
+OFFSETS = (0, 5, CELL, CELL + 5)
+FRAMES_PER_EVENT = len(OFFSETS)
+JITTER = 1  # at most so many pixels, only up and to the left, so that no shape leaves the picture
 BACKGROUND = 40
 CODECS = (("libvpx-vp9", ".webm"), ("libx264", ".mp4"))
 ENCODER_OPTIONS = {
@@ -46,7 +46,7 @@ ENCODER_OPTIONS = {
 
 @dataclass(frozen=True)
 class Event:
-    """A group of shapes that crosses the picture. The values are words of COUNTS, SIZES, COLOURS, SHAPES and MOTIONS."""
+    """A group of shapes that crosses the picture. The values are words from COUNTS, SIZES, COLOURS, SHAPES and MOTIONS."""
 
     count: str
     size: str
@@ -66,7 +66,7 @@ WORDS: dict[str, tuple[str, ...]] = {
 
 
 def random_scene(random: Random) -> Scene:
-    """One to three events, two most often."""
+    """A random scene of one to three events, most often two."""
     num_events = random.choice((1, 2, 2, 3))
     colours = random.sample(WORDS["colour"], num_events)
     shapes = random.sample(WORDS["shape"], num_events)
@@ -77,21 +77,21 @@ def random_scene(random: Random) -> Scene:
 
 
 def draw_scene(scene: Scene, random: Random) -> NDArray[np.uint8]:
-    """Frames [T, SIDE, SIDE, 3] of the scene. `random` decides what no caption tells: places and the background."""
+    """Frames [T, SIDE, SIDE, 3] of the scene. `random` decides what no caption states: positions and the background."""
     background = BACKGROUND + random.randint(-5, 5)
     frames = np.full((len(scene) * FRAMES_PER_EVENT, SIDE, SIDE, 3), background, np.uint8)
     for number, event in enumerate(scene):
         places = _first_places(event, random)
         dx, dy = MOTIONS[event.motion]
-        for step, way in enumerate(WAY):
+        for step, offset in enumerate(OFFSETS):
             picture = frames[number * FRAMES_PER_EVENT + step]
             for x, y in places:
-                picture[_inside(event, x + way * dx, y + way * dy)] = COLOURS[event.colour]
+                picture[_shape_mask(event, x + offset * dx, y + offset * dy)] = COLOURS[event.colour]
     return frames
 
 
 def write_video(file: Path, frames: NDArray[np.uint8], codec: str) -> None:
-    """VP9 or H.264, as CODECS names them."""
+    """Encodes frames [T, H, W, 3] with a codec of CODECS (VP9 or H.264)."""
     import av
 
     with av.open(str(file), "w") as container:
@@ -106,7 +106,7 @@ def write_video(file: Path, frames: NDArray[np.uint8], codec: str) -> None:
 
 
 def _first_places(event: Event, random: Random) -> list[tuple[int, int]]:
-    """Centres (x, y) of the group's shapes in its first frame: side by side across their way, with room to go it."""
+    """Centres (x, y) of the shapes in the event's first frame, side by side at right angles to the motion, with room to move."""
     dx, dy = MOTIONS[event.motion]
     start = random.randrange(CELLS // 2)
     along = start if dx + dy > 0 else CELLS - 1 - start
@@ -116,8 +116,8 @@ def _first_places(event: Event, random: Random) -> list[tuple[int, int]]:
     return [(CELL * x + CELL // 2 + shift[0], CELL * y + CELL // 2 + shift[1]) for x, y in cells]
 
 
-def _inside(event: Event, x: int, y: int) -> NDArray[np.bool_]:
-    """The pixels of one shape."""
+def _shape_mask(event: Event, x: int, y: int) -> NDArray[np.bool_]:
+    """A mask of the pixels of one shape with its centre at (x, y)."""
     rows, columns = np.mgrid[:SIDE, :SIDE]
     half = SIZES[event.size]
     across, below = np.abs(columns - x), rows - y

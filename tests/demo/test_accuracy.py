@@ -2,7 +2,7 @@
 
 import pytest
 
-from synpo_fast.demo.accuracy import Accuracy, told_events
+from synpo_fast.demo.accuracy import Accuracy, parse_events
 from synpo_fast.demo.captions import caption_text
 from synpo_fast.demo.world import Event
 
@@ -41,7 +41,7 @@ def test_shares(text, share, order):
 
 def test_one_event_has_no_order():
     found = accuracy("First one small blue cross moves up.", SCENE[1:])
-    assert found.overall == 1 and found.asked["order"] == 0
+    assert found.overall == 1 and found.total["order"] == 0
 
 
 def test_attributes_are_counted_apart_and_over_videos():
@@ -57,7 +57,7 @@ def test_of_a_caption_that_goes_on_and_on_only_the_beginning_is_read():
     assert accuracy(late).per_attribute()["colour"] == 0.5
 
 
-def test_told_events_of_odd_text():
-    (told,) = told_events("red blue <|unknown|> squares Two")
+def test_parse_events_of_odd_text():
+    (told,) = parse_events("red blue <|unknown|> squares Two")
     assert told == {"count": None, "size": None, "colour": "red", "shape": "square", "motion": None}
-    assert [event["motion"] for event in told_events(caption_text(SCENE))] == ["left", "up"]
+    assert [event["motion"] for event in parse_events(caption_text(SCENE))] == ["left", "up"]

@@ -8,9 +8,9 @@ from synpo_fast.demo.captions import (
     HABITS,
     WEIGHTS,
     caption_text,
+    caption_with_slips,
     careful_caption,
     careless_caption,
-    told_with,
     vocabulary,
 )
 from synpo_fast.demo.world import WORDS, Event, random_scene
@@ -40,7 +40,7 @@ def test_the_vocabulary_has_every_word():
 @pytest.mark.parametrize("name", WORDS)
 def test_a_wrong_attribute_changes_one_word_of_the_events(name):
     for seed in range(10):
-        caption = told_with(SCENE, Random(seed), slips=[name])
+        caption = caption_with_slips(SCENE, Random(seed), slips=[name])
         changed = [
             (event, told, key)
             for event, told in zip(SCENE, caption.events, strict=True)
@@ -55,7 +55,7 @@ def test_errors_in_what_is_told_when():
     texts = TRUTH.replace("First ", "").replace("Then ", "").replace("Finally ", "").removesuffix(".").split(". ")
 
     def told(kind, seed):
-        caption = told_with(SCENE, Random(seed), slips=[kind])
+        caption = caption_with_slips(SCENE, Random(seed), slips=[kind])
         assert caption.errors == (kind,) and caption.score == 10 - WEIGHTS[kind]
         return [sentence.split(" ", 1)[1] for sentence in caption.text.removesuffix(".").split(". ")]
 
@@ -69,10 +69,10 @@ def test_errors_in_what_is_told_when():
         assert len(invented) == 4 and len([text for text in invented if text not in texts]) == 1
 
 
-def test_what_can_not_be_made_is_no_error():
+def test_a_slip_that_cannot_be_made_is_no_error():
     one = SCENE[:1]
-    assert told_with(one, Random(0), slips=["omission", "order"]).errors == ()
-    assert told_with(one, Random(0), slips=["omission", "order"]).score == 10
+    assert caption_with_slips(one, Random(0), slips=["omission", "order"]).errors == ()
+    assert caption_with_slips(one, Random(0), slips=["omission", "order"]).score == 10
 
 
 def test_the_careful_captioner_slips_now_and_then_and_never_twice():

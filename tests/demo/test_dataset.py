@@ -17,7 +17,7 @@ def said():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, said):
     out = tmp_path_factory.mktemp("data")
-    make_dataset(out, seed=5, num_train=70, num_unseen=31, say=lambda *numbers: said.append(numbers))
+    make_dataset(out, seed=5, num_train=70, num_unseen=31, on_progress=lambda *numbers: said.append(numbers))
     return out
 
 
@@ -68,14 +68,14 @@ def test_a_complete_folder_is_left_alone_and_an_incomplete_one_made_again(folder
     file = folder / "videos" / "unseen-0000.webm"
     video = file.read_bytes()
     file.write_bytes(b"")
-    make_dataset(folder, seed=5, num_train=70, num_unseen=31, say=lambda *_: None)
+    make_dataset(folder, seed=5, num_train=70, num_unseen=31, on_progress=lambda *_: None)
     assert file.read_bytes() == b""
     (folder / "done").unlink()
-    make_dataset(folder, seed=5, num_train=70, num_unseen=31, say=lambda *_: None)
+    make_dataset(folder, seed=5, num_train=70, num_unseen=31, on_progress=lambda *_: None)
     assert (folder / "pairs.jsonl").read_bytes() == before and len(file.read_bytes()) == len(video)
 
 
 def test_another_seed_is_another_world(folder, tmp_path):
-    make_dataset(tmp_path, seed=6, num_train=3, num_unseen=2, say=lambda *_: None)
+    make_dataset(tmp_path, seed=6, num_train=3, num_unseen=2, on_progress=lambda *_: None)
     first = json.loads((tmp_path / "unseen.json").read_text())
     assert first != json.loads((folder / "unseen.json").read_text())[:2]

@@ -1,4 +1,4 @@
-"""What a child process says is kept, shown where it matters, and its failure is told."""
+"""The output of a child process is kept and shown where it matters, and its failure is reported."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_steps_are_shown_now_and_then_and_everything_else_at_once(tmp_path, caps
 def test_it_tells_that_it_is_at_work_while_nothing_comes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(launch, "QUIET_SECONDS", 0.1)
     assert run("import time; time.sleep(0.6)", tmp_path / "log.txt") == 0
-    assert "at work for" in capsys.readouterr().out
+    assert "still running after" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ print("CAPTIONS", json.dumps(captions))
 
 
 def plain_captions(base, adapter, samples, tmp_path, max_new_tokens=24):
-    """What transformers' own generate writes, in a process that can not import synpo_fast. The video's tensors come ready made:
+    """Captions by transformers' own generate, in a process that cannot import synpo_fast. It gets the video's tensors ready made:
     transformers' processors for video need torchvision."""
     inputs = []
     for sample in samples:

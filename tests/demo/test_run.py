@@ -49,7 +49,7 @@ def run_text(value):
 def test_a_folder_of_something_else_is_not_touched(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("x")
     assert main(["demo", "--out", str(tmp_path), "--quick"]) == 2
-    assert "not empty and not a folder of the demo" in capsys.readouterr().err
+    assert "not empty and is not a folder of the demo" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -88,7 +88,7 @@ def test_the_summary_shows_all_three_whatever_the_outcome():
     text = summary(results)
     for expected in ("61.0", "50.0", "90.0", "0.200", "0.300", "200 ms", "1.25 times", "0.50 times", "v.webm"):
         assert expected in text
-    assert "prompt run for each caption" not in text, "it was not measured"
+    assert "prompt run once per caption" not in text, "it was not measured"
 
 
 @pytest.mark.heavy
@@ -106,7 +106,7 @@ def test_the_whole_demo_in_small(tmp_path):
     assert len(results["examples"]) == 8 and all((out / row["video"]).exists() for row in results["examples"])
 
     again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert again.returncode == 0 and again.stdout.count("done before") == 4
+    assert again.returncode == 0 and again.stdout.count("already done") == 4
     repeated = json.loads((out / "demo.json").read_text())
     assert repeated["examples"] == results["examples"] and repeated["nll"] == results["nll"]
 
