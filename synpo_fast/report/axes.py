@@ -1,4 +1,4 @@
-"""The plot area of a chart: it maps steps and values to positions, and draws axes with round tick values.
+"""The plot area of a chart: maps steps and values to positions, and draws axes with round tick values.
 
 A chart is drawn at about the size at which it is shown (one column on a phone, three on a laptop), so its text keeps its size.
 """

@@ -25,7 +25,7 @@ from synpo_fast.report.series import (
 )
 from synpo_fast.report.units import GRADIENT, LOGPS, LOSS, REWARD, REWARD_GRADIENT, by_unit
 
-POINT_BUDGET = 900  # points of a chart's faint lines, shared by its series
+POINT_BUDGET = 900  # about so many points in a chart, shared by its lines
 MAX_MARKS = 40
 
 

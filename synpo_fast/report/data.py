@@ -80,7 +80,7 @@ def read_json_object(file: Path, problems: list[str]) -> dict[str, Any] | None:
 
 
 def number_in(value: Any) -> float | None:
-    """The value as a float if it is a finite number, else None."""
+    """The value as a float if it is a finite number below LARGEST, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if abs(value) < LARGEST else None  # False for nan

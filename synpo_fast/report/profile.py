@@ -15,7 +15,14 @@ from synpo_fast.report.frames import frames_markup
 from synpo_fast.report.tables import table, table_card
 
 MAX_EXAMPLES = 6
-NAMES = {"warm_up": "warm-up", "synpo": "SynPO", "dpo": "DPO", "before": "before SynPO", "after": "after SynPO"}
+NAMES = {
+    "warm_up": "warm-up",
+    "synpo": "SynPO",
+    "dpo": "DPO",
+    "truth": "true caption",
+    "before": "before SynPO",
+    "after": "after SynPO",
+}
 
 
 def profile_markup(profile: Mapping[str, Any]) -> str:

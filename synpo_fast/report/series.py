@@ -18,7 +18,7 @@ Point = tuple[int, float | None]
 SMOOTH_FROM = 60  # shorter series are drawn without smoothing
 ENDS = 20  # a run's start and end are means over the first and the last 1/20 of its steps
 CUT_FROM = 200  # with fewer points no value counts as an outlier
-CUT_SHARE = 0.01  # at each end, values that may lie outside the axis
+CUT_SHARE = 0.01  # share of the values, at each end, that may lie outside the axis
 SPIKY_FROM = 8  # CUT_FROM for metrics in which outliers are usual
 TINY = 1e-100
 
