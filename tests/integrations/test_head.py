@@ -69,10 +69,14 @@ def lora(policy, **options):
 
 @pytest.fixture
 def one_process_group():
+    """A device mesh of this process alone. The trainer's tests may have left such a group in this process already."""
     dist = torch.distributed
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    is_new = not dist.is_initialized()
+    if is_new:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.device_mesh.init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+    if is_new:
+        dist.destroy_process_group()
 
 
 def test_a_sharded_head(one_process_group):

@@ -6,9 +6,9 @@ from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.data.loader import StepBatch
 from synpo_fast.models.policy import Sample
+from synpo_fast.train import run_in_group
 from synpo_fast.training import step as training_step
 from synpo_fast.training.engine import Engine
-from synpo_fast.training.start import train_in_group
 from synpo_fast.training.step import Stepper
 from tests.world import options
 
@@ -70,9 +70,9 @@ def test_training_and_the_profile_take_the_same_step(world, tmp_path, group, mon
         monkeypatch.setattr(Engine, name, called(name))
     a_step = ["taken", "agreed", *["forward", "backward"] * 2, "step"]
     values = {**options(world, tmp_path / "run", gradient_accumulation_steps=2), "max_steps": 2}
-    train_in_group(TrainConfig(**values), CPU)
+    run_in_group(TrainConfig(**values), CPU)
     assert seen == 2 * a_step
     seen.clear()
     values = options(world, tmp_path / "profile", gradient_accumulation_steps=2, profile=1)
-    train_in_group(TrainConfig(**values), CPU)
+    run_in_group(TrainConfig(**values), CPU)
     assert seen == len(seen) // len(a_step) * a_step and len(seen) >= 24 * len(a_step)
