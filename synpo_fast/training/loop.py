@@ -119,6 +119,14 @@ def _train(run: Run) -> RunState:
     return state
 
 
+def _batches(run: Run) -> Iterator[StepBatch]:
+    """From the run's position on, epoch after epoch."""
+    epoch, step = run.state.epoch, run.state.step_in_epoch
+    while True:
+        yield from run.loader.steps(epoch, step)
+        epoch, step = epoch + 1, 0
+
+
 def train_step(run: Run, batch: StepBatch) -> Numbers:
     """One optimiser step on all ranks (step.py), and its numbers, summed over ranks: they come from a GPU as one tensor."""
     config, engine, step = run.config, run.engine, run.state.step
@@ -136,50 +144,18 @@ def train_step(run: Run, batch: StepBatch) -> Numbers:
     return taken.diagnostics | _numbers_of(run, taken, rate, time.perf_counter() - started)
 
 
-def evaluate(run: Run, evaluator: Evaluator) -> bool | None:
-    """Whether this evaluation is the best so far; without an option that compares evaluations, none is. None if somebody asked to
-    stop meanwhile: there are no numbers then."""
-    state = run.state
-    try:
-        numbers = evaluator.evaluate(run.engine, state.step, stop=lambda: any_rank(run.asked, run.device))
-    except torch.OutOfMemoryError as error:
-        raise TrainingStopped(
-            f"out of memory in the evaluation after step {state.step}. What helps: per_device_eval_batch_size=1 "
-            f"(it is {run.config.per_device_eval_batch_size}); a max_batch_tokens that a step of training fits in; "
-            "num_eval_captions=0"
-        ) from error
-    if numbers is None:
-        return None
-    _log(run, numbers)
-    run.progress.note(numbers)
-    if not state.best.metric:
-        return False
-    improved, said = judge(state.best, numbers, state.step, run.device)
-    if said:
-        run.progress.say(said, "best")
-    return improved
+def _learning_rate(run: Run, step: int) -> float:
+    config = run.config
+    warmup = warmup_steps(
+        num_steps=run.num_steps, steps=config.warmup_steps, ratio=config.warmup_ratio, shape=config.lr_scheduler_type
+    )
+    return learning_rate_at(
+        step, peak=config.learning_rate, num_steps=run.num_steps, num_warmup=warmup, shape=config.lr_scheduler_type
+    )
 
 
-def _log(run: Run, numbers: Mapping[str, Any]) -> None:
-    """A line that cannot be written ends the run on all ranks: at the next save, or with the next step's numbers."""
-    try:
-        run.log.log(run.state.step, numbers)
-    except OSError as error:
-        run.failure = run.saver.failure = f"metrics of step {run.state.step} could not be written: {error}"
-
-
-def _evaluate_late(run: Run) -> bool:
-    """The evaluation that a stop came before; its step's checkpoint was written then. Returns whether the run ends here."""
-    state = run.state
-    outcome = False if run.evaluator is None else evaluate(run, run.evaluator)
-    if outcome is None:  # stopped again
-        state.stopped_early = True
-        return True
-    state.evaluation_due = False
-    ends = state.step >= run.num_steps or run.ran_out_of_patience
-    if ends or (outcome and run.config.load_best_model_at_end and not run.saver.has(state.step)):
-        run.saver.save(run.engine, state)
-    return ends
+def _seed_of(seed: int, step: int, rank: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest(), "little")
 
 
 def _numbers_of(run: Run, taken: StepTaken, rate: float, seconds: float) -> Numbers:
@@ -236,6 +212,25 @@ def _numbers_of(run: Run, taken: StepTaken, rate: float, seconds: float) -> Numb
     return numbers
 
 
+def _position_after(run: Run, batch: StepBatch) -> tuple[int, int]:
+    if batch.step + 1 == run.loader.steps_per_epoch:
+        return batch.epoch + 1, 0
+    return batch.epoch, batch.step + 1
+
+
+def _asked_to_stop(run: Run) -> bool:
+    """The same answer on every rank: of several, what they told each other with the step's numbers."""
+    return run.asked if run.engine.world_size == 1 else run.stopping
+
+
+def _log(run: Run, numbers: Mapping[str, Any]) -> None:
+    """A line that cannot be written ends the run on all ranks: at the next save, or with the next step's numbers."""
+    try:
+        run.log.log(run.state.step, numbers)
+    except OSError as error:
+        run.failure = run.saver.failure = f"metrics of step {run.state.step} could not be written: {error}"
+
+
 def _check_health(run: Run, batch: StepBatch, numbers: Numbers) -> None:
     """Every rank sees the same numbers, so all stop together."""
     config, state = run.config, run.state
@@ -280,37 +275,42 @@ def _saved_before_ending(run: Run) -> str:
     return f", and start again with --resume auto: {name} holds what was trained so far"
 
 
-def _batches(run: Run) -> Iterator[StepBatch]:
-    """From the run's position on, epoch after epoch."""
-    epoch, step = run.state.epoch, run.state.step_in_epoch
-    while True:
-        yield from run.loader.steps(epoch, step)
-        epoch, step = epoch + 1, 0
+def evaluate(run: Run, evaluator: Evaluator) -> bool | None:
+    """Whether this evaluation is the best so far; without an option that compares evaluations, none is. None if somebody asked to
+    stop meanwhile: there are no numbers then."""
+    state = run.state
+    try:
+        numbers = evaluator.evaluate(run.engine, state.step, stop=lambda: any_rank(run.asked, run.device))
+    except torch.OutOfMemoryError as error:
+        raise TrainingStopped(
+            f"out of memory in the evaluation after step {state.step}. What helps: per_device_eval_batch_size=1 "
+            f"(it is {run.config.per_device_eval_batch_size}); a max_batch_tokens that a step of training fits in; "
+            "num_eval_captions=0"
+        ) from error
+    if numbers is None:
+        return None
+    _log(run, numbers)
+    run.progress.note(numbers)
+    if not state.best.metric:
+        return False
+    improved, said = judge(state.best, numbers, state.step, run.device)
+    if said:
+        run.progress.say(said, "best")
+    return improved
 
 
-def _position_after(run: Run, batch: StepBatch) -> tuple[int, int]:
-    if batch.step + 1 == run.loader.steps_per_epoch:
-        return batch.epoch + 1, 0
-    return batch.epoch, batch.step + 1
-
-
-def _learning_rate(run: Run, step: int) -> float:
-    config = run.config
-    warmup = warmup_steps(
-        num_steps=run.num_steps, steps=config.warmup_steps, ratio=config.warmup_ratio, shape=config.lr_scheduler_type
-    )
-    return learning_rate_at(
-        step, peak=config.learning_rate, num_steps=run.num_steps, num_warmup=warmup, shape=config.lr_scheduler_type
-    )
-
-
-def _seed_of(seed: int, step: int, rank: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest(), "little")
-
-
-def _asked_to_stop(run: Run) -> bool:
-    """The same answer on every rank: of several, what they told each other with the step's numbers."""
-    return run.asked if run.engine.world_size == 1 else run.stopping
+def _evaluate_late(run: Run) -> bool:
+    """The evaluation that a stop came before; its step's checkpoint was written then. Returns whether the run ends here."""
+    state = run.state
+    outcome = False if run.evaluator is None else evaluate(run, run.evaluator)
+    if outcome is None:  # stopped again
+        state.stopped_early = True
+        return True
+    state.evaluation_due = False
+    ends = state.step >= run.num_steps or run.ran_out_of_patience
+    if ends or (outcome and run.config.load_best_model_at_end and not run.saver.has(state.step)):
+        run.saver.save(run.engine, state)
+    return ends
 
 
 def _is_due(step: int, every: int) -> bool:

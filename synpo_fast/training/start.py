@@ -112,6 +112,28 @@ def train_in_group(
             loader.close()
 
 
+@contextmanager
+def _output_of_one_run(config: TrainConfig) -> Iterator[Start]:
+    """Makes the folder, keeps other runs out of it, and chooses what to go on from; the same answer on every rank."""
+    locks: list[RunLock] = []
+
+    def prepare() -> Start:
+        check_writable(Path(config.output_dir))
+        locks.append(RunLock(Path(config.output_dir)))
+        return choose_start(at_checkpoint(config))
+
+    try:
+        start = on_rank_zero(prepare)
+        for folder, problem in start.broken if dist.get_rank() == 0 else ():
+            logger.warning("passing over %s: %s", folder, problem)
+        for note in start.notes:
+            say(note)
+        yield start
+    finally:
+        for lock in locks:
+            lock.release()
+
+
 def _train(
     config: TrainConfig,
     device: torch.device,
@@ -167,63 +189,25 @@ def _train(
     return state
 
 
-def _why_stopped(stopper: Stopper) -> str:
-    """The reason that the first rank with one had: the others stop with it, and may not have noticed anything themselves. All
-    ranks call it."""
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, stopper.reason)
-    return next((reason for reason in reasons if reason is not None), "another process")
+def warn_of_schedule(config: TrainConfig, data: RunData, world_size: int) -> None:
+    """No error, since a few steps of a longer run's options are a usual way to try those out."""
+    pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    steps = steps_of(config, steps_in_epoch(len(data.train), world_size=world_size, pairs_per_rank=pairs))
+    if config.warmup_steps and config.lr_scheduler_type == "constant":
+        say(f"warning: warmup_steps={config.warmup_steps} has no effect with lr_scheduler_type=constant", "warning")
+    elif config.warmup_steps >= steps or config.warmup_ratio == 1:
+        given = f"warmup_steps={config.warmup_steps}" if config.warmup_steps else "warmup_ratio=1"
+        say(
+            f"warning: {given}, and the run has {steps} steps: the learning rate rises to their end and never falls",
+            "warning",
+        )
 
 
-def _nothing_to_do(run: Run) -> str | None:
-    """Why a resumed run is over already, or None."""
-    state, patience = run.state, run.config.early_stopping_patience
-    if state.evaluation_due:
-        return None
-    if state.step >= run.num_steps:
-        return f"the run had all of its {run.num_steps} steps"
-    if run.ran_out_of_patience:
-        return f"the run stopped early (raise early_stopping_patience={patience} or leave it out to go on)"
-    return None
-
-
-def _check_some_were_used(run: Run) -> None:
-    if (problem := none_was_used(run.state, run.saver)) is not None:
-        raise TrainingStopped(problem)
-
-
-def _put_best(run: Run) -> CheckpointError | None:
-    """Returns an error rather than raise it: the run is done and saved, and its report is to be written first."""
-    best = run.state.best
-    if not best.metric:
-        return None
-    run.progress.say(f"best evaluation: {best.said()}", "best")
-    if not run.config.load_best_model_at_end or best.value is None:
-        return None
-    try:
-        earlier = run.saver.put_best(best)
-    except CheckpointError as error:
-        return error
-    name = folder_of(run.saver.folder, best.step).name
-    if earlier is not None:
-        run.progress.say(f"best model: the earlier one is now {earlier}", "best")
-    run.progress.say(f"best model: in {run.config.output_dir}, a copy of {name}", "best")
-    return None
-
-
-def _evaluates_first(run: Run) -> bool:
-    return run.evaluator is not None and run.config.eval_on_start and run.state.step == 0
-
-
-def _write_report(run: Run, write_report: Callable[[list[Path]], Path]) -> None:
-    """The run is done and saved: a page that cannot be written is said, and is no reason to fail."""
-    try:
-        run.progress.say(f"report: {write_report([Path(run.config.output_dir)])}", "report")
-    except (OSError, ValueError) as error:
-        logger.warning("report.html could not be written: %s", error)
-    except Interrupted as error:
-        run.stopper.goes_on()
-        run.progress.say(f"report.html was not written: {error}; `synpo-fast report {run.config.output_dir}` does it")
+def steps_of(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimiser steps of the whole run."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(config.num_train_epochs * steps_per_epoch - 1e-9)
 
 
 def _build(
@@ -287,58 +271,6 @@ def _build(
     return Run(config, engine, loader, state, saver, evaluator, log, progress, device, num_steps)
 
 
-def _take_folder(run: Run, start: Start) -> None:
-    """The first change of the folder: a start that ends before it has cost an earlier run nothing."""
-    config = run.config
-    kept = dump_config(replace(config, resume=None, overwrite_output_dir=False))  # to be started from again, safely
-    for line in on_rank_zero(lambda: take_over(config, start, steps_done=run.state.step, config_text=kept)):
-        run.progress.say(line)
-    on_rank_zero(run.log.open)
-
-
-def steps_of(config: TrainConfig, steps_per_epoch: int) -> int:
-    """Optimiser steps of the whole run."""
-    if config.max_steps > 0:
-        return config.max_steps
-    return math.ceil(config.num_train_epochs * steps_per_epoch - 1e-9)
-
-
-def warn_of_schedule(config: TrainConfig, data: RunData, world_size: int) -> None:
-    """No error, since a few steps of a longer run's options are a usual way to try those out."""
-    pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    steps = steps_of(config, steps_in_epoch(len(data.train), world_size=world_size, pairs_per_rank=pairs))
-    if config.warmup_steps and config.lr_scheduler_type == "constant":
-        say(f"warning: warmup_steps={config.warmup_steps} has no effect with lr_scheduler_type=constant", "warning")
-    elif config.warmup_steps >= steps or config.warmup_ratio == 1:
-        given = f"warmup_steps={config.warmup_steps}" if config.warmup_steps else "warmup_ratio=1"
-        say(
-            f"warning: {given}, and the run has {steps} steps: the learning rate rises to their end and never falls",
-            "warning",
-        )
-
-
-@contextmanager
-def _output_of_one_run(config: TrainConfig) -> Iterator[Start]:
-    """Makes the folder, keeps other runs out of it, and chooses what to go on from; the same answer on every rank."""
-    locks: list[RunLock] = []
-
-    def prepare() -> Start:
-        check_writable(Path(config.output_dir))
-        locks.append(RunLock(Path(config.output_dir)))
-        return choose_start(at_checkpoint(config))
-
-    try:
-        start = on_rank_zero(prepare)
-        for folder, problem in start.broken if dist.get_rank() == 0 else ():
-            logger.warning("passing over %s: %s", folder, problem)
-        for note in start.notes:
-            say(note)
-        yield start
-    finally:
-        for lock in locks:
-            lock.release()
-
-
 def _facts(config: TrainConfig, data: RunData, world_size: int) -> dict[str, Any]:
     """What decides a step's pairs and loss."""
     return {
@@ -358,20 +290,6 @@ def _facts(config: TrainConfig, data: RunData, world_size: int) -> dict[str, Any
         **resolution_of(config),
         "model_options": config.model_options or None,
     }
-
-
-def _setting(engine: Engine) -> dict[str, Any]:
-    """Facts that a run finds out by itself, and may find out otherwise when it goes on elsewhere."""
-    return {
-        "dtype": str(engine.dtype).removeprefix("torch."),
-        "processes": engine.world_size,
-        "device": engine.module.policy.device.type,
-    }
-
-
-def _held_out(data: RunData) -> str:
-    files = num_files(data.evaluation, data.eval_root)
-    return f"{len(data.evaluation)} held out" + (f", of {files} file{'s' if files > 1 else ''}" if files else "")
 
 
 def _announce(
@@ -400,3 +318,85 @@ def _announce(
         progress.say(f"going on from {start}", "resuming")
     if config.needs_reference:
         progress.say(f"reference: {config.reference_kind}", "reference")
+
+
+def _held_out(data: RunData) -> str:
+    files = num_files(data.evaluation, data.eval_root)
+    return f"{len(data.evaluation)} held out" + (f", of {files} file{'s' if files > 1 else ''}" if files else "")
+
+
+def _setting(engine: Engine) -> dict[str, Any]:
+    """Facts that a run finds out by itself, and may find out otherwise when it goes on elsewhere."""
+    return {
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "processes": engine.world_size,
+        "device": engine.module.policy.device.type,
+    }
+
+
+def _nothing_to_do(run: Run) -> str | None:
+    """Why a resumed run is over already, or None."""
+    state, patience = run.state, run.config.early_stopping_patience
+    if state.evaluation_due:
+        return None
+    if state.step >= run.num_steps:
+        return f"the run had all of its {run.num_steps} steps"
+    if run.ran_out_of_patience:
+        return f"the run stopped early (raise early_stopping_patience={patience} or leave it out to go on)"
+    return None
+
+
+def _take_folder(run: Run, start: Start) -> None:
+    """The first change of the folder: a start that ends before it has cost an earlier run nothing."""
+    config = run.config
+    kept = dump_config(replace(config, resume=None, overwrite_output_dir=False))  # to be started from again, safely
+    for line in on_rank_zero(lambda: take_over(config, start, steps_done=run.state.step, config_text=kept)):
+        run.progress.say(line)
+    on_rank_zero(run.log.open)
+
+
+def _evaluates_first(run: Run) -> bool:
+    return run.evaluator is not None and run.config.eval_on_start and run.state.step == 0
+
+
+def _put_best(run: Run) -> CheckpointError | None:
+    """Returns an error rather than raise it: the run is done and saved, and its report is to be written first."""
+    best = run.state.best
+    if not best.metric:
+        return None
+    run.progress.say(f"best evaluation: {best.said()}", "best")
+    if not run.config.load_best_model_at_end or best.value is None:
+        return None
+    try:
+        earlier = run.saver.put_best(best)
+    except CheckpointError as error:
+        return error
+    name = folder_of(run.saver.folder, best.step).name
+    if earlier is not None:
+        run.progress.say(f"best model: the earlier one is now {earlier}", "best")
+    run.progress.say(f"best model: in {run.config.output_dir}, a copy of {name}", "best")
+    return None
+
+
+def _write_report(run: Run, write_report: Callable[[list[Path]], Path]) -> None:
+    """The run is done and saved: a page that cannot be written is said, and is no reason to fail."""
+    try:
+        run.progress.say(f"report: {write_report([Path(run.config.output_dir)])}", "report")
+    except (OSError, ValueError) as error:
+        logger.warning("report.html could not be written: %s", error)
+    except Interrupted as error:
+        run.stopper.goes_on()
+        run.progress.say(f"report.html was not written: {error}; `synpo-fast report {run.config.output_dir}` does it")
+
+
+def _check_some_were_used(run: Run) -> None:
+    if (problem := none_was_used(run.state, run.saver)) is not None:
+        raise TrainingStopped(problem)
+
+
+def _why_stopped(stopper: Stopper) -> str:
+    """The reason that the first rank with one had: the others stop with it, and may not have noticed anything themselves. All
+    ranks call it."""
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, stopper.reason)
+    return next((reason for reason in reasons if reason is not None), "another process")
