@@ -62,7 +62,7 @@ class BestSoFar:
             return True
         return value > self.value if self.greater_is_better else value < self.value
 
-    def take(self, value: float | None, step: int) -> bool:
+    def record(self, value: float | None, step: int) -> bool:
         """Notes an evaluation; returns whether it is the best so far."""
         if step == 0:
             self.before = value if value is not None and math.isfinite(value) else None
@@ -77,7 +77,7 @@ class BestSoFar:
         patience = config.early_stopping_patience
         return patience is not None and bool(self.metric) and self.without_improvement >= patience
 
-    def said(self) -> str:
+    def description(self) -> str:
         """For people: the best number, where it was reached, and that it was better before training if it was."""
         if self.value is None and not self.without_improvement:
             return f"{self.metric} was compared in no evaluation"
@@ -90,16 +90,16 @@ class BestSoFar:
         return text + (f" (before training it was {self.before:.4g}, which is no worse)" if started_better else "")
 
 
-def compared(config: TrainConfig) -> BestSoFar:
+def initial_best(config: TrainConfig) -> BestSoFar:
     """The state that a run of this config begins with."""
     if not config.compares_evaluations:
         return BestSoFar()
     return BestSoFar(metric=config.best_metric, greater_is_better=config.best_is_greater)
 
 
-def goes_on(saved: BestSoFar, config: TrainConfig) -> tuple[BestSoFar, list[str]]:
+def resumed_best(saved: BestSoFar, config: TrainConfig) -> tuple[BestSoFar, list[str]]:
     """The state that a resumed run begins with, and lines that say where that is not what was saved. All ranks call it."""
-    now = compared(config)
+    now = initial_best(config)
     if not now.metric or not saved.metric:
         return now, []
     same_rule = _rule(saved) == _rule(now)
@@ -158,13 +158,13 @@ def judge(best: BestSoFar, numbers: Mapping[str, Any], step: int, device: torch.
     found = numbers.get(best.metric)
     value = torch.tensor(found if isinstance(found, float) else math.nan, dtype=torch.float64, device=device)
     dist.broadcast(value, src=0)
-    improved = best.take(float(value), step)
+    improved = best.record(float(value), step)
     if step == 0:
         return False, ""
     if improved:
-        return True, f"best so far: {best.said()}"
+        return True, f"best so far: {best.description()}"
     count = best.without_improvement
-    return False, f"no improvement in {count} evaluation{'s' if count > 1 else ''}: {best.said()}"
+    return False, f"no improvement in {count} evaluation{'s' if count > 1 else ''}: {best.description()}"
 
 
 def _rule(best: BestSoFar) -> str:

@@ -30,7 +30,7 @@ class Evaluator:
     device: torch.device
     placeholder: EncodedPair | None = None  # fills up, as in training
     max_tokens: int | None = None  # in one forward
-    told: bool = False  # why pairs could not be used: at the first evaluation, since it is the same at each
+    warned: bool = False  # why pairs could not be used: at the first evaluation, since it is the same at each
 
     def evaluate(self, engine: Engine, step: int, stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
         """All ranks call it and take part in every step of it, as ZeRO-3 needs; all get the same numbers.
@@ -52,7 +52,7 @@ class Evaluator:
                         max_pairs=max(1, len(batch.pairs)),
                         max_tokens=self.max_tokens,
                     )
-                    most = self._most(engine, batch.pairs, len(groups))
+                    most = self._num_forwards(engine, batch.pairs, len(groups))
                     for group in groups:
                         add_sums(sums, engine.forward([batch.pairs[index] for index in group], 1.0)[1])
                     for _ in range(most - len(groups)):
@@ -63,8 +63,8 @@ class Evaluator:
             captions = sample_captions(engine, self.captioned, max_new_tokens=self.max_new_tokens)
         finally:
             module.train()
-        if bad and not self.told:
-            self.told = True
+        if bad and not self.warned:
+            self.warned = True
             logger.warning("%d held-out pairs could not be used: %s", len(bad), quoted(bad))
         sums["bad"] = torch.full((), float(len(bad)), device=self.device)
         total = summed_over_ranks(sums, self.device)
@@ -74,7 +74,7 @@ class Evaluator:
             numbers["eval_captions"] = captions
         return numbers
 
-    def _most(self, engine: Engine, pairs: Sequence[EncodedPair], own: int) -> int:
+    def _num_forwards(self, engine: Engine, pairs: Sequence[EncodedPair], own: int) -> int:
         """How many forwards this rank has to take part in."""
         if engine.stage < 3:
             return own

@@ -27,14 +27,14 @@ def keep_from_casting(module: nn.Module, dtype: torch.dtype) -> list[str]:
             "all that it trains in one type: train an adapter (use_peft=true), or in fp32 (bf16=false)"
         )
     kept = {id(parameter) for _, parameter in others}
-    told = _parts_that_begin_with(kept, module)
+    begin_with = _parts_that_begin_with(kept, module)
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) in kept:
                 delattr(owner, name)
                 owner.register_buffer(name, parameter.detach())
-    for part, weight in told:
-        _tell(part, weight.dtype, weight.device)
+    for part, weight in begin_with:
+        _report_as(part, weight.dtype, weight.device)
     return [name for name, _ in others]
 
 
@@ -47,15 +47,15 @@ def _parts_that_begin_with(kept: set[int], module: nn.Module) -> list[tuple[nn.M
     return [(part, first) for part, first in firsts if first is not None and id(first) in kept]
 
 
-def _tell(part: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _report_as(part: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Properties of the class cannot be set on a model: it gets a class of its own, of the same name."""
     kind = type(part)
-    told = {
+    members = {
         "dtype": property(lambda self: dtype),
         "device": property(lambda self: device),
         "__module__": kind.__module__,
     }
-    part.__class__ = type(kind.__name__, (kind,), told)
+    part.__class__ = type(kind.__name__, (kind,), members)
 
 
 def _short(dtype: torch.dtype) -> str:

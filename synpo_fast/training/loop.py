@@ -38,7 +38,7 @@ from synpo_fast.training.out_of_memory import MicroBatchTooLarge, out_of_memory_
 from synpo_fast.training.run_model import checkpoints_activations
 from synpo_fast.training.run_state import RunState, Saver
 from synpo_fast.training.step import Stepper, StepTaken, any_rank
-from synpo_fast.training.unusable_pairs import OUT_OF_MEMORY, advice, first_of_all_ranks, listed_in
+from synpo_fast.training.unusable_pairs import OUT_OF_MEMORY, advice, first_unusable, skipped_pairs_path
 
 
 class TrainingStopped(RuntimeError):
@@ -61,16 +61,16 @@ class Run:
     num_steps: int
     stepper: Stepper = field(init=False)
     asked_to_stop: bool = field(default=False)  # this rank was
-    stopping: bool = field(default=False)  # some rank was: what all agreed on with the last step's numbers
+    all_stop: bool = field(default=False)  # some rank was: what all agreed on with the last step's numbers
     stopper: Stopper = field(default_factory=Stopper)  # by a signal, or the end of the launcher
     failure: str | None = None  # what this rank could not write
-    failing: bool = field(default=False)  # some rank could not: agreed on likewise
+    any_failed: bool = field(default=False)  # some rank could not: agreed on likewise
 
     def __post_init__(self) -> None:
         self.stepper = Stepper(self.config, self.engine, self.device)
 
     @property
-    def asked(self) -> bool:
+    def stop_requested(self) -> bool:
         return self.asked_to_stop or self.stopper.reason is not None
 
     @property
@@ -90,7 +90,7 @@ def _train(run: Run) -> RunState:
     if run.evaluator is not None and config.eval_on_start and state.step == 0 and evaluate(run, run.evaluator) is None:
         state.stopped_early = True  # before the first step: there is nothing to save
         return state
-    if state.evaluation_due and _evaluate_late(run):
+    if state.evaluation_due and _evaluate_due(run):
         return state
     for batch in _batches(run):
         numbers = train_step(run, batch)
@@ -141,7 +141,7 @@ def train_step(run: Run, batch: StepBatch) -> Numbers:
         checkpoints = checkpoints_activations(config, run.device)
         message = out_of_memory_message(config, error.micro, step=step + 1, checkpoints=checkpoints)
         raise TrainingStopped(message) from error
-    return taken.diagnostics | _numbers_of(run, taken, rate, time.perf_counter() - started)
+    return taken.diagnostics | _step_numbers(run, taken, rate, time.perf_counter() - started)
 
 
 def _learning_rate(run: Run, step: int) -> float:
@@ -158,7 +158,7 @@ def _seed_of(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest(), "little")
 
 
-def _numbers_of(run: Run, taken: StepTaken, rate: float, seconds: float) -> Numbers:
+def _step_numbers(run: Run, taken: StepTaken, rate: float, seconds: float) -> Numbers:
     batch, outcome = taken.batch, taken.outcome
     try:
         for bad in batch.bad:
@@ -167,7 +167,7 @@ def _numbers_of(run: Run, taken: StepTaken, rate: float, seconds: float) -> Numb
         run.failure = f"{run.saver.bad_file} could not be written: {error}"
     local = {
         "bad_pairs": len(batch.bad), "wanted_pairs": batch.wanted, "wait_s": batch.wait_s, "step_s": seconds,
-        "asked_to_stop": run.asked, "failing": run.failure is not None,
+        "asked_to_stop": run.stop_requested, "failing": run.failure is not None,
         "oom_skipped": sum(bad.reason.startswith(OUT_OF_MEMORY) for bad in batch.bad),
     }  # fmt: skip
     store = run.engine.module.policy.feature_store
@@ -175,7 +175,7 @@ def _numbers_of(run: Run, taken: StepTaken, rate: float, seconds: float) -> Numb
         local |= {"feature_cache/hits": store.hits, "feature_cache/misses": store.misses}
     sums = taken.sums | {name: torch.full((), float(value), device=run.device) for name, value in local.items()}
     total = summed_over_ranks(sums, run.device)
-    run.stopping, run.failing = total["asked_to_stop"] > 0, total["failing"] > 0
+    run.all_stop, run.any_failed = total["asked_to_stop"] > 0, total["failing"] > 0
     state, ranks = run.state, run.engine.world_size
     state.bad_pairs += int(total["bad_pairs"])
     state.oom_skipped += int(total["oom_skipped"])
@@ -220,7 +220,7 @@ def _position_after(run: Run, batch: StepBatch) -> tuple[int, int]:
 
 def _asked_to_stop(run: Run) -> bool:
     """The same answer on every rank: of several, what they told each other with the step's numbers."""
-    return run.asked if run.engine.world_size == 1 else run.stopping
+    return run.stop_requested if run.engine.world_size == 1 else run.all_stop
 
 
 def _log(run: Run, numbers: Mapping[str, Any]) -> None:
@@ -234,7 +234,7 @@ def _log(run: Run, numbers: Mapping[str, Any]) -> None:
 def _check_health(run: Run, batch: StepBatch, numbers: Numbers) -> None:
     """Every rank sees the same numbers, so all stop together."""
     config, state = run.config, run.state
-    if run.failing or (run.engine.world_size == 1 and run.failure is not None):
+    if run.any_failed or (run.engine.world_size == 1 and run.failure is not None):
         failures: list[str | None] = [None] * run.engine.world_size
         dist.all_gather_object(failures, run.failure)
         raise TrainingStopped(
@@ -249,10 +249,10 @@ def _check_health(run: Run, batch: StepBatch, numbers: Numbers) -> None:
     share = state.bad_pairs / max(1, state.seen_pairs)
     # One bad video among the first few is no share to go by.
     if share > config.max_bad_share and state.bad_pairs > max(1, config.max_bad_share * run.loader.pairs_per_step):
-        first = first_of_all_ranks(run.saver)
+        first = first_unusable(run.saver)
         raise TrainingStopped(
             f"{state.bad_pairs} of {state.seen_pairs} pairs could not be used, more than max_bad_share="
-            f"{config.max_bad_share}. {quoted(first)}. {listed_in(run.saver)} lists them{advice(first)}. To go on, raise "
+            f"{config.max_bad_share}. {quoted(first)}. {skipped_pairs_path(run.saver)} lists them{advice(first)}. To go on, raise "
             f"max_bad_share{_saved_before_ending(run)}"
         )
 
@@ -280,7 +280,7 @@ def evaluate(run: Run, evaluator: Evaluator) -> bool | None:
     stop meanwhile: there are no numbers then."""
     state = run.state
     try:
-        numbers = evaluator.evaluate(run.engine, state.step, stop=lambda: any_rank(run.asked, run.device))
+        numbers = evaluator.evaluate(run.engine, state.step, stop=lambda: any_rank(run.stop_requested, run.device))
     except torch.OutOfMemoryError as error:
         raise TrainingStopped(
             f"out of memory in the evaluation after step {state.step}. What helps: per_device_eval_batch_size=1 "
@@ -299,7 +299,7 @@ def evaluate(run: Run, evaluator: Evaluator) -> bool | None:
     return improved
 
 
-def _evaluate_late(run: Run) -> bool:
+def _evaluate_due(run: Run) -> bool:
     """The evaluation that a stop came before; its step's checkpoint was written then. Returns whether the run ends here."""
     state = run.state
     outcome = False if run.evaluator is None else evaluate(run, run.evaluator)

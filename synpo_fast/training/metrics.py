@@ -57,7 +57,7 @@ def means_of(sums: Numbers) -> Numbers:
 
 
 # Where a run stands rather than what a step was like: of several steps the last says it.
-STANDS = (
+LAST_VALUES = (
     "epoch", "learning_rate", "num_tokens", "skipped_pairs", "oom_skipped", "nonfinite_steps", "loss_scale", "peak_memory_gib",
     "feature_cache/hits", "feature_cache/misses",
 )  # fmt: skip
@@ -73,7 +73,7 @@ class Window:
 
     def add(self, numbers: Numbers) -> None:
         for name, value in numbers.items():
-            if name in STANDS:
+            if name in LAST_VALUES:
                 self.sums[name], self.weights[name] = value, 1
             else:  # a loss that is not finite would hide those of all other steps; nonfinite_steps counts it
                 weight = numbers["step_s"] if name in RATES else 1.0
@@ -104,7 +104,7 @@ class MetricsLog:
         if "tensorboard" in self.config.report_to:
             self._tensorboard = _tensorboard(self.folder, self.first_step)
         if "wandb" in self.config.report_to:
-            self._wandb = _wandb(self.folder, self.config, goes_on=self.first_step > 0)
+            self._wandb = _wandb(self.folder, self.config, resumed=self.first_step > 0)
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
         if self._stream is None:
@@ -122,7 +122,7 @@ class MetricsLog:
         scalars = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
         if self._tensorboard is not None:
             for name, value in scalars.items():
-                self._tensorboard.add_scalar(_board(name), value, step)
+                self._tensorboard.add_scalar(_tensorboard_name(name), value, step)
         if self._wandb is not None:
             self._wandb.log(dict(numbers), step=step)
 
@@ -156,7 +156,7 @@ def _not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _board(name: str) -> str:
+def _tensorboard_name(name: str) -> str:
     """TensorBoard makes a group of what stands before the slash."""
     if name.startswith("eval_"):
         return f"eval/{name.removeprefix('eval_')}"
@@ -171,14 +171,14 @@ def _tensorboard(output_dir: Path, first_step: int) -> Any:
     return SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
 
 
-def _wandb(output_dir: Path, config: TrainConfig, *, goes_on: bool) -> Any:
+def _wandb(output_dir: Path, config: TrainConfig, *, resumed: bool) -> Any:
     """A run that goes on is the same run there; W&B leaves out lines of steps that it has already."""
     try:
         import wandb
     except ImportError as error:
         raise MissingPackage("report_to=wandb needs wandb: pip install wandb") from error
     kept = output_dir / "wandb_run_id"
-    own = kept.read_text(encoding="utf-8") if goes_on and kept.exists() else secrets.token_hex(4)
+    own = kept.read_text(encoding="utf-8") if resumed and kept.exists() else secrets.token_hex(4)
     identifier = os.environ.get("WANDB_RUN_ID", own)
     kept.write_text(identifier, encoding="utf-8")
     return wandb.init(id=identifier, name=config.run_name, dir=str(output_dir), config=asdict(config), resume="allow")

@@ -21,7 +21,7 @@ ADVICE = {
 }
 
 
-def _told(error: OSError) -> str:
+def _os_error_text(error: OSError) -> str:
     """Says what failed, with the file if the system names one, and the way out."""
     advice = ADVICE.get(error.errno or 0)
     return f"a file could not be read or written: {error}" + (f" ({advice})" if advice else "")
@@ -37,7 +37,7 @@ def on_rank_zero(work: Callable[[], Result]) -> Result:
         try:
             answer[0] = work()
         except OSError as error:
-            answer[1] = UserError(_told(error))
+            answer[1] = UserError(_os_error_text(error))
         except (ValueError, RuntimeError, ImportError) as error:
             answer[1] = error
     dist.broadcast_object_list(answer, src=0)

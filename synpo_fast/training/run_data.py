@@ -116,7 +116,7 @@ def encoder_of(config: TrainConfig, policy: Policy) -> PairEncoder:
     )
 
 
-def early_readers(config: TrainConfig, data: RunData) -> EarlyWorkers:
+def start_early_workers(config: TrainConfig, data: RunData) -> EarlyWorkers:
     """Reading processes for training and, where there are held-out pairs, as many for evaluation."""
     loaders = 2 if data.evaluation else 1
     return EarlyWorkers(loaders * config.num_reading_processes, READ_SECONDS + WORKER_SLACK_S)
@@ -186,7 +186,7 @@ def _find_stored(config: TrainConfig) -> FindStored | None:
     return None if config.feature_cache is None else StoredVideos(Path(config.feature_cache)).find
 
 
-def read_some(config: TrainConfig, data: RunData, policy: Policy, count: int) -> list[tuple[Pair, EncodedPair]]:
+def read_first_pairs(config: TrainConfig, data: RunData, policy: Policy, count: int) -> list[tuple[Pair, EncodedPair]]:
     """The first `count` good evaluation pairs: for sample captions."""
     encoder, sampling = encoder_of(config, policy), sampling_of(config)
     reader = PairReader(

@@ -35,7 +35,7 @@ from synpo_fast.terminal.console import hide_bars_of_libraries, say
 from synpo_fast.terminal.progress import Progress
 from synpo_fast.terminal.said_once import SaidByAnotherProcess, first_to_say
 from synpo_fast.terminal.stopping import Interrupted, Stopper
-from synpo_fast.training.best_model import check_held_out, goes_on
+from synpo_fast.training.best_model import check_held_out, resumed_best
 from synpo_fast.training.engine import Engine, restore_weights, start_distributed, stop_distributed
 from synpo_fast.training.evaluation_loop import Evaluator
 from synpo_fast.training.loop import Run, TrainingStopped, train
@@ -43,18 +43,18 @@ from synpo_fast.training.metrics import MetricsLog
 from synpo_fast.training.rank_zero import on_rank_zero
 from synpo_fast.training.run_data import (
     RunData,
-    early_readers,
     ordered_loader,
     read_data,
-    read_some,
+    read_first_pairs,
     resolution_of,
     sampling_of,
+    start_early_workers,
     train_loader,
 )
 from synpo_fast.training.run_model import build_engine, build_model, training_dtype
 from synpo_fast.training.run_state import NUMBER_OF_PAIRS, RunState, Saver, check_same_run
 from synpo_fast.training.text_checks import check_texts
-from synpo_fast.training.unusable_pairs import none_was_used, said_at_the_end
+from synpo_fast.training.unusable_pairs import nothing_used_error, unusable_pairs_line
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def train_in_group(
     check_options_on(device, config)
     loaders: list[PairLoader] = []
     try:
-        with _output_of_one_run(config) as start:
+        with _lock_output_folder(config) as start:
             return _train(config, device, start, loaders, stopper, write_report)
     finally:
         for loader in loaders:
@@ -113,7 +113,7 @@ def train_in_group(
 
 
 @contextmanager
-def _output_of_one_run(config: TrainConfig) -> Iterator[Start]:
+def _lock_output_folder(config: TrainConfig) -> Iterator[Start]:
     """Makes the folder, keeps other runs out of it, and chooses what to go on from; the same answer on every rank."""
     locks: list[RunLock] = []
 
@@ -145,9 +145,9 @@ def _train(
     data = check_texts(config, read_data(config))
     warn_of_schedule(config, data, dist.get_world_size())
     check_held_out(config, data.evaluation)
-    early = early_readers(config, data)
+    early = start_early_workers(config, data)
     try:
-        run = _build(config, data, device, start, loaders, early)
+        run = _build_run(config, data, device, start, loaders, early)
     finally:
         early.close()
     run.stopper = stopper
@@ -158,9 +158,9 @@ def _train(
                 on_rank_zero(lambda: note_origin(Path(config.output_dir), start))
             if (problem := _put_best(run)) is not None:
                 raise problem
-            _check_some_were_used(run)
+            _check_pairs_were_used(run)
             return run.state
-        _take_folder(run, start)
+        _take_over_folder(run, start)
         first = "evaluating, before the first step" if _evaluates_first(run) else "reading the first batch"
         run.progress.say(first, "start")
         state = train(run)
@@ -173,8 +173,8 @@ def _train(
     store = run.engine.module.policy.feature_store
     if isinstance(store, FeatureCache):
         run.progress.say(f"feature_cache: {store.hits} of {store.hits + store.misses} videos were found there")
-    _check_some_were_used(run)
-    if (gaps := said_at_the_end(state, run.saver)) is not None:
+    _check_pairs_were_used(run)
+    if (gaps := unusable_pairs_line(state, run.saver)) is not None:
         run.progress.say(gaps)
     done = f"stopped by {_why_stopped(stopper)} at" if state.stopped_early else "finished at"
     impatient = run.ran_out_of_patience and state.step < run.num_steps
@@ -210,7 +210,7 @@ def steps_of(config: TrainConfig, steps_per_epoch: int) -> int:
     return math.ceil(config.num_train_epochs * steps_per_epoch - 1e-9)
 
 
-def _build(
+def _build_run(
     config: TrainConfig,
     data: RunData,
     device: torch.device,
@@ -219,7 +219,7 @@ def _build(
     early: EarlyWorkers,
 ) -> Run:
     rank, world_size, checkpoint = dist.get_rank(), dist.get_world_size(), start.checkpoint
-    facts = _facts(config, data, world_size)
+    facts = _run_facts(config, data, world_size)
     optimizer_state, trainer_state = read_state(checkpoint) if checkpoint is not None else ({}, None)
     if trainer_state is not None and checkpoint is not None:
         if not isinstance(trainer_state.get("facts"), dict):
@@ -233,7 +233,7 @@ def _build(
     if trainer_state is not None:
         engine.load_optimizer_state(optimizer_state)
         state = RunState.of(trainer_state["state"])
-    state.best, compared_anew = goes_on(state.best, config)
+    state.best, compared_anew = resumed_best(state.best, config)
     readers = config.num_reading_processes
     loader = train_loader(config, data, model.policy, rank, world_size, early.take(readers))
     loaders.append(loader)
@@ -246,7 +246,7 @@ def _build(
         # Rank 0's, for all: under ZeRO-3 every rank writes the same captions.
         found: list[Any] = [None]
         if rank == 0:
-            found = [read_some(config, data, model.policy, config.num_eval_captions)]
+            found = [read_first_pairs(config, data, model.policy, config.num_eval_captions)]
         dist.broadcast_object_list(found, src=0, device=device)
         evaluator = Evaluator(eval_loader, found[0], config.max_new_tokens, device, max_tokens=config.max_batch_tokens)
     num_steps = steps_of(config, loader.steps_per_epoch)
@@ -261,7 +261,7 @@ def _build(
     for line in compared_anew:
         progress.say(line)
     log = MetricsLog(Path(config.output_dir), config, first_step=state.step + 1 if checkpoint else 0)
-    saver = Saver(config, facts, checkpoint, setting=_setting(engine))
+    saver = Saver(config, facts, checkpoint, setting=_machine_facts(engine))
     for name, value in saver.setting.items():
         was = (trainer_state or {}).get("setting", {}).get(name, value)
         if was != value:
@@ -271,7 +271,7 @@ def _build(
     return Run(config, engine, loader, state, saver, evaluator, log, progress, device, num_steps)
 
 
-def _facts(config: TrainConfig, data: RunData, world_size: int) -> dict[str, Any]:
+def _run_facts(config: TrainConfig, data: RunData, world_size: int) -> dict[str, Any]:
     """What decides a step's pairs and loss."""
     return {
         "training pairs": data.key,
@@ -299,13 +299,13 @@ def _announce(
     policy: Any,
     engine: Engine,
     num_steps: int,
-    start: Path | None,
+    checkpoint: Path | None,
 ) -> None:
     trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.trained_parameters())
     every = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
     dtype = str(engine.dtype).removeprefix("torch.")
     progress.say(
-        f"{config.loss_type} on {len(data.train)} pairs ({_held_out(data)}), {num_steps} steps of "
+        f"{config.loss_type} on {len(data.train)} pairs ({_held_out_text(data)}), {num_steps} steps of "
         f"{config.per_device_train_batch_size * config.gradient_accumulation_steps * engine.world_size} pairs; "
         f"{policy.family.name}, {trained:,} of {every:,} parameters train, {dtype}, ZeRO {engine.stage}, "
         f"{engine.world_size} process{'es' if engine.world_size > 1 else ''} on {policy.device.type}",
@@ -314,18 +314,18 @@ def _announce(
     progress.say(f"{config.loss_type}: {said(config.loss_type, config.loss_options)}")
     for note in policy.notes:
         progress.say(note)
-    if start is not None:
-        progress.say(f"going on from {start}", "resuming")
+    if checkpoint is not None:
+        progress.say(f"going on from {checkpoint}", "resuming")
     if config.needs_reference:
         progress.say(f"reference: {config.reference_kind}", "reference")
 
 
-def _held_out(data: RunData) -> str:
+def _held_out_text(data: RunData) -> str:
     files = num_files(data.evaluation, data.eval_root)
     return f"{len(data.evaluation)} held out" + (f", of {files} file{'s' if files > 1 else ''}" if files else "")
 
 
-def _setting(engine: Engine) -> dict[str, Any]:
+def _machine_facts(engine: Engine) -> dict[str, Any]:
     """Facts that a run finds out by itself, and may find out otherwise when it goes on elsewhere."""
     return {
         "dtype": str(engine.dtype).removeprefix("torch."),
@@ -346,7 +346,7 @@ def _nothing_to_do(run: Run) -> str | None:
     return None
 
 
-def _take_folder(run: Run, start: Start) -> None:
+def _take_over_folder(run: Run, start: Start) -> None:
     """The first change of the folder: a start that ends before it has cost an earlier run nothing."""
     config = run.config
     kept = dump_config(replace(config, resume=None, overwrite_output_dir=False))  # to be started from again, safely
@@ -364,7 +364,7 @@ def _put_best(run: Run) -> CheckpointError | None:
     best = run.state.best
     if not best.metric:
         return None
-    run.progress.say(f"best evaluation: {best.said()}", "best")
+    run.progress.say(f"best evaluation: {best.description()}", "best")
     if not run.config.load_best_model_at_end or best.value is None:
         return None
     try:
@@ -389,8 +389,8 @@ def _write_report(run: Run, write_report: Callable[[list[Path]], Path]) -> None:
         run.progress.say(f"report.html was not written: {error}; `synpo-fast report {run.config.output_dir}` does it")
 
 
-def _check_some_were_used(run: Run) -> None:
-    if (problem := none_was_used(run.state, run.saver)) is not None:
+def _check_pairs_were_used(run: Run) -> None:
+    if (problem := nothing_used_error(run.state, run.saver)) is not None:
         raise TrainingStopped(problem)
 
 

@@ -19,10 +19,10 @@ from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.data.encoding import BadPair
 from synpo_fast.data.loader import StepBatch
 from synpo_fast.models.batching import micro_batches, packed_tokens
-from synpo_fast.training.diagnostics import reward_gradient_norms
 from synpo_fast.training.engine import Engine, StepOutcome
 from synpo_fast.training.metrics import Numbers, add_sums
 from synpo_fast.training.out_of_memory import MicroBatchTooLarge, tokens_of
+from synpo_fast.training.reward_gradients import reward_gradient_norms
 from synpo_fast.training.unusable_pairs import OUT_OF_MEMORY
 
 MicroBatches = list[tuple[list[EncodedPair], float]]  # with weight 1, or 0 for a placeholder

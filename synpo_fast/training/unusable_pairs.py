@@ -17,41 +17,41 @@ OUT_OF_MEMORY = "out of memory"
 LENGTHS = ("max_length=", "video_max_tokens=")  # options that reasons name where a pair is too long
 
 
-def first_of_all_ranks(saver: Saver) -> list[BadPair]:
+def first_unusable(saver: Saver) -> list[BadPair]:
     noted: list[list[BadPair]] = [[]] * dist.get_world_size()
     dist.all_gather_object(noted, saver.first_bad())
     return [bad for of_rank in noted for bad in of_rank]
 
 
-def listed_in(saver: Saver) -> Path:
+def skipped_pairs_path(saver: Saver) -> Path:
     return saver.bad_file if dist.get_world_size() == 1 else saver.folder / "skipped_pairs.rank*.jsonl"
 
 
 def advice(bad: Sequence[BadPair]) -> str:
     """How to know beforehand: `pairs check` reads videos, and knows no bound on tokens or memory."""
-    if all(is_of_length(each) for each in bad):
+    if all(is_too_long(each) for each in bad):
         return ""
     return "; `synpo-fast pairs check` finds such videos beforehand"
 
 
-def is_of_length(bad: BadPair) -> bool:
+def is_too_long(bad: BadPair) -> bool:
     return bad.reason.startswith(OUT_OF_MEMORY) or any(option in bad.reason for option in LENGTHS)
 
 
-def none_was_used(state: RunState, saver: Saver) -> str | None:
+def nothing_used_error(state: RunState, saver: Saver) -> str | None:
     """The error of a run that met pairs and could use none of them, or None."""
     if not state.seen_pairs or state.bad_pairs < state.seen_pairs:
         return None
-    bad = first_of_all_ranks(saver)
+    bad = first_unusable(saver)
     return (
-        f"nothing was trained: none of the {state.seen_pairs} pairs could be used. {quoted(bad)}. {listed_in(saver)} lists "
+        f"nothing was trained: none of the {state.seen_pairs} pairs could be used. {quoted(bad)}. {skipped_pairs_path(saver)} lists "
         f"them{advice(bad)}. Start anew with --overwrite_output_dir once that is mended"
     )
 
 
-def said_at_the_end(state: RunState, saver: Saver) -> str | None:
+def unusable_pairs_line(state: RunState, saver: Saver) -> str | None:
     """A line on the pairs that a run had to do without, or None."""
     if not state.bad_pairs:
         return None
-    first = quoted(first_of_all_ranks(saver), most=1)
-    return f"{state.bad_pairs} of {state.seen_pairs} pairs could not be used. {first}. {listed_in(saver)} lists them"
+    first = quoted(first_unusable(saver), most=1)
+    return f"{state.bad_pairs} of {state.seen_pairs} pairs could not be used. {first}. {skipped_pairs_path(saver)} lists them"

@@ -22,7 +22,7 @@ from synpo_fast.run_folder.best_files import check_place, lies_elsewhere, put_be
 from synpo_fast.run_folder.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
 from synpo_fast.run_folder.model_files import names_beside_weights, save_model_files
 from synpo_fast.training import loop, start
-from synpo_fast.training.best_model import BestSoFar, goes_on, judge
+from synpo_fast.training.best_model import BestSoFar, judge, resumed_best
 from synpo_fast.training.evaluation_loop import Evaluator
 from synpo_fast.training.metrics import read_metrics
 from tests.report.test_report import report
@@ -89,8 +89,8 @@ def names(folder):
 )
 def test_the_best_is_the_first_of_the_extreme_finite_numbers(values, greater):
     best = BestSoFar(metric="eval_x", greater_is_better=greater)
-    best.take(7.0, 0)  # before training: kept, not counted
-    improved = [best.take(value, step) for step, value in enumerate(values, 1)]
+    best.record(7.0, 0)  # before training: kept, not counted
+    improved = [best.record(value, step) for step, value in enumerate(values, 1)]
     finite = [(value, -step) for step, value in enumerate(values, 1) if value is not None and math.isfinite(value)]
     if not finite:
         assert best.value is None and best.without_improvement == len(values) and not any(improved)
@@ -201,7 +201,7 @@ def test_a_metric_that_is_to_grow_and_a_real_evaluation(world, tmp_path, in_one_
     expected = max(margins, key=lambda step: (margins[step], -step))
     assert (state.best.step, state.best.value) == (expected, margins[expected]) and state.best.greater_is_better
     assert state.step == expected + 4 == max(margins) < 12
-    assert "no worse" in state.best.said()  # before training it was better, and the last line says so
+    assert "no worse" in state.best.description()  # before training it was better, and the last line says so
 
 
 def test_what_another_start_compares_is_compared_anew(world, tmp_path, in_one_process, scripted, stopped_at, capsys):
@@ -388,11 +388,11 @@ def test_a_best_model_whose_checkpoint_is_gone_stays_the_best(tmp_path, group):
     first, config = best_at(1), comparing(tmp_path)
     put_best(tmp_path, checkpoint_with(tmp_path, 1, "one"), first.facts)
     shutil.rmtree(tmp_path / "checkpoint-000001")
-    best, said = goes_on(first, config)
+    best, said = resumed_best(first, config)
     assert (best.step, best.value) == (1, 0.5) and "its copy in" in said[0] and "stays the best" in said[0]
-    assert not best.take(0.6, 2)  # a worse one does not take its place
+    assert not best.record(0.6, 2)  # a worse one does not take its place
     assert put_best(tmp_path, tmp_path / "checkpoint-000001", best.facts) is None and top_of(tmp_path) == "one"
-    assert best.take(0.4, 3) and not best.copied
+    assert best.record(0.4, 3) and not best.copied
     aside = put_best(tmp_path, checkpoint_with(tmp_path, 3, "three"), best.facts)
     assert top_of(tmp_path) == "three" and aside == tmp_path / "superseded" / "best_model-000001"
     # As a folder that loads, and that says what it is.
@@ -413,9 +413,9 @@ def test_a_copy_that_is_not_known_to_be_the_best_is_moved_and_not_replaced(tmp_p
         del found["sealed"], found["greater_is_better"]
         (tmp_path / "best_model.json").write_text(json.dumps(found))
     text = top_of(tmp_path)
-    best, said = goes_on(first, comparing(tmp_path))
+    best, said = resumed_best(first, comparing(tmp_path))
     assert best.value is None and "compared anew" in said[0] and "is not there" in said[0]
-    best.take(0.9, 2)
+    best.record(0.9, 2)
     aside = put_best(tmp_path, checkpoint_with(tmp_path, 2, "two"), best.facts)
     assert top_of(aside) == text and top_of(tmp_path) == "two"
 
@@ -424,20 +424,20 @@ def test_the_best_under_another_rule_is_kept(tmp_path, group):
     """Its checkpoint until the model lies elsewhere, its copy in superseded/."""
     first, rule = best_at(1), comparing(tmp_path, metric_for_best_model="nll_loss")
     folder = checkpoint_with(tmp_path, 1, "one")
-    best, _ = goes_on(first, rule)
+    best, _ = resumed_best(first, rule)
     assert best.value is None and best.earlier == [1]
-    best.take(0.2, 2)
+    best.record(0.2, 2)
     for step in (2, 3, 4):
         write_step(tmp_path, step, keep=1, best=best.step, earlier_bests=best.earlier)
     assert names(tmp_path) == ["checkpoint-000001", "checkpoint-000002", "checkpoint-000004"]
-    again, _ = goes_on(best, rule)
+    again, _ = resumed_best(best, rule)
     assert again.step == 2 and again.earlier == [1]
     # The same with its copy at the top, which another rule's best replaces although the checkpoint is there.
     put_best(tmp_path, folder, first.facts)
-    assert lies_elsewhere(tmp_path, folder) and goes_on(first, rule)[0].earlier == []
+    assert lies_elsewhere(tmp_path, folder) and resumed_best(first, rule)[0].earlier == []
     aside = put_best(tmp_path, tmp_path / "checkpoint-000002", best.facts)
     assert aside is not None and top_of(aside) == "one"
-    assert lies_elsewhere(tmp_path, folder) and goes_on(best, rule)[0].earlier == []
+    assert lies_elsewhere(tmp_path, folder) and resumed_best(best, rule)[0].earlier == []
     (aside / "adapter_model.safetensors").write_text("eno")
     assert not lies_elsewhere(tmp_path, folder)
 
@@ -478,16 +478,16 @@ def test_a_kill_while_an_earlier_best_model_is_moved_leaves_all_of_it(tmp_path, 
 def test_a_broken_best_checkpoint_is_noticed_at_the_start(tmp_path, group):
     first, config = best_at(1), comparing(tmp_path)
     folder = checkpoint_with(tmp_path, 1, "one")
-    assert goes_on(first, config) == (first, [])
+    assert resumed_best(first, config) == (first, [])
     (folder / "adapter_model.safetensors").write_text("eno")  # the same size
-    best, said = goes_on(first, config)
+    best, said = resumed_best(first, config)
     assert best.value is None and best.step == 0
     assert "evaluations are compared anew" in said[0] and "adapter_model.safetensors has other bytes" in said[0]
-    assert best.said() == "eval_loss was compared in no evaluation"
+    assert best.description() == "eval_loss was compared in no evaluation"
     (folder / "adapter_model.safetensors").write_text("one")
     put_best(tmp_path, folder, first.facts)
     (folder / "adapter_model.safetensors").write_text("eno")
-    best, said = goes_on(first, config)
+    best, said = resumed_best(first, config)
     assert best.copied and best.step == 1 and "is broken" in said[0] and "stays the best" in said[0]
 
 

@@ -69,7 +69,7 @@ def test_nothing_is_read_between_micro_batches(world, tmp_path, watched, more):
 def test_diagnostics_read_once(world, tmp_path, watched):
     values = options(world, tmp_path / "out", vision_attn_implementation=SEGMENTS, diagnostics=1)
     found = watched(values)
-    assert found["before"] == ["synpo_fast diagnostics.py reward_gradient_norms"] and found["between"] == []
+    assert found["before"] == ["synpo_fast reward_gradients.py reward_gradient_norms"] and found["between"] == []
 
 
 def test_waits_are_seen(monkeypatch):

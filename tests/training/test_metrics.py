@@ -152,8 +152,8 @@ def test_diagnostics_are_the_gradients_of_the_mean_rewards(world, group):
     from synpo_fast.data import read_manifest
     from synpo_fast.models import load_policy
     from synpo_fast.scoring import PairEncoder
-    from synpo_fast.training.diagnostics import reward_gradient_norms
     from synpo_fast.training.pair_module import PairModule
+    from synpo_fast.training.reward_gradients import reward_gradient_norms
 
     policy = load_policy("tiny:text", device="cpu")
     config = TrainConfig(model_name_or_path="x", train_file="x", output_dir="x", use_peft=False)
