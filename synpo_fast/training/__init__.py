@@ -1,1 +1,1 @@
-"""What turns a policy and a loss into a training run."""
+"""The trainer: it turns a config, a policy and a loss into a training run."""

@@ -1,11 +1,11 @@
-"""Which evaluation of a run was the best so far, and whether to stop because none gets better.
+"""The best evaluation of a run so far, and early stopping when evaluations no longer improve.
 
-The meaning is that of Hugging Face's trainer: `metric_for_best_model` names a number that evaluation writes, an evaluation is
-better only if its number is strictly so (a tie is no improvement, nor is nan), and `early_stopping_patience` evaluations in a
-row without improvement end the run. The evaluation before the first step is not counted, for there is no checkpoint of it; its
-number is kept, so that a run that only made things worse says so.
+The rules are those of Hugging Face's trainer. `metric_for_best_model` names a metric of the evaluation. An evaluation is better
+only if its value is strictly better: a tie or nan is no improvement. `early_stopping_patience` evaluations in a row without
+improvement end the run. The evaluation before the first step does not count, since it has no checkpoint; its value is kept, so
+that the last line of the run can say that training did not improve on it.
 
-BestSoFar is part of a checkpoint's state: a resumed run judges as the uninterrupted one would have.
+BestSoFar is part of a checkpoint's state: a resumed run judges exactly as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from synpo_fast.training.rank_zero import on_rank_zero
 
 @dataclass
 class BestSoFar:
-    """metric: with eval_ before it, "" while nothing is compared. value, step: of the best evaluation, None and 0 before one.
+    """The best evaluation so far.
 
-    before: the number before the first step, if it was evaluated. without_improvement: evaluations since the best one.
-    copied: the best model lies at the top of the folder only, since its checkpoint is gone or broken. earlier: steps of
-    checkpoints that were the best under another rule, and whose models lie nowhere else.
+    metric: its name, with eval_ before it; "" if evaluations are not compared. value, step: None and 0 before the first one.
+    before: the value before the first step, if it was evaluated. without_improvement: evaluations since the best one.
+    copied: True if the best model exists only at the top of the folder, since its checkpoint is gone or broken. earlier: steps
+    of checkpoints that were the best under another rule and whose models exist nowhere else.
     """
 
     metric: str = ""
@@ -63,7 +64,7 @@ class BestSoFar:
         return value > self.value if self.greater_is_better else value < self.value
 
     def record(self, value: float | None, step: int) -> bool:
-        """Notes an evaluation; returns whether it is the best so far."""
+        """Records an evaluation; returns True if it is the best so far."""
         if step == 0:
             self.before = value if value is not None and math.isfinite(value) else None
             return False
@@ -78,7 +79,7 @@ class BestSoFar:
         return patience is not None and bool(self.metric) and self.without_improvement >= patience
 
     def description(self) -> str:
-        """For people: the best number, where it was reached, and that it was better before training if it was."""
+        """A sentence with the best value and its step. It says so if the value before training was no worse."""
         if self.value is None and not self.without_improvement:
             return f"{self.metric} was compared in no evaluation"
         if self.value is None:
@@ -91,14 +92,14 @@ class BestSoFar:
 
 
 def initial_best(config: TrainConfig) -> BestSoFar:
-    """The state that a run of this config begins with."""
+    """The state with which a new run of this config begins."""
     if not config.compares_evaluations:
         return BestSoFar()
     return BestSoFar(metric=config.best_metric, greater_is_better=config.best_is_greater)
 
 
 def resumed_best(saved: BestSoFar, config: TrainConfig) -> tuple[BestSoFar, list[str]]:
-    """The state that a resumed run begins with, and lines that say where that is not what was saved. All ranks call it."""
+    """The state with which a resumed run begins, and lines that say how it differs from the saved one. All ranks call it."""
     now = initial_best(config)
     if not now.metric or not saved.metric:
         return now, []
@@ -110,7 +111,7 @@ def resumed_best(saved: BestSoFar, config: TrainConfig) -> tuple[BestSoFar, list
     folder = folder_of(root, saved.step)
 
     def look() -> tuple[list[int], str | None, bool]:
-        """At the disk, once for all ranks: earlier bests to keep, what is wrong with the best, whether its copy is whole."""
+        """Reads the disk once for all ranks: (earlier bests to keep, what is wrong with the best, True if its copy is whole)."""
         bests = sorted({*saved.earlier, *([] if same_rule else [saved.step])})
         only_there = [step for step in bests if _is_only_copy(root, folder_of(root, step))]
         if not same_rule:
@@ -122,7 +123,9 @@ def resumed_best(saved: BestSoFar, config: TrainConfig) -> tuple[BestSoFar, list
     if problem is not None:
         state = problem if problem == "is not there" else f"is broken ({problem})"
         if copied:
-            anew = [f"{folder}, the best evaluation so far, {state}: its copy in {root} is whole and stays the best"]
+            anew = [
+                f"{folder}, the best evaluation so far, {state}: its copy in {root} is whole and stays the best model"
+            ]
         else:
             anew = [
                 f"evaluations are compared anew: {folder}, the best of them so far, {state}; to keep it as the best, put it "
@@ -139,7 +142,7 @@ def _is_only_copy(root: Path, checkpoint: Path) -> bool:
 
 
 def check_held_out(config: TrainConfig, pairs: Sequence[Pair]) -> None:
-    """Raises UserError where the held-out pairs do not give the number that is to be compared."""
+    """Raises UserError if the held-out pairs cannot give the metric that is to be compared."""
     if not config.compares_evaluations:
         return
     if not pairs:
@@ -154,7 +157,7 @@ def check_held_out(config: TrainConfig, pairs: Sequence[Pair]) -> None:
 
 
 def judge(best: BestSoFar, numbers: Mapping[str, Any], step: int, device: torch.device) -> tuple[bool, str]:
-    """(whether this evaluation is the best so far, a line for people or ""). All ranks call it and judge rank 0's number."""
+    """Returns (True if this evaluation is the best so far, a line to print or ""). All ranks call it and judge rank 0's value."""
     found = numbers.get(best.metric)
     value = torch.tensor(found if isinstance(found, float) else math.nan, dtype=torch.float64, device=device)
     dist.broadcast(value, src=0)

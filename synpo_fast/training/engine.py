@@ -1,12 +1,12 @@
-"""DeepSpeed behind six verbs: forward, backward, step, gather, save state, load state. The only importer of deepspeed.
+"""Wraps DeepSpeed: forward, backward, step, gather, save state, load state. The only file that imports deepspeed.
 
-Accumulation is the caller's: DeepSpeed runs with managed_gradient_accumulation=false, where each backward adds gradients and
-step() is the boundary, so a step may have any number of micro-batches (the same on every rank). The loss is computed inside
-forward: what bypasses it is not synchronised. DeepSpeed averages gradients over ranks; a loss that is to be summed over them
-is multiplied by world_size.
+The caller accumulates gradients. DeepSpeed runs with managed_gradient_accumulation=false: each backward adds gradients and
+step() ends the accumulation, so a step may have any number of micro-batches (the same on every rank). The loss is computed
+inside forward, because DeepSpeed only synchronises what goes through it. DeepSpeed averages gradients over ranks; to sum a
+loss over ranks, multiply it by world_size.
 
-A step whose gradient is not finite changes nothing on any rank: ZeRO and the 16-bit optimisers see to that themselves; for
-plain fp32 at stage 0 it is done here.
+A step whose gradient is not finite changes nothing on any rank. ZeRO and the 16-bit optimisers ensure this themselves; for
+fp32 at stage 0 it is done here.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """applied: whether weights changed. grad_norm: over all ranks, before clipping; inf or nan if it was not finite."""
+    """The outcome of a step. applied: True if weights changed. grad_norm: over all ranks, before clipping; may be inf or nan."""
 
     applied: bool
     grad_norm: float
 
 
 def start_distributed(config: TrainConfig) -> torch.device:
-    """Joins the process group the launcher describes, or makes one of a single process. Returns this process's device."""
+    """Joins the process group that the launcher describes, or creates a group of one process. Returns this process's device."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if _use_gpu(config) else "cpu")  # deepspeed reads it when imported
     with _quiet(config):
         deepspeed = _deepspeed()
-    if "RANK" not in os.environ:  # without these DeepSpeed goes looking for MPI
+    if "RANK" not in os.environ:  # without these variables DeepSpeed looks for MPI
         os.environ.update(launch_environment(os.environ))
     device = torch.device("cpu")
-    # Its shared-memory collectives for CPUs would be compiled now, and a process killed meanwhile leaves a lock that every
-    # later run waits for without end. gloo does as well here.
+    # DeepSpeed would compile its shared-memory collectives for CPUs now. A process killed meanwhile leaves a lock for which
+    # every later run waits forever. gloo serves as well here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if _use_gpu(config):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -64,8 +64,8 @@ def start_distributed(config: TrainConfig) -> torch.device:
 
 
 def launch_environment(given: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE and the rest where no launcher of torch or DeepSpeed has set them: Slurm's or Open MPI's, or those of
-    a process that is alone. Raises ValueError if there are several processes and no MASTER_ADDR to meet at."""
+    """RANK, WORLD_SIZE and related variables, for processes that no launcher of torch or DeepSpeed started: taken from Slurm or
+    Open MPI, or set for a single process. Raises UserError if there are several processes and MASTER_ADDR is not set."""
     for rank, size, local in (
         ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -93,7 +93,7 @@ def _use_gpu(config: TrainConfig) -> bool:
 
 
 class Engine:
-    """One module trained by DeepSpeed. Make it after the module has its weights (a checkpoint's, when resuming)."""
+    """A module trained by DeepSpeed. Create it after the module has its weights (the checkpoint's, when resuming)."""
 
     def __init__(self, module: nn.Module, optimizer: AdamW, config: TrainConfig, *, dtype: torch.dtype) -> None:
         self.optimizer, self.stage, self.dtype = optimizer, config.zero_stage, dtype
@@ -103,14 +103,14 @@ class Engine:
         if dtype != torch.float32:
             keep_from_casting(module, dtype)
         trained = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
-        # DeepSpeed takes memory for a whole bucket, 2 GB by default, of which an adapter fills a hundredth.
+        # DeepSpeed allocates a whole bucket, 2 GB by default; an adapter fills about 1 % of it.
         entries["zero_optimization"].setdefault("reduce_bucket_size", min(LARGEST_BUCKET, trained))
         with _quiet(config):
             self.deepspeed, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=entries)
-        # Stage 0: no wrapper that clips, skips or tells the norm.
+        # At stage 0 DeepSpeed has no wrapper that clips, skips steps or reports the norm.
         self.plain = self.deepspeed.optimizer is optimizer
         assert self.plain == (self.stage == 0)
-        if self.stage == 3:  # its optimiser is handed one shard at a time
+        if self.stage == 3:  # DeepSpeed hands the optimiser one shard at a time
             optimizer.make_states(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
         else:
             optimizer.make_states(parameter for group in optimizer.param_groups for parameter in group["params"])
@@ -132,13 +132,13 @@ class Engine:
         self.deepspeed.step()
         applied, norm = self.deepspeed.was_step_applied(), self.deepspeed.get_global_grad_norm()
         if not applied and self.stage in (1, 2):
-            # With offloading DeepSpeed keeps what a skipped step left in its buffers, and no later gradient would be finite.
+            # With offloading DeepSpeed keeps a skipped step's values in its buffers; no later gradient would be finite.
             buffers = getattr(self.deepspeed.optimizer, "averaged_gradients", {})
             buffers.update(dict.fromkeys(buffers))
         return StepOutcome(applied, float("nan") if norm is None else float(norm))
 
     def _plain_step(self) -> StepOutcome:
-        """DeepSpeed reduces gradients inside step(), so clipping and the look at the norm hook in between."""
+        """Steps at stage 0. DeepSpeed reduces gradients inside step(), so a hook clips them and checks the norm in between."""
         seen: list[float] = []
 
         def before(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -147,7 +147,7 @@ class Engine:
             seen.append(float(torch.nn.utils.clip_grad_norm_(parameters, bound)))
             if not _is_finite(seen[0]):
                 for parameter in parameters:
-                    parameter.grad = None  # torch's step passes over these
+                    parameter.grad = None  # torch's step skips these
 
         hook = self.optimizer.register_step_pre_hook(before)
         try:
@@ -158,7 +158,7 @@ class Engine:
         return StepOutcome(_is_finite(seen[0]), seen[0])
 
     def discard_gradients(self) -> None:
-        """Forgets what backwards since the last step left, one that broke off among them. For stages 0 and 1."""
+        """Discards the gradients of all backwards since the last step, also of one that failed. Only for stages 0 and 1."""
         assert self.stage < 2
         self.deepspeed.zero_grad()
         if not self.plain:
@@ -168,7 +168,7 @@ class Engine:
             zero._backward_hook_state.reset_for_new_step()
             zero._backward_hook_state.remaining_grad_acc_hooks = 0
             zero.zero_grad(set_to_none=True)
-            if hasattr(zero, "ipg_buckets"):  # the one for bf16 at stage 1 has none
+            if hasattr(zero, "ipg_buckets"):  # the optimiser for bf16 at stage 1 has none
                 for bucket in zero.ipg_buckets.values():
                     bucket.clear()
                 zero._release_ipg_buffers()
@@ -179,7 +179,7 @@ class Engine:
             parameter.grad = None
 
     def loss_scale(self) -> float | None:
-        """Of fp16; None for other types."""
+        """The loss scale of fp16; None for other types."""
         return float(self.deepspeed.optimizer.cur_scale) if self.dtype == torch.float16 else None
 
     # ---- weights and state, whole, by name ----
@@ -189,7 +189,7 @@ class Engine:
 
     @contextmanager
     def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        """Whole weights inside (ZeRO-3 shards them)."""
+        """Makes the weights of these parameters whole inside the `with` block (ZeRO-3 shards them)."""
         context: Any = nullcontext()
         if self.stage == 3:
             context = _deepspeed().zero.GatheredParameters(parameters, modifier_rank=None)
@@ -197,7 +197,7 @@ class Engine:
             yield
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """Weights by name, on rank 0's CPU; {} on the others. All ranks call it: ZeRO-3 gathers one parameter at a time."""
+        """All weights by name, on rank 0's CPU; {} on other ranks. All ranks call it: ZeRO-3 gathers one parameter at a time."""
         weights: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
             with self.gathered([parameter]):
@@ -208,7 +208,7 @@ class Engine:
         return weights
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Adam's moments and the fp32 weights (masters, where a model is 16-bit): whole, on the CPU, on rank 0; {} on the others.
+        """Adam's moments and the fp32 weights (the master weights of a 16-bit model), whole, on rank 0's CPU; {} on other ranks.
 
         All ranks call it: shards are gathered one parameter at a time.
         """
@@ -226,12 +226,12 @@ class Engine:
         return state
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Takes what optimizer_state returned, whatever ranks, stage and dtype were then. All ranks pass the whole.
+        """Loads what optimizer_state returned, saved with any number of ranks, stage and dtype. All ranks pass the whole state.
 
-        Call restore_weights before the engine is made: where it trains in fp32 the module's own weights are the masters.
+        Call restore_weights before the engine is created: in fp32 training the module's own weights are the master weights.
         """
         self._link_states()
-        # None stands for the fp32 weights.
+        # The key None means the fp32 weights.
         keys: tuple[str | None, ...] = MOMENTS if self.dtype == torch.float32 else (None, *MOMENTS)
         for name, parameter in self.trained_parameters():
             for key in keys:
@@ -242,7 +242,7 @@ class Engine:
             scaler.cur_scale = float(state["loss_scale"])
 
     def _link_states(self) -> None:
-        """ZeRO 1 and 2 map states to parameters at the first step, and with several parameter groups only the first one's."""
+        """Maps optimiser states to parameters. ZeRO 1 and 2 do so at the first step, and only for the first parameter group."""
         if self.stage in (1, 2):
             self.deepspeed.optimizer._hp_optimizer_states_linked = False
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
@@ -261,7 +261,7 @@ class Engine:
             target = parameter if key is None else self.optimizer.state[parameter][key]
             target.data.copy_(value)
         elif self.stage == 3:
-            # DeepSpeed's own setter refuses sizes that the ranks do not divide: the last shard is padded.
+            # DeepSpeed's own setter rejects sizes that are not divisible by the number of ranks: the last shard is padded.
             shard, _ = self.deepspeed.optimizer._get_fp32_opt_state_partition(parameter, True, optim_state_key=key)
             part = value.flatten()[shard.numel() * self.rank :][: shard.numel()]
             shard.data.zero_()
@@ -271,8 +271,8 @@ class Engine:
 
 
 def restore_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Puts the fp32 weights that optimizer_state kept into a module that no engine has yet. A checkpoint's own weights are those
-    of its dtype: a run that goes on from bf16 in fp32 would begin with rounded ones."""
+    """Copies the fp32 weights from optimizer_state into a module, before its engine is created. The checkpoint's own weights have
+    its dtype: without this, a bf16 run resumed in fp32 would begin with rounded weights."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad and f"{name}.master" in state:
@@ -284,7 +284,7 @@ def _entry(state: dict[str, Tensor], name: str, parameter: Any) -> Tensor:
     if name not in state and name.endswith(".master"):
         raise UserError(
             f"the checkpoint holds no fp32 weights ({name}), which bf16 and fp16 need: it was saved in fp32 by an earlier "
-            "version; go on in fp32 (bf16=false)"
+            "version; resume in fp32 (bf16=false)"
         )
     if name not in state or tuple(state[name].shape) != shape:
         found = "missing" if name not in state else f"of shape {tuple(state[name].shape)}"
@@ -293,7 +293,7 @@ def _entry(state: dict[str, Tensor], name: str, parameter: Any) -> Tensor:
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Those that a state_dict holds, at every stage: ZeRO shards parameters alone."""
+    """The buffers that a state_dict holds. They are whole at every stage, since ZeRO shards only parameters."""
     for prefix, owner in module.named_modules():
         for name, buffer in owner.named_buffers(recurse=False):
             if name not in owner._non_persistent_buffers_set:
@@ -312,9 +312,9 @@ def _free_port() -> int:
 
 @contextmanager
 def _quiet(config: TrainConfig) -> Iterator[None]:
-    """DeepSpeed tells its whole configuration while it starts, and what it thinks of our optimiser and device.
+    """Hides what DeepSpeed prints at its start, such as its whole configuration. Errors are still shown.
 
-    A filter, since importing DeepSpeed sets its logger's level anew.
+    It uses a filter, because importing DeepSpeed resets its logger's level.
     """
     logger = logging.getLogger("DeepSpeed")
 

@@ -1,4 +1,4 @@
-"""The held-out pairs: the same numbers as in training, under eval_ names, and captions of a few of them."""
+"""Evaluation on the held-out pairs: the metrics of training, under eval_ names, and sample captions of a few pairs."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Evaluator:
+    """Evaluates the held-out pairs. captioned: the pairs for sample captions. max_tokens: the bound of one forward."""
+
     loader: PairLoader
     captioned: Sequence[tuple[Pair, EncodedPair]]
     max_new_tokens: int
     device: torch.device
-    placeholder: EncodedPair | None = None  # fills up, as in training
-    max_tokens: int | None = None  # in one forward
-    warned: bool = False  # why pairs could not be used: at the first evaluation, since it is the same at each
+    placeholder: EncodedPair | None = None  # runs if this rank has fewer forwards than others, as in training
+    max_tokens: int | None = None
+    warned: bool = False  # of unusable pairs: only at the first evaluation, since they are the same at each
 
     def evaluate(self, engine: Engine, step: int, stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
-        """All ranks call it and take part in every step of it, as ZeRO-3 needs; all get the same numbers.
+        """Returns the metrics, equal on all ranks. All ranks call it and take part in every forward, as ZeRO-3 needs.
 
-        stop: asked between batches, with the same answer on all ranks; once it is true there are no numbers.
+        stop: called between batches, and must answer alike on all ranks; once it is true, evaluate returns None.
         """
         module = engine.module
         module.eval()
@@ -75,7 +77,7 @@ class Evaluator:
         return numbers
 
     def _num_forwards(self, engine: Engine, pairs: Sequence[EncodedPair], own: int) -> int:
-        """How many forwards this rank has to take part in."""
+        """The number of forwards that this rank must run, placeholders included."""
         if engine.stage < 3:
             return own
         self.placeholder = pairs[0] if pairs else self.placeholder
@@ -86,9 +88,9 @@ class Evaluator:
 def sample_captions(
     engine: Engine, chosen: Sequence[tuple[Pair, EncodedPair]], *, max_new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Greedy captions beside the pair's two. All ranks call it; rank 0's result counts.
+    """Greedy captions, each with the pair's two responses. All ranks call it; only rank 0's result is used.
 
-    Under ZeRO-3 every rank writes the same captions in lockstep, since each layer's weights are gathered for all.
+    Under ZeRO-3 all ranks generate the same captions in lockstep, since each layer's weights are gathered for all.
     """
     sharded = engine.stage == 3
     if engine.rank != 0 and not sharded:

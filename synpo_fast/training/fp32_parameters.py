@@ -1,9 +1,9 @@
 """Parameters that stay in fp32 while the model trains in bf16 or fp16.
 
-Some models declare such parameters (`_keep_in_fp32_modules`), and from_pretrained loads them so. DeepSpeed's engine casts every
-parameter to the type that trains and leaves buffers alone. So frozen ones become buffers: same name, same place in the model
-and in its state_dict, same values. transformers reads a model's `dtype` from its first parameter and casts pixels to it: parts of
-the model that begin with such a buffer go on telling its type.
+Some models declare such parameters (`_keep_in_fp32_modules`), and from_pretrained loads them in fp32. DeepSpeed's engine casts
+every parameter to the training dtype but does not cast buffers. So the frozen ones become buffers, with the same name, place in
+the model and in its state_dict, and values. transformers reads a model's `dtype` from its first parameter and casts pixels to it:
+parts of the model whose first parameter became a buffer continue to report that buffer's dtype.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from synpo_fast.errors import UserError
 
 
 def keep_from_casting(module: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Makes buffers of the frozen parameters whose type is not `dtype`, and returns their names.
+    """Turns the frozen parameters whose dtype is not `dtype` into buffers, and returns their names.
 
-    Raises ValueError for one that trains: the optimiser of a 16-bit engine holds all it trains in that type.
+    Raises UserError if such a parameter trains: a 16-bit engine's optimiser holds all trained parameters in one dtype.
     """
     others = [(n, p) for n, p in module.named_parameters() if p.is_floating_point() and p.dtype != dtype]
     trained = [f"{name} ({_short(parameter.dtype)})" for name, parameter in others if parameter.requires_grad]
     if trained:
         raise UserError(
-            f"{len(trained)} trained parameters are not to be in {_short(dtype)}, {trained[0]} the first, but DeepSpeed holds "
-            "all that it trains in one type: train an adapter (use_peft=true), or in fp32 (bf16=false)"
+            f"{len(trained)} trained parameters must not be in {_short(dtype)}, the first is {trained[0]}, but DeepSpeed holds "
+            "all trained parameters in one type: train an adapter (use_peft=true), or train in fp32 (bf16=false)"
         )
     kept = {id(parameter) for _, parameter in others}
     begin_with = _parts_that_begin_with(kept, module)
@@ -39,7 +39,7 @@ def keep_from_casting(module: nn.Module, dtype: torch.dtype) -> list[str]:
 
 
 def _parts_that_begin_with(kept: set[int], module: nn.Module) -> list[tuple[nn.Module, torch.Tensor]]:
-    """transformers' models inside `module`, the tower for one, with their first parameter, where that is one to keep."""
+    """The transformers models inside `module` (such as the vision tower) whose first parameter is kept, with that parameter."""
     from transformers import PreTrainedModel
 
     parts = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
@@ -48,7 +48,8 @@ def _parts_that_begin_with(kept: set[int], module: nn.Module) -> list[tuple[nn.M
 
 
 def _report_as(part: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Properties of the class cannot be set on a model: it gets a class of its own, of the same name."""
+    """Makes a model report this dtype and device. They are properties of its class, so it gets a class of its own with the
+    same name."""
     kind = type(part)
     members = {
         "dtype": property(lambda self: dtype),

@@ -1,13 +1,13 @@
-"""The training loop, to be read from top to bottom.
+"""The training loop, written to be read from top to bottom.
 
-One step: take this rank's pairs, agree with the other ranks on how many micro-batches there are, run each forward and
-backward, step (all that is step.py), and note the numbers. There are no callbacks: what happens every so many steps (log,
-evaluate, save) is an `if` in `train`, in the order in which it happens, because a checkpoint must know exactly what was done
-before it, and a reader should, too.
+One step: take this rank's pairs, agree with the other ranks on the number of micro-batches, run each forward and backward,
+step the optimiser (all of this is in step.py), and record the metrics. There are no callbacks. Whatever happens every so many
+steps (log, evaluate, save) is an `if` in `_train`, in the order in which it happens: a checkpoint must state exactly what was
+done before it, and a reader should see that order too.
 
-Two things make a resumed run equal the uninterrupted one. What a step draws at random (dropout) is seeded by (seed, step,
-rank), and which pairs it sees follows from its number; so a checkpoint holds no generator and no loader, just weights,
-optimiser and the number. And a pair that cannot be read leaves a gap in its own step and moves no other.
+A resumed run equals an uninterrupted one for two reasons. First, the random numbers of a step (dropout) are seeded by (seed,
+step, rank), and the step's number decides its pairs; so a checkpoint holds weights, optimiser state and that number, but no
+generator and no loader. Second, a pair that cannot be read leaves a gap in its own step and does not shift other pairs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from synpo_fast.training.unusable_pairs import OUT_OF_MEMORY, advice, first_unus
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message says why and what to do. Checkpoints that are there stay as they are."""
+    """The run cannot continue; the message says why and what to do. Existing checkpoints stay as they are."""
 
 
 @dataclass
@@ -60,11 +60,11 @@ class Run:
     device: torch.device
     num_steps: int
     stepper: Stepper = field(init=False)
-    asked_to_stop: bool = field(default=False)  # this rank was
-    all_stop: bool = field(default=False)  # some rank was: what all agreed on with the last step's numbers
-    stopper: Stopper = field(default_factory=Stopper)  # by a signal, or the end of the launcher
+    asked_to_stop: bool = field(default=False)  # this rank was asked
+    all_stop: bool = field(default=False)  # some rank was asked: exchanged with the last step's numbers
+    stopper: Stopper = field(default_factory=Stopper)  # notes signals and the end of the launcher
     failure: str | None = None  # what this rank could not write
-    any_failed: bool = field(default=False)  # some rank could not: agreed on likewise
+    any_failed: bool = field(default=False)  # some rank could not write: exchanged with the last step's numbers
 
     def __post_init__(self) -> None:
         self.stepper = Stepper(self.config, self.engine, self.device)
@@ -79,8 +79,8 @@ class Run:
 
 
 def train(run: Run) -> RunState:
-    """Runs to the last step, to the end of the step in which somebody asked to stop, or until evaluations have long not become
-    better; either way a checkpoint is left."""
+    """Trains up to the last step, a request to stop, or the end of early stopping's patience, and saves a checkpoint there. A
+    step in progress is finished first."""
     with run.stopper.saves_at_the_end_of_a_step():
         return _train(run)
 
@@ -88,7 +88,7 @@ def train(run: Run) -> RunState:
 def _train(run: Run) -> RunState:
     config, state = run.config, run.state
     if run.evaluator is not None and config.eval_on_start and state.step == 0 and evaluate(run, run.evaluator) is None:
-        state.stopped_early = True  # before the first step: there is nothing to save
+        state.stopped_early = True  # stopped before the first step: nothing to save
         return state
     if state.evaluation_due and _evaluate_due(run):
         return state
@@ -106,7 +106,7 @@ def _train(run: Run) -> RunState:
         improved = ended = False
         if run.evaluator is not None and (last or _is_due(state.step, config.eval_steps)):
             outcome = None if stop else evaluate(run, run.evaluator)
-            stop = state.evaluation_due = outcome is None  # then the resumed run begins with it
+            stop = state.evaluation_due = outcome is None  # a resumed run begins with an evaluation that is due
             improved, ended = bool(outcome), outcome is not None and run.ran_out_of_patience
         if ended and not last and state.window.sums:  # no later step will write the line
             _log(run, state.window.take())
@@ -120,7 +120,7 @@ def _train(run: Run) -> RunState:
 
 
 def _batches(run: Run) -> Iterator[StepBatch]:
-    """From the run's position on, epoch after epoch."""
+    """Yields the run's batches from its current position, epoch after epoch."""
     epoch, step = run.state.epoch, run.state.step_in_epoch
     while True:
         yield from run.loader.steps(epoch, step)
@@ -128,7 +128,7 @@ def _batches(run: Run) -> Iterator[StepBatch]:
 
 
 def train_step(run: Run, batch: StepBatch) -> Numbers:
-    """One optimiser step on all ranks (step.py), and its numbers, summed over ranks: they come from a GPU as one tensor."""
+    """Takes one optimiser step on all ranks (step.py). Returns its metrics over all ranks, read from the GPU as one tensor."""
     config, engine, step = run.config, run.engine, run.state.step
     started = time.perf_counter()
     rate = _learning_rate(run, step)
@@ -183,7 +183,7 @@ def _step_numbers(run: Run, taken: StepTaken, rate: float, seconds: float) -> Nu
     state.num_tokens += int(total.get("tokens", 0))
     finite = math.isfinite(outcome.grad_norm) and math.isfinite(total.get("loss", 0.0))
     scale = run.engine.loss_scale()
-    # fp16 finds its loss scale by overflowing now and then: no fault of the run while the loss is finite.
+    # fp16 finds its loss scale by overflowing now and then. That is not an error while the loss is finite.
     finite = finite or (scale is not None and scale > 1 and math.isfinite(total.get("loss", 0.0)))
     state.nonfinite_in_a_row = 0 if finite else state.nonfinite_in_a_row + 1
     state.nonfinite_steps += 0 if finite else 1
@@ -219,12 +219,12 @@ def _position_after(run: Run, batch: StepBatch) -> tuple[int, int]:
 
 
 def _asked_to_stop(run: Run) -> bool:
-    """The same answer on every rank: of several, what they told each other with the step's numbers."""
+    """True if the run should stop: the same on every rank, since ranks exchange it with the step's numbers."""
     return run.stop_requested if run.engine.world_size == 1 else run.all_stop
 
 
 def _log(run: Run, numbers: Mapping[str, Any]) -> None:
-    """A line that cannot be written ends the run on all ranks: at the next save, or with the next step's numbers."""
+    """Writes a line of metrics. A failure ends the run on all ranks: at the next save, or with the next step's numbers."""
     try:
         run.log.log(run.state.step, numbers)
     except OSError as error:
@@ -232,38 +232,39 @@ def _log(run: Run, numbers: Mapping[str, Any]) -> None:
 
 
 def _check_health(run: Run, batch: StepBatch, numbers: Numbers) -> None:
-    """Every rank sees the same numbers, so all stop together."""
+    """Raises TrainingStopped for failed writes, steps that are not finite and too many unusable pairs. Every rank sees the same
+    numbers, so all stop together."""
     config, state = run.config, run.state
     if run.any_failed or (run.engine.world_size == 1 and run.failure is not None):
         failures: list[str | None] = [None] * run.engine.world_size
         dist.all_gather_object(failures, run.failure)
         raise TrainingStopped(
-            f"{next(each for each in failures if each)}. Make room and start again with --resume auto: the last checkpoint is as "
-            "it was"
+            f"{next(each for each in failures if each)}. Make room and start again with --resume auto: the last checkpoint is "
+            "unchanged"
         )
     if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
         raise TrainingStopped(
-            f"loss or gradient was not finite in {state.nonfinite_in_a_row} steps in a row (to step {state.step}): weights "
-            f"were not touched by them. Lower learning_rate, or look at the data of those steps{_saved_before_ending(run)}"
+            f"loss or gradient was not finite in {state.nonfinite_in_a_row} steps in a row (to step {state.step}); these steps "
+            f"changed no weights. Lower learning_rate, or look at the data of those steps{_saved_before_ending(run)}"
         )
     share = state.bad_pairs / max(1, state.seen_pairs)
-    # One bad video among the first few is no share to go by.
+    # A single bad video among the first few pairs is not enough to judge by.
     if share > config.max_bad_share and state.bad_pairs > max(1, config.max_bad_share * run.loader.pairs_per_step):
         first = first_unusable(run.saver)
         raise TrainingStopped(
             f"{state.bad_pairs} of {state.seen_pairs} pairs could not be used, more than max_bad_share="
-            f"{config.max_bad_share}. {quoted(first)}. {skipped_pairs_path(run.saver)} lists them{advice(first)}. To go on, raise "
-            f"max_bad_share{_saved_before_ending(run)}"
+            f"{config.max_bad_share}. {quoted(first)}. {skipped_pairs_path(run.saver)} lists them{advice(first)}. To continue, "
+            f"raise max_bad_share{_saved_before_ending(run)}"
         )
 
 
 def _saved_before_ending(run: Run) -> str:
-    """Saves what was trained up to a stop that says how to go on, and says so: steps with gaps and steps that are not finite
-    leave weights sound. All ranks call it."""
+    """Saves a checkpoint before the run ends with an error, and returns the end of its message. The weights are sound: steps with
+    gaps or without a finite gradient do not damage them. All ranks call it."""
     state, config = run.state, run.config
     if state.bad_pairs == state.seen_pairs or state.nonfinite_steps == state.step:
         return ". Nothing was trained, so no checkpoint was saved"
-    state.nonfinite_in_a_row = 0  # whoever goes on has changed something
+    state.nonfinite_in_a_row = 0  # the user will change something before resuming
     state.evaluation_due = run.evaluator is not None and (
         state.step == run.num_steps or _is_due(state.step, config.eval_steps)
     )
@@ -276,15 +277,15 @@ def _saved_before_ending(run: Run) -> str:
 
 
 def evaluate(run: Run, evaluator: Evaluator) -> bool | None:
-    """Whether this evaluation is the best so far; without an option that compares evaluations, none is. None if somebody asked to
-    stop meanwhile: there are no numbers then."""
+    """Evaluates and logs. Returns True if this evaluation is the best so far (always False without an option that compares
+    evaluations), and None if a request to stop came before it was complete: no metrics are logged then."""
     state = run.state
     try:
         numbers = evaluator.evaluate(run.engine, state.step, stop=lambda: any_rank(run.stop_requested, run.device))
     except torch.OutOfMemoryError as error:
         raise TrainingStopped(
             f"out of memory in the evaluation after step {state.step}. What helps: per_device_eval_batch_size=1 "
-            f"(it is {run.config.per_device_eval_batch_size}); a max_batch_tokens that a step of training fits in; "
+            f"(it is {run.config.per_device_eval_batch_size}); a max_batch_tokens with which a training step fits; "
             "num_eval_captions=0"
         ) from error
     if numbers is None:
@@ -300,7 +301,7 @@ def evaluate(run: Run, evaluator: Evaluator) -> bool | None:
 
 
 def _evaluate_due(run: Run) -> bool:
-    """The evaluation that a stop came before; its step's checkpoint was written then. Returns whether the run ends here."""
+    """Runs the evaluation that an earlier stop left out; the checkpoint of its step exists. Returns True if the run ends here."""
     state = run.state
     outcome = False if run.evaluator is None else evaluate(run, run.evaluator)
     if outcome is None:  # stopped again

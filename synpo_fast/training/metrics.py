@@ -1,8 +1,8 @@
-"""Numbers of a run, under TRL's names: metrics.jsonl always, TensorBoard and W&B when asked.
+"""The metrics of a run, under TRL's names: always in metrics.jsonl, and in TensorBoard and W&B if the options ask for them.
 
-A step's numbers are sums that add up over micro-batches and ranks; `means_of` turns them into what is shown. The JSONL file is
-appended to, flushed line by line. Before a resumed run appends, run_folder.py moves the rows of later steps aside, so that no
-step appears twice.
+A step's metrics are sums that add up over micro-batches and ranks; `means_of` turns them into the values shown. The JSONL file
+is appended to and flushed line by line. Before a resumed run appends, run_folder/start_choice.py moves the rows of later steps
+aside, so that no step appears twice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def add_sums(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 
 
 def summed_over_ranks(sums: Mapping[str, Tensor], device: torch.device) -> Numbers:
-    """One collective and one look from the host for all of a step's numbers. A rank may lack some: they count as 0."""
+    """Sums a step's numbers over ranks, with one all-reduce and one read from the device. A number missing on a rank is 0."""
     names: list[Any] = [sorted(sums)]
     if dist.get_world_size() > 1:
         gathered: list[Any] = [None] * dist.get_world_size()
@@ -50,23 +50,23 @@ def summed_over_ranks(sums: Mapping[str, Tensor], device: torch.device) -> Numbe
 
 
 def means_of(sums: Numbers) -> Numbers:
-    """What to show of added-up sums. `loss` is the mean over pairs."""
+    """The values shown for these sums. `loss` is the mean over pairs. {} if there are no pairs."""
     if not sums.get("pairs"):
         return {}
     return {"loss": sums["loss"] / sums["pairs"], **metric_means(sums)}
 
 
-# Where a run stands rather than what a step was like: of several steps the last says it.
+# Numbers that describe the state of the run, not a single step: over several steps the last value is shown.
 LAST_VALUES = (
     "epoch", "learning_rate", "num_tokens", "skipped_pairs", "oom_skipped", "nonfinite_steps", "loss_scale", "peak_memory_gib",
     "feature_cache/hits", "feature_cache/misses",
 )  # fmt: skip
-RATES = ("pairs_per_s", "tokens_per_s", "data_wait_share")  # of several steps: over all their time
+RATES = ("pairs_per_s", "tokens_per_s", "data_wait_share")  # over several steps: averaged by time
 
 
 @dataclass
 class Window:
-    """Numbers of the steps since the last line of metrics. Checkpoints keep it: a resumed run writes the same lines."""
+    """Collects the numbers of steps since the last line of metrics. Checkpoints store it: a resumed run writes equal lines."""
 
     sums: Numbers = field(default_factory=dict)
     weights: Numbers = field(default_factory=dict)
@@ -75,14 +75,14 @@ class Window:
         for name, value in numbers.items():
             if name in LAST_VALUES:
                 self.sums[name], self.weights[name] = value, 1
-            else:  # a loss that is not finite would hide those of all other steps; nonfinite_steps counts it
+            else:  # a loss that is not finite is left out, or it would hide all others; nonfinite_steps counts it
                 weight = numbers["step_s"] if name in RATES else 1.0
                 weight = weight if math.isfinite(value) else 0.0
                 self.sums[name] = self.sums.get(name, 0.0) + (weight * value if weight else 0.0)
                 self.weights[name] = self.weights.get(name, 0.0) + weight
 
     def take(self) -> Numbers:
-        """Means over the steps that had the number; begins anew."""
+        """Returns each number's mean over the steps that had it, and empties the window."""
         means = {
             name: value / weight if (weight := self.weights[name]) else math.nan for name, value in self.sums.items()
         }
@@ -91,7 +91,7 @@ class Window:
 
 
 class MetricsLog:
-    """Writes on the rank that opens it; on the others it does nothing. first_step: of this start; rows of later ones are gone."""
+    """Writes metrics on the rank that opens it; does nothing on other ranks. first_step: the first step after this start."""
 
     def __init__(self, output_dir: Path, config: TrainConfig, *, first_step: int) -> None:
         self.folder, self.config, self.first_step = output_dir, config, first_step
@@ -109,15 +109,15 @@ class MetricsLog:
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
         if self._stream is None:
             return
-        # JSON has no nan and no inf: null, and the text beside it.
+        # JSON has no nan and no inf, so they become null.
         row = {name: None if _not_finite(value) else value for name, value in numbers.items()}
         try:
             self._stream.write(json.dumps({"step": step, **row}) + "\n")
             self._stream.flush()
         except OSError:
-            with suppress(OSError):  # it would try once more
+            with suppress(OSError):  # closing tries to write once more
                 self._stream.close()
-            self._stream = None  # nothing may follow on the line that is missing
+            self._stream = None  # no line may follow the missing one
             raise
         scalars = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
         if self._tensorboard is not None:
@@ -140,7 +140,7 @@ class MetricsLog:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that was cut off is left out."""
+    """Reads the rows of a metrics.jsonl; leaves out a last line that was cut off. Raises UserError for any other broken line."""
     rows: list[dict[str, Any]] = []
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     for number, line in enumerate(lines, 1):
@@ -157,7 +157,7 @@ def _not_finite(value: Any) -> bool:
 
 
 def _tensorboard_name(name: str) -> str:
-    """TensorBoard makes a group of what stands before the slash."""
+    """The name with a group for TensorBoard, which groups names by the part before the slash."""
     if name.startswith("eval_"):
         return f"eval/{name.removeprefix('eval_')}"
     return name if "/" in name else f"train/{name}"
@@ -172,7 +172,7 @@ def _tensorboard(output_dir: Path, first_step: int) -> Any:
 
 
 def _wandb(output_dir: Path, config: TrainConfig, *, resumed: bool) -> Any:
-    """A run that goes on is the same run there; W&B leaves out lines of steps that it has already."""
+    """Starts W&B. A resumed run keeps its W&B run; W&B ignores lines of steps that it already has."""
     try:
         import wandb
     except ImportError as error:

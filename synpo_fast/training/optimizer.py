@@ -1,4 +1,4 @@
-"""AdamW under DeepSpeed: torch's own, with states that can be made before the first step, and the learning rate by step."""
+"""torch's AdamW under DeepSpeed, with states that exist before the first step, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW that DeepSpeed drives, on whole parameters (stage 0) or on flat shards (stages 1-3)."""
+    """torch's AdamW as DeepSpeed uses it: on whole parameters (stage 0) or on flat shards (stages 1-3)."""
 
     @torch.no_grad()
     def make_states(self, parameters: Iterable[Tensor]) -> None:
-        """States as before the first step: there to be read or filled from a checkpoint at any time."""
+        """Creates the states of step 0, so that they can be read, or filled from a checkpoint, at any time."""
         for parameter in parameters:
             state: dict[str, Any] = self.state[parameter]
             assert not state
@@ -43,7 +43,7 @@ class AdamW(torch.optim.AdamW):
 def make_optimizer(
     module: nn.Module, *, learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float
 ) -> AdamW:
-    """Matrices decay, vectors (norms, biases) do not. Raises ValueError if nothing trains."""
+    """AdamW with weight decay on matrices but not on vectors (norms, biases). Raises UserError if no parameter trains."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trained:
         raise UserError("no parameter trains: with use_peft=false the language model must be trainable")
@@ -63,8 +63,8 @@ def _split(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], list[Tenso
 
 
 def learning_rate_at(step: int, *, peak: float, num_steps: int, num_warmup: int, shape: str) -> float:
-    """The learning rate of optimiser step `step` (from 0). The first step already learns: warm-up rises as (step + 1) /
-    num_warmup, and linear and cosine reach 0 one step after the last. So a run of one step has a rate, too."""
+    """The learning rate of optimiser step `step` (from 0). It is above 0 at every step, so a run of one step learns too: warm-up
+    rises as (step + 1) / num_warmup, and linear and cosine reach 0 one step after the last."""
     if step < num_warmup:
         return peak * (step + 1) / num_warmup
     if shape in ("constant", "constant_with_warmup"):
@@ -75,7 +75,7 @@ def learning_rate_at(step: int, *, peak: float, num_steps: int, num_warmup: int,
 
 
 def warmup_steps(*, num_steps: int, steps: int, ratio: float, shape: str) -> int:
-    """`steps` if it is set, else `ratio` of the run, rounded up; a plain constant rate has none."""
+    """The number of warm-up steps: `steps` if set, else `ratio` of the run, rounded up; 0 for the constant shape."""
     if shape == "constant":
         return 0
     return min(num_steps, steps or math.ceil(ratio * num_steps))

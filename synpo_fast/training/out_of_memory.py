@@ -1,4 +1,4 @@
-"""The message when a micro-batch does not fit a device's memory: which pair was too long, and which options help."""
+"""The error message for a micro-batch that does not fit the memory: it names the longest pair and the options that help."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def tokens_of(pair: EncodedPair) -> str:
 
 
 def out_of_memory_message(config: TrainConfig, micro: Sequence[EncodedPair], *, step: int, checkpoints: bool) -> str:
-    """One line: the pair with the most tokens of the micro-batch, what helps, and how to leave the pair out."""
+    """One line: the micro-batch's pair with the most tokens, the options that help, and how to leave the pair out."""
     longest = max(micro, key=lambda pair: packed_tokens(pair.sample))
     others = f" and {len(micro) - 1} more" if len(micro) > 1 else ""
     bound = len(longest.sample.prompt) + max(len(response) for response in longest.sample.responses) - 1
     return (
         f"out of memory in step {step}, with pair {longest.id!r} ({tokens_of(longest)}){others}. What helps: "
-        f"{'; '.join(what_helps(config, micro, checkpoints))}. Started again unchanged the run meets the same pair: "
-        f"max_length={bound} leaves it out, with all that are as long, and oom_policy=skip passes over what does not fit"
+        f"{'; '.join(what_helps(config, micro, checkpoints))}. If started again unchanged, the run meets the same pair: "
+        f"max_length={bound} leaves it out, with all pairs as long, and oom_policy=skip leaves out whatever does not fit"
     )
 
 
 def what_helps(config: TrainConfig, micro: Sequence[EncodedPair], checkpoints: bool) -> list[str]:
-    """At least three options, each with a value; those that cost least come first."""
+    """Options that help, each with a value: at least three, those that cost least first."""
     longest = max(micro, key=lambda pair: packed_tokens(pair.sample))
     found = []
     if len(micro) > 1:

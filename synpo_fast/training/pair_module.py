@@ -1,6 +1,6 @@
-"""What the engine trains: samples in, the loss of a micro-batch and its metric sums out.
+"""The module that the engine trains: it takes pairs and returns the loss of a micro-batch and its metric sums.
 
-Everything between pairs and loss happens in this one forward, because DeepSpeed (as DDP) only synchronises what went through
+Everything between pairs and loss happens in this one forward, because DeepSpeed (like DDP) only synchronises what goes through
 its own forward, and because a head sharded by ZeRO-3 can only be read in there.
 
 The loss is a sum over the micro-batch's pairs times `scale`. With scale = world_size / (pairs of the whole step, on all ranks)
@@ -31,18 +31,20 @@ Sums = dict[str, Tensor]
 
 
 class PairModule(nn.Module):
-    """policy and a loss. `reference`, where the loss needs one, is asked under no_grad inside the same forward."""
+    """A policy and its loss. The `reference`, if the loss needs one, runs under no_grad inside the same forward."""
 
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         super().__init__()
         self.policy = policy
         self.loss_type, self.options = config.loss_type, loss_options(config)
         self.share_prefix = config.share_prefix
-        self.encodes_once = True  # one pass of a frozen tower for policy and reference together
+        self.encodes_once = True  # policy and reference share one pass of a frozen tower
         self.auxiliary: AuxiliaryNLL | None = None
         if config.auxiliary_nll:
             self.auxiliary = AuxiliaryNLL(target=config.auxiliary_target, weight=config.auxiliary_nll)
-        self._reference: list[Reference] = []  # in a list, or a frozen copy would be a submodule and be trained
+        self._reference: list[
+            Reference
+        ] = []  # in a list: otherwise a frozen copy would become a submodule and be trained
 
     @property
     def reference(self) -> Reference | None:
@@ -55,12 +57,12 @@ class PairModule(nn.Module):
     def forward(self, pairs: Sequence[EncodedPair], scale: float) -> tuple[Tensor, Sums]:
         samples = [pair.sample for pair in pairs]
         with self._one_pass_of_the_tower():
-            # Not through __call__: see Policy.
+            # Not called through __call__: see Policy.
             logps = self.policy.forward(samples, share_prefix=self.share_prefix)
             reference = None if self.reference is None else self.reference_logps(samples)
         output = self.loss_of_logps(pairs, logps, reference)
         loss = output.losses.sum() * scale
-        # A loss that is not finite takes every gradient with it, so that the engine skips the step on all ranks.
+        # A loss that is not finite makes every gradient nan, so that the engine skips the step on all ranks.
         loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         with torch.no_grad():
             return loss, self._sums(pairs, output)
@@ -70,7 +72,7 @@ class PairModule(nn.Module):
         return videos_encoded_once([self.policy, other]) if self.encodes_once and other is not None else nullcontext()
 
     def reference_logps(self, samples: Sequence[Sample]) -> Logps:
-        """Where the policy is: precomputed ones come from a file, on the CPU."""
+        """The reference's log-probs, on the policy's device: precomputed ones come from a file, on the CPU."""
         assert self.reference is not None
         logps = self.reference(samples)
         if all(values.device == self.policy.device for each in logps for values in each):
@@ -80,7 +82,7 @@ class PairModule(nn.Module):
         return [[sent[i, j] for j in range(len(each))] for i, each in enumerate(logps)]
 
     def loss_of_logps(self, pairs: Sequence[EncodedPair], logps: Logps, reference: Logps | None) -> LossOutput:
-        """The loss of each pair from token log-probs, laid out as the samples' responses are."""
+        """The loss of each pair, from token log-probs in the layout of the samples' responses."""
         if self.loss_type == "sft":
             # SynPO on pairs that are all marked "sft" is the NLL of the chosen responses.
             return preference_loss("synpo", pair_logprobs(pairs, logps, all_sft=True))
@@ -91,7 +93,7 @@ class PairModule(nn.Module):
 
     def _sums(self, pairs: Sequence[EncodedPair], output: LossOutput) -> Sums:
         def number(value: int) -> Tensor:
-            """Filled on the device: a tensor made of a host number would be copied, and the copy waited for."""
+            """A scalar filled on the device: a tensor made from a host number would be copied, and the host would wait for it."""
             return torch.full((), float(value), device=output.losses.device)
 
         chosen = sum(len(pair.sample.responses[0]) for pair in pairs)
@@ -106,14 +108,14 @@ class PairModule(nn.Module):
 
 
 def loss_options(config: TrainConfig) -> dict[str, Any]:
-    """The options that were set. An NLL inside a loss is taken pair by pair unless nll_reduce is set: a mean over a micro-batch's
-    tokens would make the loss depend on how a step is split."""
+    """The loss options that were set. An NLL inside a loss is averaged per pair unless nll_reduce is set: a mean over a
+    micro-batch's tokens would make the loss depend on how a step is split."""
     has_nll = config.loss_type in LOSSES and LOSSES[config.loss_type].has_nll
     return {"nll_reduce": "token_mean", **config.loss_options} if has_nll else config.loss_options
 
 
 def pair_logprobs(pairs: Sequence[EncodedPair], logps: Logps, *, all_sft: bool = False) -> PairLogprobs:
-    """Log-probs of each response of each pair -> the flat tensors that losses read."""
+    """Converts the log-probs of each response of each pair to the flat tensors that losses read."""
     couples, truths, preference = [], [], []
     for pair, responses in zip(pairs, logps, strict=True):
         compared = pair.preference and not all_sft

@@ -1,4 +1,4 @@
-"""Work that one process does for all: its result, or its error, reaches every rank, so that none waits for another for ever."""
+"""Runs work on rank 0 for all ranks. Its result or its error reaches every rank, so that no rank waits forever."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ ADVICE = {
 
 
 def _os_error_text(error: OSError) -> str:
-    """Says what failed, with the file if the system names one, and the way out."""
+    """The error's text, with the file if the system names one, and advice."""
     advice = ADVICE.get(error.errno or 0)
     return f"a file could not be read or written: {error}" + (f" ({advice})" if advice else "")
 
 
 def on_rank_zero(work: Callable[[], Result]) -> Result:
-    """Every rank calls it. The result must be picklable; so must an error, which is raised on every rank.
+    """Runs `work` on rank 0 and returns its result on every rank. Every rank calls it. Result and error must be picklable.
 
-    An OSError, of a disk that is full or a folder that may not be written, becomes a UserError with the same text.
+    An error is raised on every rank. An OSError, such as a full disk or a read-only folder, becomes a UserError with its text.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:

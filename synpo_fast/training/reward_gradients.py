@@ -1,9 +1,10 @@
-"""How strongly each half of a batch pulls on the weights: the gradient norms SynPO's authors plot.
+"""Gradient norms of the chosen and the rejected rewards, as SynPO's authors plot them.
 
     g+ = || d mean(r+) / d theta || / number of trained parameters,      g- likewise
 
-over all pairs of a step on all ranks, r being the reward the loss reads: G(y) for SynPO, lp - lp_ref for DPO. Under DPO g-
-comes to dominate; under SynPO it does not. Costs one more forward and two backwards of the micro-batches it looks at.
+The mean is over all pairs of a step on all ranks. r is the reward that the loss reads: G(y) for SynPO, lp - lp_ref for DPO. The
+norms show which response drives the update: under DPO g- comes to dominate, under SynPO it does not. They cost one more forward
+and two backwards of the given micro-batches.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ Numbers = dict[str, float]
 
 
 def reward_gradient_norms(module: PairModule, micro_batches: Sequence[Sequence[EncodedPair]]) -> Numbers:
-    """All ranks call it, with micro-batches of their own (possibly none). Gradients of the step are not touched."""
+    """Returns the norms and mean log-probs under diagnostics/ names; {} if no rank has a preference pair.
+
+    All ranks call it, each with its own micro-batches (possibly none). The step's accumulated gradients stay unchanged.
+    """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     size = sum(parameter.numel() for parameter in parameters)
     device = parameters[0].device
@@ -45,7 +49,9 @@ def reward_gradient_norms(module: PairModule, micro_batches: Sequence[Sequence[E
     for total in totals.values():
         dist.all_reduce(total)
     norms = torch.stack([total.norm() for total in totals.values()])
-    pairs_seen, *rest, chosen_norm, rejected_norm = torch.cat([counted, norms.double()]).tolist()  # the one read
+    pairs_seen, *rest, chosen_norm, rejected_norm = torch.cat(
+        [counted, norms.double()]
+    ).tolist()  # the only read from the device
     if not pairs_seen:
         return {}
     chosen, rejected = (norm / pairs_seen / size for norm in (chosen_norm, rejected_norm))

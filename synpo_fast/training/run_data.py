@@ -1,4 +1,4 @@
-"""The pairs of a run: read, filtered, split, and put behind loaders."""
+"""Reads the pairs of a run, filters and splits them, and makes their loaders."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from synpo_fast.terminal.console import say
 from synpo_fast.training.start_checks import check_videos
 
 logger = logging.getLogger(__name__)
-READ_SECONDS = 60.0  # for one pair: a network disk may be slow, a broken file must not stop the run
+READ_SECONDS = 60.0  # deadline of one pair: a network disk may be slow, but a broken file must not stop the run
 
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """train_root, eval_root: where the videos of each lie. key: a digest of the training pairs in their order."""
+    """The pairs of a run. train_root, eval_root: the folders of their videos. key: a digest of the training pairs, in order."""
 
     train: list[Pair]
     evaluation: list[Pair]
@@ -47,7 +47,7 @@ class RunData:
 
 
 def read_data(config: TrainConfig) -> RunData:
-    """Raises ValueError for a manifest with bad rows (unless allow_bad_rows) and when nothing is left to train on."""
+    """Reads the pairs. Raises UserError for bad rows (unless allow_bad_rows is set), or if no pair is left to train on."""
     say(f"reading {config.train_file}")
     train = _read(config.train_file, config)
     if config.min_score_gap is not None:
@@ -83,10 +83,10 @@ def data_key(pairs: Sequence[Pair]) -> str:
 
 
 def videos_key(config: TrainConfig, data: RunData, policy: Policy) -> str:
-    """A digest of the files of all pairs, training and evaluation, and of what is made of them, without reading one."""
+    """A digest of the video files of all pairs, training and evaluation, and of how they are encoded. No file is read for it."""
     encoder, sampling = encoder_of(config, policy), sampling_of(config)
     facts = reading_facts(encoder, sampling, config.video_backend, torch.device(config.video_device))
-    keys = [config.max_length, config.auxiliary_target]  # which pairs, and which texts of them, are encoded at all
+    keys = [config.max_length, config.auxiliary_target]  # they decide which pairs and texts are encoded
     for pairs, root in ((data.train, data.train_root), (data.evaluation, data.eval_root)):
         for pair in pairs:
             try:
@@ -117,7 +117,7 @@ def encoder_of(config: TrainConfig, policy: Policy) -> PairEncoder:
 
 
 def start_early_workers(config: TrainConfig, data: RunData) -> EarlyWorkers:
-    """Reading processes for training and, where there are held-out pairs, as many for evaluation."""
+    """Starts the worker processes for training and, if there are held-out pairs, as many for evaluation."""
     loaders = 2 if data.evaluation else 1
     return EarlyWorkers(loaders * config.num_reading_processes, READ_SECONDS + WORKER_SLACK_S)
 
@@ -160,7 +160,7 @@ def ordered_loader(
     world_size: int,
     started: Sequence[WorkerProcess] = (),
 ) -> PairLoader:
-    """Each pair once, in the manifest's order: for evaluation and for a precomputed reference."""
+    """A loader that reads each pair once, in the manifest's order: for evaluation and for a precomputed reference."""
     return PairLoader(
         pairs,
         encoder_of(config, policy),
@@ -187,7 +187,7 @@ def _find_stored(config: TrainConfig) -> FindStored | None:
 
 
 def read_first_pairs(config: TrainConfig, data: RunData, policy: Policy, count: int) -> list[tuple[Pair, EncodedPair]]:
-    """The first `count` good evaluation pairs: for sample captions."""
+    """Reads the first `count` usable evaluation pairs, for sample captions. It tries at most 4 * count pairs."""
     encoder, sampling = encoder_of(config, policy), sampling_of(config)
     reader = PairReader(
         encoder, sampling, data.eval_root, config.video_backend, torch.device("cpu"),
@@ -213,7 +213,7 @@ def _read(file: str, config: TrainConfig) -> list[Pair]:
 def _warn_of_shared_files(config: TrainConfig, shared: set[object]) -> None:
     if shared:
         logger.warning(
-            "%d files of eval_file=%s are trained on, too: what is measured on them is memory",
+            "%d files of eval_file=%s are trained on, too: evaluation on them measures memorisation",
             len(shared),
             config.eval_file,
         )
@@ -231,6 +231,6 @@ def _check_uses(config: TrainConfig, pairs: Sequence[Pair]) -> None:
     if alike and 0 < with_video < len(pairs):
         raise UserError(
             f"{with_video} of {len(pairs)} pairs have a video: zero_stage={config.zero_stage} with freeze_vision="
-            f"{str(config.freeze_vision).lower()} needs the vision tower run on every device alike, so all pairs with a "
-            "video or none; use zero_stage=2 with a frozen tower, zero_stage=0, or two runs"
+            f"{str(config.freeze_vision).lower()} needs the vision tower to run on every device alike, so either all pairs or "
+            "none must have a video; use zero_stage=2 with a frozen tower, zero_stage=0, or two runs"
         )

@@ -1,4 +1,4 @@
-"""The model of a run: loaded, given its adapter, its reference and, when resuming, the checkpoint's weights."""
+"""Loads the model of a run and adds its adapter, its reference and, when resuming, the checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -45,13 +45,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class RunModel:
+    """The policy of a run, the module that trains it, and the training dtype."""
+
     policy: Policy
     module: PairModule
     dtype: torch.dtype
 
 
 def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """bf16 on a GPU and fp32 on a CPU, unless the options say otherwise."""
+    """The training dtype: by default bf16 on a GPU (fp32 at stage 0) and fp32 on a CPU. Raises UserError for fp16 on a CPU."""
     if config.fp16:
         if device.type == "cpu":
             raise UserError("fp16 needs a GPU: DeepSpeed has no fp16 on a CPU; use bf16, or neither for fp32")
@@ -61,24 +63,24 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 def checkpoints_activations(config: TrainConfig, device: torch.device) -> bool:
-    """On a GPU, where memory bounds a run, unless the options say otherwise."""
+    """True if activations are checkpointed: by default on a GPU, where memory limits a run."""
     return device.type == "cuda" if config.gradient_checkpointing is None else config.gradient_checkpointing
 
 
 def build_model(config: TrainConfig, data: RunData, device: torch.device, checkpoint: Path | None) -> RunModel:
-    """The same on every rank. A reference is made of the model as training began, also when it goes on from a checkpoint."""
+    """Builds the model, equally on every rank. The reference is the model as training began, also in a resumed run."""
     dtype = training_dtype(config, device)
     say(f"loading model {config.model_name_or_path}")
     policy = _load(config, config.model_name_or_path, device, dtype)
-    if config.load_best_model_at_end:  # said now, since it would be known only at the run's end
+    if config.load_best_model_at_end:  # checked now: otherwise it would fail only at the end of the run
         on_rank_zero(lambda: _check_names(config, policy))
     if config.zero_stage == 3 and policy.why_apart is not None:
         raise UserError(
-            f"{policy.family.name} {policy.why_apart}: responses run as rows of their own, and zero_stage=3 "
-            "needs the same number of rows on every device; use zero_stage=2"
+            f"{policy.family.name} {policy.why_apart}: each response runs as a row of its own, and zero_stage=3 needs the "
+            "same number of rows on every device; use zero_stage=2"
         )
     if config.use_peft:
-        torch.manual_seed(config.seed)  # the adapter's first weights
+        torch.manual_seed(config.seed)  # decides the adapter's initial weights
         add_lora(
             policy,
             r=config.lora_r,
@@ -147,18 +149,18 @@ def make_reference(
     if config.reference_kind == "adapter_off":
         return AdapterOff(policy, share_prefix=config.share_prefix)
     if config.reference_kind == "frozen_copy":
-        # A copy of what was loaded: an adapter's copy, still at zero, is the base model.
+        # A copy of the loaded policy: with an adapter, which still adds zero, this is the base model.
         return FrozenCopy(policy, share_prefix=config.share_prefix)
     return precomputed_reference(config, data, policy, device)
 
 
 def precomputed_reference(config: TrainConfig, data: RunData, policy: Policy, device: torch.device) -> Reference:
-    """Reads output_dir/reference.pt, and makes it first if it is not there or was made with other weights, pairs or
-    video files: one that changed must not end the run at the step that meets it."""
+    """Reads output_dir/reference.pt. First it makes the file if it is missing or was made with other weights, pairs or video
+    files: otherwise a changed video would end the run at the step that uses it."""
     file = Path(config.output_dir) / "reference.pt"
     key = f"{weights_key(policy)} {data.key} {data_key(data.evaluation)} {sampling_of(config)} {policy.processing}"
 
-    def look() -> tuple[bool, str]:  # by one process: times of files may differ between machines
+    def look() -> tuple[bool, str]:  # in one process, since file times may differ between machines
         whole_key = f"{key} {videos_key(config, data, policy)}"
         return is_fresh(file, whole_key), whole_key
 
@@ -169,7 +171,7 @@ def precomputed_reference(config: TrainConfig, data: RunData, policy: Policy, de
 
 
 def _precompute(config: TrainConfig, data: RunData, policy: Policy, file: Path, key: str) -> None:
-    """Each rank scores its share of all pairs, training and evaluation, with the weights as they are; rank 0 joins the shares."""
+    """Scores all pairs, training and evaluation, with the current weights: each rank its share, and rank 0 joins the shares."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     policy.eval()
 
@@ -182,7 +184,7 @@ def _precompute(config: TrainConfig, data: RunData, policy: Policy, file: Path, 
 
 
 def _share_of_all_pairs(config: TrainConfig, data: RunData, policy: Policy) -> Iterator[list[Sample]]:
-    """This rank's, in batches."""
+    """Yields this rank's share of all pairs, in batches."""
     for pairs, root in ((data.train, data.train_root), (data.evaluation, data.eval_root)):
         if pairs:
             with ordered_loader(config, pairs, root, policy, dist.get_rank(), dist.get_world_size()) as loader:
@@ -199,7 +201,7 @@ def _join(file: Path, key: str, num_parts: int) -> None:
     joined: Entries = {}
     for part in parts:
         joined |= read_logps(part)
-    if os.path.lexists(file):  # of other weights, pairs or videos: hours of work, perhaps
+    if os.path.lexists(file):  # made with other weights, pairs or videos; kept, since it may be hours of work
         logger.warning("%s was made with other weights, pairs or video files: it was made again", file)
         set_aside(file)
     write_logps(file, joined, weights_key=key)

@@ -1,4 +1,4 @@
-"""Where a run stands, and how that is kept."""
+"""The state of a run, and the checkpoints that store it."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ from synpo_fast.training.rank_zero import on_rank_zero
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "triton", "av", "nvidia-dali-cuda130")
 
-NUMBER_OF_PAIRS = "number of training pairs"  # for a message: earlier versions did not keep it
+NUMBER_OF_PAIRS = "number of training pairs"  # only for a message: checkpoints of earlier versions lack it
 
 
 @dataclass
 class RunState:
-    """step: optimiser steps done. epoch, step_in_epoch: of the next one. The rest counts what happened so far."""
+    """The state of a run after `step` optimiser steps.
+
+    epoch, step_in_epoch: the position of the next step. The counts are those of the run so far, over all ranks."""
 
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
     seen_pairs: int = 0
     bad_pairs: int = 0
-    oom_skipped: int = 0  # of those, what did not fit the memory
+    oom_skipped: int = 0  # the bad_pairs that did not fit the memory
     num_tokens: int = 0
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
@@ -50,21 +52,23 @@ class RunState:
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> RunState:
-        """From what a checkpoint holds."""
+        """Makes the state from a checkpoint's JSON."""
         window, best = Window(**saved.get("window", {})), BestSoFar(**saved.get("best", {}))
         return cls(**{**saved, "stopped_early": False, "window": window, "best": best})
 
 
 @dataclass
 class Saver:
-    """Writes checkpoints and the list of pairs that could not be used."""
+    """Writes the checkpoints of a run and its list of pairs that could not be used."""
 
     config: TrainConfig
     facts: dict[str, Any]  # what must be the same for a resumed run to be the same run
     last: Path | None = None
-    failure: str | None = None  # what rank 0 could not write beside: no checkpoint may follow on it
-    setting: dict[str, Any] = field(default_factory=dict)  # what may differ when it goes on, and is told then
-    run: str = field(default_factory=lambda: secrets.token_hex(8))  # marks its checkpoints, which it may delete again
+    failure: str | None = None  # another file that rank 0 could not write: no checkpoint may be written after that
+    setting: dict[str, Any] = field(default_factory=dict)  # what may differ in a resumed run; a change is printed
+    run: str = field(
+        default_factory=lambda: secrets.token_hex(8)
+    )  # marks this run's checkpoints: only those may be deleted
 
     @property
     def folder(self) -> Path:
@@ -75,9 +79,9 @@ class Saver:
         return self.folder / f"skipped_pairs.rank{dist.get_rank()}.jsonl"
 
     def save(self, engine: Engine, state: RunState) -> None:
-        """All ranks call it; rank 0 writes. Raises CheckpointError on every rank if it could not."""
+        """Writes a checkpoint. All ranks call it and rank 0 writes. Raises CheckpointError on every rank if writing fails."""
         optimizer_state = engine.optimizer_state()
-        # An adapter is saved in fp32, as peft's users have it; a whole model in the type it trains in, as large as it was.
+        # An adapter is saved in fp32, as peft does; a whole model in the dtype it trains in, so that its size stays.
         weights = fp32_weights(optimizer_state) if self.config.use_peft else engine.whole_weights()
         keeps_best = self.config.load_best_model_at_end
         problem = [self.failure]
@@ -112,12 +116,12 @@ class Saver:
             raise CheckpointError(problem[0])
 
     def has(self, step: int) -> bool:
-        """Whether this run's folder holds a checkpoint of the step. All ranks call it."""
+        """True if this run's folder holds a checkpoint of the step. All ranks call it."""
         return on_rank_zero(folder_of(self.folder, step).is_dir)
 
     def put_best(self, best: BestSoFar) -> Path | None:
-        """Puts the best checkpoint's model at the top of the folder; returns where an earlier one lies now, if it was moved. All
-        ranks call it; CheckpointError on every rank if it fails."""
+        """Copies the best checkpoint's model to the top of the folder. Returns the new path of an earlier best model if one was
+        moved. All ranks call it. Raises CheckpointError on every rank if it fails."""
         return on_rank_zero(lambda: put_best(self.folder, folder_of(self.folder, best.step), best.facts))
 
     def note_bad(self, bad: BadPair, epoch: int, step: int) -> None:
@@ -126,16 +130,16 @@ class Saver:
             stream.write(json.dumps(row) + "\n")
 
     def first_bad(self, most: int = 3) -> list[BadPair]:
-        """The first pairs that this rank noted, in this run and before it was resumed."""
+        """The first `most` pairs that this rank noted, including those from before the run was resumed."""
         lines = self.bad_file.read_text(encoding="utf-8").splitlines() if self.bad_file.exists() else []
         rows = [json.loads(line) for line in lines if step_of_line(line) < math.inf]
         return [BadPair(row["id"], row["reason"]) for row in rows[:most]]
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Raises ValueError, naming what differs, where resuming would not continue the run that was saved."""
+    """Raises UserError, naming the differences, if resuming would not continue the run that was saved."""
     model = saved.get("model_name_or_path")
-    if isinstance(model, str) and Path(model).is_dir():  # runs of earlier versions kept a relative path as it was given
+    if isinstance(model, str) and Path(model).is_dir():  # earlier versions stored a relative path as it was given
         saved = {**saved, "model_name_or_path": str(Path(model).absolute())}
     differing = [name for name in now if name != NUMBER_OF_PAIRS and saved.get(name) != now[name]]
     if differing:
@@ -146,7 +150,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> 
             else f"{name} was {saved.get(name)!r}, now {now[name]!r}"
             for name in differing
         )
-        raise UserError(f"can not resume from {folder}: {what}. Set it back, or start anew in another output_dir")
+        raise UserError(f"cannot resume from {folder}: {what}. Set it back, or start anew in another output_dir")
 
 
 def versions() -> dict[str, str]:

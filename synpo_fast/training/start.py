@@ -1,6 +1,6 @@
-"""From a config to a run that is ready to train, and through it to its end.
+"""Starts a training run from a config, trains it, and finishes it: best model, report and last lines.
 
-What is wrong with output folder, checkpoint or manifest is said before a model is loaded.
+Mistakes in the output folder, the checkpoint or the manifest are reported before a model is loaded.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ from synpo_fast.training.unusable_pairs import nothing_used_error, unusable_pair
 logger = logging.getLogger(__name__)
 
 
-# Errors whose message says all there is to say, and which every process of a launch may come with.
+# Errors whose message is complete without a traceback. Every process of a launch may raise the same one.
 FORESEEN = (UserError, MissingPackage, TrainingStopped, CheckpointError)
 
 
 @contextmanager
 def process_group(config: TrainConfig) -> Iterator[torch.device]:
-    """The processes of a launch, joined, and this one's device. Every process enters it.
+    """Joins the process group of a launch and yields this process's device. Every process enters it.
 
-    Raises SaidByAnotherProcess in place of an error that another process of the launch raises, too.
+    If another process of the launch has already reported the same error, SaidByAnotherProcess is raised instead.
     """
     say("starting DeepSpeed")
     device = start_distributed(config)
@@ -84,7 +84,7 @@ def process_group(config: TrainConfig) -> Iterator[torch.device]:
 
 
 def check_options_on(device: torch.device, config: TrainConfig) -> None:
-    """Raises UserError for options that do not fit this device, and for entries DeepSpeed cannot take."""
+    """Raises UserError for options that do not fit this device, and for DeepSpeed entries that are not allowed."""
     if config.video_device == "cuda" and device.type != "cuda":
         raise UserError("video_device=cuda, but this run is on the CPU: there is no GPU, or use_cpu is set")
     deepspeed_config(config, training_dtype(config, device))
@@ -97,9 +97,9 @@ def train_in_group(
     *,
     write_report: Callable[[list[Path]], Path] | None = None,
 ) -> RunState:
-    """Trains, and returns where the run stands at its end. Every process of a group calls it.
+    """Trains and returns the run's final state. Every process of a group calls it.
 
-    write_report: makes the page of the run's folder, and returns its file; called at the end if config.report asks for it.
+    write_report: writes the HTML report of the run's folder and returns its file. Called at the end if config.report is set.
     """
     stopper = stopper or Stopper()
     check_options_on(device, config)
@@ -114,7 +114,7 @@ def train_in_group(
 
 @contextmanager
 def _lock_output_folder(config: TrainConfig) -> Iterator[Start]:
-    """Makes the folder, keeps other runs out of it, and chooses what to go on from; the same answer on every rank."""
+    """Creates the output folder, locks it against other runs and chooses where to start: the same Start on every rank."""
     locks: list[RunLock] = []
 
     def prepare() -> Start:
@@ -154,7 +154,7 @@ def _train(
     try:
         if (nothing := _nothing_to_do(run)) is not None:
             run.progress.say(f"nothing to do: {nothing} at {start.checkpoint}", "nothing_to_do")
-            if not start.in_folder_of(config):  # a later start goes on from there, and is no new run
+            if not start.in_folder_of(config):  # noted, so that a later start resumes it and does not begin a new run
                 on_rank_zero(lambda: note_origin(Path(config.output_dir), start))
             if (problem := _put_best(run)) is not None:
                 raise problem
@@ -190,7 +190,7 @@ def _train(
 
 
 def warn_of_schedule(config: TrainConfig, data: RunData, world_size: int) -> None:
-    """No error, since a few steps of a longer run's options are a usual way to try those out."""
+    """Warns if the learning rate never falls. This is no error: users often try a longer run's options for a few steps."""
     pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps = steps_of(config, steps_in_epoch(len(data.train), world_size=world_size, pairs_per_rank=pairs))
     if config.warmup_steps and config.lr_scheduler_type == "constant":
@@ -198,13 +198,13 @@ def warn_of_schedule(config: TrainConfig, data: RunData, world_size: int) -> Non
     elif config.warmup_steps >= steps or config.warmup_ratio == 1:
         given = f"warmup_steps={config.warmup_steps}" if config.warmup_steps else "warmup_ratio=1"
         say(
-            f"warning: {given}, and the run has {steps} steps: the learning rate rises to their end and never falls",
+            f"warning: {given}, and the run has {steps} steps: the learning rate rises to the last step and never falls",
             "warning",
         )
 
 
 def steps_of(config: TrainConfig, steps_per_epoch: int) -> int:
-    """Optimiser steps of the whole run."""
+    """The number of optimiser steps of the whole run."""
     if config.max_steps > 0:
         return config.max_steps
     return math.ceil(config.num_train_epochs * steps_per_epoch - 1e-9)
@@ -223,7 +223,7 @@ def _build_run(
     optimizer_state, trainer_state = read_state(checkpoint) if checkpoint is not None else ({}, None)
     if trainer_state is not None and checkpoint is not None:
         if not isinstance(trainer_state.get("facts"), dict):
-            raise CheckpointError(f"can not resume from {checkpoint}: its state/trainer.json has no facts of the run")
+            raise CheckpointError(f"cannot resume from {checkpoint}: its state/trainer.json has no facts of the run")
         check_same_run(trainer_state["facts"], facts, checkpoint)
     on_rank_zero(lambda: fetch_processor_files(config.model_name_or_path))
     model = build_model(config, data, device, checkpoint)
@@ -234,16 +234,16 @@ def _build_run(
         engine.load_optimizer_state(optimizer_state)
         state = RunState.of(trainer_state["state"])
     state.best, compared_anew = resumed_best(state.best, config)
-    readers = config.num_reading_processes
-    loader = train_loader(config, data, model.policy, rank, world_size, early.take(readers))
+    num_workers = config.num_reading_processes
+    loader = train_loader(config, data, model.policy, rank, world_size, early.take(num_workers))
     loaders.append(loader)
     evaluator = None
     if data.evaluation:
         eval_loader = ordered_loader(
-            config, data.evaluation, data.eval_root, model.policy, rank, world_size, early.take(readers)
+            config, data.evaluation, data.eval_root, model.policy, rank, world_size, early.take(num_workers)
         )
         loaders.append(eval_loader)
-        # Rank 0's, for all: under ZeRO-3 every rank writes the same captions.
+        # Every rank gets rank 0's pairs: under ZeRO-3 all ranks generate the same captions.
         found: list[Any] = [None]
         if rank == 0:
             found = [read_first_pairs(config, data, model.policy, config.num_eval_captions)]
@@ -272,7 +272,7 @@ def _build_run(
 
 
 def _run_facts(config: TrainConfig, data: RunData, world_size: int) -> dict[str, Any]:
-    """What decides a step's pairs and loss."""
+    """The options and data that decide a step's pairs and loss. A resumed run must have the same ones."""
     return {
         "training pairs": data.key,
         NUMBER_OF_PAIRS: len(data.train),
@@ -315,7 +315,7 @@ def _announce(
     for note in policy.notes:
         progress.say(note)
     if checkpoint is not None:
-        progress.say(f"going on from {checkpoint}", "resuming")
+        progress.say(f"resuming from {checkpoint}", "resuming")
     if config.needs_reference:
         progress.say(f"reference: {config.reference_kind}", "reference")
 
@@ -326,7 +326,7 @@ def _held_out_text(data: RunData) -> str:
 
 
 def _machine_facts(engine: Engine) -> dict[str, Any]:
-    """Facts that a run finds out by itself, and may find out otherwise when it goes on elsewhere."""
+    """Facts that depend on the machine. They may differ when the run is resumed elsewhere; the change is then printed."""
     return {
         "dtype": str(engine.dtype).removeprefix("torch."),
         "processes": engine.world_size,
@@ -335,21 +335,21 @@ def _machine_facts(engine: Engine) -> dict[str, Any]:
 
 
 def _nothing_to_do(run: Run) -> str | None:
-    """Why a resumed run is over already, or None."""
+    """The reason why a resumed run is already over, or None."""
     state, patience = run.state, run.config.early_stopping_patience
     if state.evaluation_due:
         return None
     if state.step >= run.num_steps:
-        return f"the run had all of its {run.num_steps} steps"
+        return f"the run has taken all of its {run.num_steps} steps"
     if run.ran_out_of_patience:
-        return f"the run stopped early (raise early_stopping_patience={patience} or leave it out to go on)"
+        return f"the run stopped early (to continue, raise early_stopping_patience={patience} or leave it out)"
     return None
 
 
 def _take_over_folder(run: Run, start: Start) -> None:
-    """The first change of the folder: a start that ends before it has cost an earlier run nothing."""
+    """Makes the output folder this run's own. Nothing in it changes before, so a start that fails earlier leaves it as it was."""
     config = run.config
-    kept = dump_config(replace(config, resume=None, overwrite_output_dir=False))  # to be started from again, safely
+    kept = dump_config(replace(config, resume=None, overwrite_output_dir=False))  # safe to start from again
     for line in on_rank_zero(lambda: take_over(config, start, steps_done=run.state.step, config_text=kept)):
         run.progress.say(line)
     on_rank_zero(run.log.open)
@@ -360,7 +360,8 @@ def _evaluates_first(run: Run) -> bool:
 
 
 def _put_best(run: Run) -> CheckpointError | None:
-    """Returns an error rather than raise it: the run is done and saved, and its report is to be written first."""
+    """Copies the best model to the top of the folder. Returns an error instead of raising it, so that the report of the finished
+    run is written first."""
     best = run.state.best
     if not best.metric:
         return None
@@ -379,14 +380,14 @@ def _put_best(run: Run) -> CheckpointError | None:
 
 
 def _write_report(run: Run, write_report: Callable[[list[Path]], Path]) -> None:
-    """The run is done and saved: a page that cannot be written is said, and is no reason to fail."""
+    """Writes the HTML report. If it cannot be written, the run only warns, since it is already saved."""
     try:
         run.progress.say(f"report: {write_report([Path(run.config.output_dir)])}", "report")
     except (OSError, ValueError) as error:
         logger.warning("report.html could not be written: %s", error)
     except Interrupted as error:
         run.stopper.goes_on()
-        run.progress.say(f"report.html was not written: {error}; `synpo-fast report {run.config.output_dir}` does it")
+        run.progress.say(f"report.html was not written: {error}; `synpo-fast report {run.config.output_dir}` writes it")
 
 
 def _check_pairs_were_used(run: Run) -> None:
@@ -395,7 +396,7 @@ def _check_pairs_were_used(run: Run) -> None:
 
 
 def _why_stopped(stopper: Stopper) -> str:
-    """The reason that the first rank with one had: the others stop with it, and may not have noticed anything themselves. All
+    """The stop reason of the first rank that has one. Other ranks stop with it and may have received no signal themselves. All
     ranks call it."""
     reasons: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(reasons, stopper.reason)

@@ -1,4 +1,4 @@
-"""Finds mistakes before anything heavy is imported or loaded: packages and files that are not there."""
+"""Checks that the needed packages and files exist, before anything heavy is imported or loaded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from synpo_fast.data.video.video_path import resolve_video
 from synpo_fast.errors import MissingPackage, UserError
 from synpo_fast.models.model_source import find_model
 
-VIDEOS_LOOKED_FOR = 20  # of a manifest: enough to tell a wrong folder from a few lost files
+VIDEOS_LOOKED_FOR = 20  # per manifest: enough to tell a wrong folder from a few lost files
 
 
 def check_start(config: TrainConfig) -> None:
-    """Raises UserError or MissingPackage, whose message is one line."""
+    """Raises UserError or MissingPackage, with a message of one line, if a package, a file or a folder is missing."""
     _check_packages(config)
     _check_manifest("train_file", config.train_file)
     if config.eval_file:
@@ -34,7 +34,7 @@ def check_start(config: TrainConfig) -> None:
 
 
 def check_videos(pairs: Sequence[Pair], root: Path, manifest: str) -> None:
-    """Raises UserError if none of the first videos is there: the root is wrong then, and not a file or two."""
+    """Raises UserError if none of the first videos can be found: then the root is wrong, and not just a few files missing."""
     named = [
         pair.clips[0].path if pair.clips else str(pair.video) for pair in pairs if pair.clips or pair.video is not None
     ]
@@ -80,6 +80,6 @@ def _check_packages(config: TrainConfig) -> None:
 
 
 def _is_installed(package: str) -> bool:
-    """A folder of that name, such as the wandb/ that W&B leaves behind, is found too, but has no file to import."""
+    """True if the package can be imported. A mere folder of that name, such as W&B's wandb/, is found too but has no origin."""
     spec = util.find_spec(package)
     return spec is not None and spec.origin is not None

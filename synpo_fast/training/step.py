@@ -1,8 +1,8 @@
-"""One optimiser step on all ranks, as the training loop takes it and as a profile measures it.
+"""One optimiser step on all ranks. The training loop takes it, and a profile measures it.
 
-Ranks agree on how many micro-batches there are; each of them runs forward, loss and backward; then the optimiser steps. A rank
-that has fewer micro-batches than another takes part all the same, with a placeholder pair of weight 0: collectives inside
-forward and backward wait for every rank.
+Ranks agree on the number of micro-batches. Each micro-batch runs forward, loss and backward; then the optimiser steps. A rank
+with fewer micro-batches than another runs a placeholder pair of weight 0 instead, because collectives inside forward and
+backward wait for every rank.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from synpo_fast.training.out_of_memory import MicroBatchTooLarge, tokens_of
 from synpo_fast.training.reward_gradients import reward_gradient_norms
 from synpo_fast.training.unusable_pairs import OUT_OF_MEMORY
 
-MicroBatches = list[tuple[list[EncodedPair], float]]  # with weight 1, or 0 for a placeholder
+MicroBatches = list[tuple[list[EncodedPair], float]]  # each with weight 1, or 0 for a placeholder
 
 
 @dataclass(frozen=True, eq=False)
 class StepTaken:
-    """batch: the pairs that the step was taken with; those that did not fit the memory are among its bad ones. sums: this rank's
-    metric sums. diagnostics: gradient norms of the rewards, if asked for."""
+    """The result of one optimiser step.
+
+    batch: the pairs that the step used; pairs that did not fit the memory are in batch.bad. sums: this rank's metric sums.
+    diagnostics: gradient norms of the rewards, if requested."""
 
     batch: StepBatch
     sums: dict[str, torch.Tensor]
@@ -41,8 +43,9 @@ class StepTaken:
 
 @dataclass(eq=False)
 class Stepper:
-    """Takes optimiser steps with one engine. placeholder: a pair to fill up with where this rank has fewer micro-batches than
-    others; None before any rank has had a pair."""
+    """Takes optimiser steps with one engine.
+
+    placeholder: the pair that this rank runs if it has fewer micro-batches than others; None before any rank has a pair."""
 
     config: TrainConfig
     engine: Engine
@@ -50,13 +53,13 @@ class Stepper:
     placeholder: EncodedPair | None = None
 
     def take(self, batch: StepBatch, *, seed: int, learning_rate: float, diagnose: bool = False) -> StepTaken:
-        """One step with this rank's pairs. seed: of what is drawn at random in it, as dropout.
+        """Takes one step with this rank's pairs. seed: for the random numbers of the step, such as dropout.
 
-        Nothing is read from the device between the first forward and the last backward: the host runs ahead of a GPU. It waits at
-        the end, for the gradient's norm (whether the step counts depends on it), and, where there are several ranks, at the
-        beginning, to agree on how many forwards there are.
+        Nothing is read from the device between the first forward and the last backward, so the host runs ahead of a GPU. It waits
+        at the end for the gradient norm, which decides whether the step is applied. With several ranks it also waits at the
+        beginning, to agree on the number of forwards.
 
-        Raises MicroBatchTooLarge where a micro-batch does not fit the memory, except under oom_policy=skip.
+        Raises MicroBatchTooLarge if a micro-batch does not fit the memory, except under oom_policy=skip.
         """
         engine = self.engine
         diagnostics: Numbers = {}
@@ -65,7 +68,7 @@ class Stepper:
             diagnostics = reward_gradient_norms(engine.module, [micro for micro, weight in micros if weight])
         sums, too_large = self._gradients(micros, pairs_in_step, seed)
         while self.config.oom_policy == "skip" and any_rank(too_large is not None, self.device):
-            # All ranks begin again: what is left weighs more in the mean, and a backward that broke off left parts behind.
+            # All ranks repeat the step: the other pairs weigh more in the mean, and the failed backward left partial gradients.
             engine.discard_gradients()
             if too_large is not None:
                 batch = _without(batch, micros[too_large][0], self.device)
@@ -75,8 +78,8 @@ class Stepper:
         return StepTaken(batch, sums, outcome, diagnostics)
 
     def agree_on_micro_batches(self, batch: StepBatch) -> tuple[MicroBatches, int]:
-        """This rank's micro-batches with weight 1, filled up with weight 0 to the number of the rank that has most; and how
-        many pairs the step has on all ranks. Empty if no rank has any."""
+        """Returns this rank's micro-batches with weight 1, padded with placeholders of weight 0 to the largest number of any
+        rank, and the number of pairs on all ranks. The list is empty if no rank has a pair."""
         groups = micro_batches(
             [pair.sample for pair in batch.pairs],
             max_pairs=self.config.per_device_train_batch_size,
@@ -95,15 +98,15 @@ class Stepper:
     def _gradients(
         self, micros: MicroBatches, pairs_in_step: int, seed: int
     ) -> tuple[dict[str, torch.Tensor], int | None]:
-        """Adds up the micro-batches' gradients in the engine. Returns their metric sums, and under oom_policy=skip the place of
-        one that did not fit the memory, after which there was none."""
+        """Accumulates the micro-batches' gradients in the engine and returns their metric sums and None. Under oom_policy=skip it
+        stops at a micro-batch that does not fit the memory, and returns no sums and that micro-batch's index."""
         engine = self.engine
         torch.manual_seed(seed)
         sums: dict[str, torch.Tensor] = {}
         for place, (micro, weight) in enumerate(micros):
             try:
                 loss, more = engine.forward(micro, weight * engine.world_size / max(1, pairs_in_step))
-                if place + 1 < len(micros):  # beside the backward
+                if place + 1 < len(micros):  # the copies run during the backward
                     engine.module.policy.begin_copies([pair.sample for pair in micros[place + 1][0]])
                 engine.backward(loss)
             except torch.OutOfMemoryError as error:
@@ -118,8 +121,8 @@ class Stepper:
 def agree_on_forwards(
     micros: int, pairs: int, placeholder: EncodedPair | None, device: torch.device
 ) -> tuple[int, int, EncodedPair | None]:
-    """From this rank's numbers: the most micro-batches of any rank, the pairs of all ranks, and a placeholder pair, which
-    another rank hands over if this one has had none. None only while no rank has had a pair."""
+    """Returns the largest number of micro-batches of any rank, the number of pairs of all ranks, and a placeholder pair. A rank
+    that has had no pair receives another rank's; the placeholder is None only while no rank has had one."""
     if dist.get_world_size() == 1:
         return micros, pairs, placeholder
     facts = torch.tensor([pairs, micros, placeholder is not None], device=device)
@@ -136,7 +139,7 @@ def agree_on_forwards(
 
 
 def any_rank(value: bool, device: torch.device) -> bool:
-    """Whether it is true on some rank; the same answer on all."""
+    """True if `value` is true on some rank; the same answer on all ranks."""
     if dist.get_world_size() == 1:
         return value
     flag = torch.full((), float(value), device=device)
@@ -145,7 +148,7 @@ def any_rank(value: bool, device: torch.device) -> bool:
 
 
 def _without(batch: StepBatch, dropped: Sequence[EncodedPair], device: torch.device) -> StepBatch:
-    """The step's pairs but for some that did not fit the memory; they count as pairs that could not be used."""
+    """Returns the batch without the pairs that did not fit the memory; these count as pairs that could not be used."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     gone = {id(pair) for pair in dropped}

@@ -1,4 +1,4 @@
-"""Texts that the model's tokenizer would not read as text, found before the model is loaded."""
+"""Finds texts that the model's tokenizer would not read as plain text, before the model is loaded."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_texts(config: TrainConfig, data: RunData) -> RunData:
-    """The data, without pairs that hold special tokens if allow_bad_rows; else ValueError names the first of them.
+    """Checks the texts of all pairs and returns the data. Pairs that hold special tokens are left out if allow_bad_rows is set;
+    otherwise they raise a UserError that names the first of them.
 
-    Tags of other formats and tokens of other families, plain text to this tokenizer, are a warning.
+    Tags of other formats and tokens of other families are plain text to this tokenizer, so they only cause a warning.
     """
     tokenizer, family = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     if not family.placeholder_token and all(pair.video is not None or pair.clips for pair in data.train):

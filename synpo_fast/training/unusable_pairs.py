@@ -1,6 +1,6 @@
-"""Words for the pairs of a run that could not be used: how many, why, and where they are listed.
+"""Messages about the pairs that a run could not use: how many, why, and where they are listed.
 
-The counts are those of all ranks, the reasons are gathered from all: every rank calls these functions.
+Counts and reasons are those of all ranks, so every rank calls these functions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from synpo_fast.data.encoding import BadPair, quoted
 from synpo_fast.training.run_state import RunState, Saver
 
 OUT_OF_MEMORY = "out of memory"
-LENGTHS = ("max_length=", "video_max_tokens=")  # options that reasons name where a pair is too long
+LENGTHS = ("max_length=", "video_max_tokens=")  # options named in the reason if a pair is too long
 
 
 def first_unusable(saver: Saver) -> list[BadPair]:
@@ -28,7 +28,8 @@ def skipped_pairs_path(saver: Saver) -> Path:
 
 
 def advice(bad: Sequence[BadPair]) -> str:
-    """How to know beforehand: `pairs check` reads videos, and knows no bound on tokens or memory."""
+    """The end of a message: how to find such pairs beforehand. `pairs check` reads videos but knows no limit of tokens or memory,
+    so it is "" if all pairs are too long."""
     if all(is_too_long(each) for each in bad):
         return ""
     return "; `synpo-fast pairs check` finds such videos beforehand"
@@ -39,18 +40,18 @@ def is_too_long(bad: BadPair) -> bool:
 
 
 def nothing_used_error(state: RunState, saver: Saver) -> str | None:
-    """The error of a run that met pairs and could use none of them, or None."""
+    """The error message of a run that could use none of the pairs it read, or None."""
     if not state.seen_pairs or state.bad_pairs < state.seen_pairs:
         return None
     bad = first_unusable(saver)
     return (
-        f"nothing was trained: none of the {state.seen_pairs} pairs could be used. {quoted(bad)}. {skipped_pairs_path(saver)} lists "
-        f"them{advice(bad)}. Start anew with --overwrite_output_dir once that is mended"
+        f"nothing was trained: none of the {state.seen_pairs} pairs could be used. {quoted(bad)}. {skipped_pairs_path(saver)} "
+        f"lists them{advice(bad)}. Start anew with --overwrite_output_dir once that is fixed"
     )
 
 
 def unusable_pairs_line(state: RunState, saver: Saver) -> str | None:
-    """A line on the pairs that a run had to do without, or None."""
+    """A line about the pairs that a run could not use, or None."""
     if not state.bad_pairs:
         return None
     first = quoted(first_unusable(saver), most=1)
