@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton's interpreter runs the kernels; that must be chosen before triton is first imported."""
+"""Fixtures of all tests. Without a GPU, Triton's interpreter runs the kernels; it must be chosen before triton is imported."""
 
 import os
 import socket
@@ -50,7 +50,7 @@ def port() -> int:
 
 @pytest.fixture(scope="session")
 def group():
-    """A process group of this process alone, as start_distributed makes it."""
+    """The process group that start_distributed makes for a single process."""
     from synpo_fast.config.train_config import TrainConfig
     from synpo_fast.training.engine import start_distributed
 
@@ -60,9 +60,9 @@ def group():
 
 @pytest.fixture
 def in_one_process(group):
-    """Runs a training in this process; returns its RunState."""
+    """A function that trains in this process and returns the RunState."""
     from synpo_fast.config.train_config import TrainConfig
     from synpo_fast.train import run_in_group
 
-    torch.set_num_threads(1)  # as the processes that runs are compared with: sums in another order have other bits
+    torch.set_num_threads(1)  # like the processes that runs are compared with: another order of sums changes bits
     return lambda values: run_in_group(TrainConfig(**values), group)

@@ -1,4 +1,4 @@
-"""Importing the package needs torch alone, and imports inside it go one way."""
+"""Importing the package loads nothing heavy but torch, and imports inside it go only from higher to lower layers."""
 
 import ast
 import subprocess
@@ -13,8 +13,8 @@ HEAVY = (
     "triton", "deepspeed", "nvidia.dali", "transformers", "matplotlib", "peft", "trl", "liger_kernel", "numpy.testing",
     "av", "datasets", "tensorboard",
 )  # fmt: skip
-# The folders and modules of synpo_fast/ from the lowest to the highest. A module imports its own folder and lower lines only, and
-# beside it nothing on its own line: data and models know nothing of each other, nor report of profiling.
+# The folders and modules of synpo_fast/, from the lowest layer to the highest. A module imports only its own folder and lower
+# layers, nothing else of its own layer: data and models do not import each other, nor do report and profiling.
 LAYERS: list[set[str]] = [
     {"errors"},
     {"terminal", "testing"},
@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"train", "demo"},
     {"cli", "__init__"},
 ]
-# What DESIGN.md forbids beside: pairs never needs the trainer's options, integrations only what an own trainer needs, ...
+# Further imports that DESIGN.md forbids: pairs does not need the trainer's options, for one.
 FORBIDDEN = {
     "losses": {"terminal"},
     "fused": {"terminal", "errors"},
@@ -39,7 +39,7 @@ FORBIDDEN = {
     "models": {"config", "losses", "fused", "terminal"},
     "pairs": {"config", "losses", "fused"},
 }
-# Loading one of them costs time or needs an extra, so one file owns each.
+# Each of these is slow to load or needs an extra, so only one file imports it.
 OWNERS = {
     "deepspeed": {"training/engine.py"},
     "peft": {"models/lora.py"},
@@ -73,7 +73,7 @@ def imported_modules(path: Path) -> set[str]:
 
 def layer_of(name: str) -> int:
     found = [index for index, layer in enumerate(LAYERS) if name in layer]
-    assert len(found) == 1, f"synpo_fast/{name} stands in {len(found)} lines of LAYERS: give it one"
+    assert len(found) == 1, f"synpo_fast/{name} is in {len(found)} layers of LAYERS: put it in one"
     return found[0]
 
 
@@ -87,11 +87,11 @@ def test_no_import_runs_upward(path):
             continue
         other = name.split(".")[1]
         if other != own:
-            assert layer_of(other) < layer_of(own), f"{relative} imports {name}, which stands above it or beside it"
+            assert layer_of(other) < layer_of(own), f"{relative} imports {name}, which is in a higher layer or its own"
             assert other not in FORBIDDEN.get(own, ()), f"{relative} imports {name}"
     for package, owners in OWNERS.items():
         if any(name.split(".")[0] == package for name in imported):
-            assert str(relative) in owners, f"{relative} imports {package}, which belongs to {owners}"
+            assert str(relative) in owners, f"{relative} imports {package}, which only {owners} may import"
 
 
 @pytest.mark.parametrize("place", ["synpo_fast", "benchmarks", "tests", "examples", "docs"])
@@ -107,6 +107,6 @@ def test_the_training_folder_stays_one_story():
 
 
 def test_no_module_shadows_the_standard_library():
-    """`deepspeed synpo_fast/train.py` puts this folder first on sys.path."""
+    """`deepspeed synpo_fast/train.py` puts synpo_fast/ first on sys.path, so a module there would hide one of the library."""
     shadows = [p.name for p in PACKAGE.iterdir() if p.name.removesuffix(".py") in sys.stdlib_module_names]
     assert not shadows

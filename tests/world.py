@@ -18,7 +18,7 @@ COLOURS = ("red", "green", "blue", "white")
 
 
 def make_world(folder: Path, *, num_videos: int = 8) -> Path:
-    """Writes videos, pairs.jsonl (two pairs a video) and base/, a tiny model as transformers saves it."""
+    """Writes videos, pairs.jsonl (two pairs per video) and base/, a tiny model saved by transformers."""
     pairs = []
     for index in range(num_videos):
         write_clip(folder / f"v{index}.mp4", codec="h264", num_frames=8 + index, width=64, height=64, fps=8)
@@ -41,14 +41,14 @@ def make_world(folder: Path, *, num_videos: int = 8) -> Path:
 
 
 def with_gaps(manifest: Path, copy: Path) -> None:
-    """The pairs of a manifest, every third with a video that is not there."""
+    """Copies a manifest; every third pair gets a video that does not exist."""
     pairs = list(read_manifest(manifest))
     pairs[::3] = [replace(pair, video="gone.mp4") for pair in pairs[::3]]
     write_manifest(copy, pairs)
 
 
 def options(world: Path, output_dir: Path, **more: Any) -> dict[str, Any]:
-    """A run of 6 steps of 4 pairs on one process."""
+    """The options of a run of 6 steps of 4 pairs on one process."""
     return {
         "model_name_or_path": str(world / "base"),
         "train_file": str(world / "pairs.jsonl"),
@@ -77,7 +77,7 @@ def command_line(values: dict[str, Any]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that trains: this checkout, one thread, nothing of a launcher around the tests."""
+    """The environment of a training process: this checkout, one thread, no variables of a launcher around the tests."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
@@ -88,7 +88,7 @@ def run(words: list[str], *, timeout: float = 300, **more: Any) -> subprocess.Co
 
 
 def train_command(values: dict[str, Any], *, num_ranks: int = 1, port: int = 0) -> list[str]:
-    """As a user types it: by path under the deepspeed launcher, or as a module in one process."""
+    """The command as a user types it: by path under the deepspeed launcher, or as a module in one process."""
     if num_ranks == 1:
         return [sys.executable, "-m", "synpo_fast.train", *command_line(values)]
     launcher = [

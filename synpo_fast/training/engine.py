@@ -324,9 +324,8 @@ def _quiet(config: TrainConfig) -> Iterator[None]:
     if not config.verbose:
         logger.addFilter(is_error)
     try:
-        with (
-            nullcontext() if config.verbose else redirect_stdout(io.StringIO())
-        ):  # its 16-bit optimisers print memory numbers
+        # DeepSpeed's 16-bit optimisers print memory numbers to stdout.
+        with nullcontext() if config.verbose else redirect_stdout(io.StringIO()):
             yield
     finally:
         logger.removeFilter(is_error)

@@ -1,8 +1,8 @@
-"""python -m tests.rehearsal: every family's paths on a GPU that is not there, or on the one that is.
+"""Rehearses every family's paths on a fake GPU, or on a real one if there is one: python -m tests.rehearsal
 
-Prints a table, a line for each family and path: whether it passed, and where the host waited for the device. Ends with status 1
-where a path failed or the host waited where paths.ALLOWED does not say so. Without a GPU it needs torch built for CUDA
-(`make rehearse`). With one the same paths run on it, and torch.cuda.set_sync_debug_mode finds the waits.
+Prints a line for each family and path: passed or failed, and where the host waited for the device. Exits with status 1 if a
+path fails, or if the host waits where paths.ALLOWED does not allow it. Without a GPU it needs torch built for CUDA
+(`make rehearse`). With a GPU the same paths run on it, and torch.cuda.set_sync_debug_mode finds the waits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.rehearsal.paths import ALLOWED, FAMILY_NAMES, PATHS, Rehearsed, prepa
 
 @dataclass
 class Outcome:
-    """waits: of one path, each place with how often. error: what it raised, with its place."""
+    """The outcome of one path. waits: places where the host waited, with counts. error: the error it raised, with its place."""
 
     family: str
     path: str
@@ -35,7 +35,7 @@ class Outcome:
 
     @property
     def too_many(self) -> dict[str, int]:
-        """Places that ALLOWED does not name, or names with a lower number. A place's line number is no part of its name."""
+        """Places with more waits than ALLOWED states. A place is named here without its line number."""
         by_name: Counter[str] = Counter()
         for place, count in self.waits.items():
             file, _, rest = place.partition(":")
@@ -48,7 +48,7 @@ class Outcome:
 
 
 class RealGpu:
-    """The same interface on a GPU: torch warns at each wait, and the warning knows its line."""
+    """FakeGpu's interface on a real GPU: torch warns at each wait, and the warning gives the line."""
 
     def __init__(self) -> None:
         self.waits: list[str] = []
@@ -85,10 +85,10 @@ def rehearse(families: tuple[str, ...], paths: tuple[str, ...]) -> Iterator[Outc
         with machine() as gpu:
             try:
                 ready = prepare(family)
-            except Exception as error:  # whatever it is, it is what is looked for
-                yield Outcome(family, "load", Counter(), _told(error))
+            except Exception as error:  # any error is a finding
+                yield Outcome(family, "load", Counter(), _error_text(error))
                 continue
-            yield Outcome(family, "load", Counter())  # it may wait as often as it likes
+            yield Outcome(family, "load", Counter())  # loading may wait any number of times
             for path in paths:
                 gpu.waits.clear()
                 yield _run(family, path, ready, gpu)
@@ -98,11 +98,11 @@ def _run(family: str, path: str, ready: Rehearsed, gpu: Any) -> Outcome:
     try:
         PATHS[path](ready)
     except Exception as error:  # as above
-        return Outcome(family, path, Counter(gpu.waits), _told(error))
+        return Outcome(family, path, Counter(gpu.waits), _error_text(error))
     return Outcome(family, path, Counter(gpu.waits))
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return f"{place_of(frames[-1]) if frames else 'elsewhere'}: {type(error).__name__}: {lines[0][:160]}"
@@ -120,7 +120,7 @@ def main() -> int:
         return 2
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "a GPU that is not there"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "a fake GPU"
     print(f"torch {torch.__version__} on {where}")
     failed = count = 0
     for outcome in rehearse(tuple(words.families), tuple(words.paths)):

@@ -1,15 +1,15 @@
-"""A GPU that is not there: tensors that know their shape, dtype and device, hold no values, and complain as a GPU's would.
+"""A fake GPU: its tensors have a shape, dtype and device but no values, and raise the errors of a real GPU's tensors.
 
-torch's FakeTensorMode does the complaining: an operation that mixes a tensor of the host with one of the device raises, and so
-does a shape that depends on values. What it takes for granted here is that torch was built for CUDA. Two things are added:
+torch's FakeTensorMode raises them: for an operation that mixes a host tensor with a device tensor, and for a shape that depends
+on values. It needs a torch built for CUDA. Two things are added:
 
-- Tensors of the host stay real. The code under rehearsal counts, sorts and measures on the host before it sends anything, and
-  must be able to read what it makes there. Only what is on the device, or is sent to it, is fake.
-- Every time the host would wait for the device is noted, with the place in our code or in transformers: a value read, a tensor
-  fetched, a copy from memory that is not pinned or that is not asked to go on by itself, a mask turned into positions.
+- Host tensors stay real. The code under rehearsal counts, sorts and measures on the host before it sends anything, and must be
+  able to read the results. Only tensors on the device, or sent to it, are fake.
+- Every wait of the host for the device is recorded, with its place in our code or in transformers: a value read, a tensor
+  fetched, a copy that is not from pinned memory or not asynchronous, a mask turned into positions.
 
-A value read is answered with 1, so that the rehearsal can go on to what comes behind. Triton's launchers run, their kernels do
-not. Backward passes cannot be rehearsed: autograd asks CUDA itself for its device.
+Reading a value returns 1, so that the rehearsal can continue. Triton's launchers run, but not their kernels. Backward passes
+cannot be rehearsed: autograd asks CUDA itself for its device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 PACKAGES = ("synpo_fast", "transformers", "peft", "deepspeed", "torchvision")
 aten = torch.ops.aten
-# Their result's shape depends on values of the device.
+# The shape of their result depends on values on the device.
 SHAPED_BY_VALUES = (
     aten.nonzero.default, aten.masked_select.default, aten.repeat_interleave.Tensor, aten._unique2.default,
     aten.unique_consecutive.default, aten.unique_dim.default,
@@ -41,9 +41,9 @@ INDEXES = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 
 
 class FakeGpu(TorchDispatchMode):
-    """Inside, device="cuda" works without a GPU. waits: where the host would have waited, "package/file:line function: what"."""
+    """Makes device="cuda" work without a GPU. waits: where the host would have waited, "package/file:line function: what"."""
 
-    # By address, and kept alive: our own code keeps pinned tables for as long as the process lives.
+    # Pinned storages by address, kept alive: our own code keeps pinned tables as long as the process lives.
     _pinned: ClassVar[dict[int, torch.UntypedStorage]] = {}
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class FakeGpu(TorchDispatchMode):
 
 
 def place_of(frame: Any) -> str:
-    """The innermost line of one of PACKAGES on the way to `frame`, as package/.../file.py:line function."""
+    """The innermost line of one of PACKAGES in the stack of `frame`, as package/.../file.py:line function."""
     while frame is not None:
         parts = Path(frame.f_code.co_filename).parts
         for package in PACKAGES:
@@ -125,7 +125,7 @@ def place_of(frame: Any) -> str:
 
 
 class FakeStream:
-    """In place of torch.cuda.Stream and torch.cuda.Event: order on a device is nothing that tensors without values show."""
+    """Replaces torch.cuda.Stream and torch.cuda.Event. It does nothing: without values the order of work has no effect."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -144,14 +144,14 @@ class FakeStream:
 
 
 def _swap(first: Tensor, second: Tensor, *, swap: Any = torch.utils.swap_tensors) -> None:
-    """In place of torch.utils.swap_tensors, by which modules move to a device where they are already: with tensors that hold no
-    values that changes nothing, and torch refuses to do it while something else refers to them."""
+    """Replaces torch.utils.swap_tensors, with which modules move to a device. If the tensors are already there, swapping ones
+    without values changes nothing, and torch refuses it while other references to them exist."""
     if (first.device, first.dtype, first.shape) != (second.device, second.dtype, second.shape):
         swap(first, second)
 
 
 def _do_not_launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
-    """In place of Triton's JITFunction.run, which raises for a tensor of the host as this does."""
+    """Replaces Triton's JITFunction.run. Like the original, it raises for a host tensor."""
     for value in [*args, *kwargs.values()]:
         if isinstance(value, Tensor) and value.device.type != "cuda":
             raise ValueError(

@@ -1,7 +1,7 @@
-"""What is rehearsed: every way a training run takes through each family's model on a GPU, but for the backward.
+"""The rehearsed paths: everything that training does with each family's model on a GPU, except the backward.
 
-A path is a function of a prepared family; it raises where a GPU run would. Pairs come from the loader as they do in training, on
-the host, and everything from there to the loss happens on the device.
+A path is a function that takes a prepared family and raises where a GPU run would. Pairs come from the loader, on the host, as in
+training; everything from there to the loss happens on the device.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from synpo_fast.scoring import DEFAULT_SAMPLING, PairEncoder
 from synpo_fast.training.metrics import add_sums
 from synpo_fast.training.pair_module import PairModule
 
-# Where the host may wait for the device on any one path, as "file function: what", and how often. Nothing has to.
+# Places where the host may wait for the device on one path, as "file function: what", and how often. There are none.
 ALLOWED: dict[str, int] = {}
 
 
 @dataclass
 class Rehearsed:
-    """A family with an adapter on the device, and pairs of the host: two with videos of unequal size, one of text alone."""
+    """A family with an adapter on the device, and pairs on the host: two with videos of unequal size, one with only text."""
 
     policy: Policy
     pairs: list[EncodedPair]
@@ -41,7 +41,7 @@ class Rehearsed:
 
 
 def prepare(family: str, dtype: torch.dtype | None = None) -> Rehearsed:
-    """The default of a GPU in every respect; dtype None is bf16. Without peft the whole language model trains."""
+    """Loads a family with the defaults of a GPU; dtype None is bf16. Without peft the whole language model trains."""
     policy = load_policy(f"tiny:{family}", device="cuda", dtype=dtype, gradient_checkpointing=True)
     if importlib.util.find_spec("peft"):
         add_lora(policy, r=4, alpha=8, dropout=0.1)
@@ -78,7 +78,7 @@ def forward(family: Rehearsed, *, text: bool = False, **options: Any) -> None:
 
 
 class StoredFeatures:
-    """A feature cache whose files have been read: on the host."""
+    """A feature cache whose files have already been read to the host."""
 
     def __init__(self) -> None:
         self.kept: dict[int, VideoFeatures] = {}
@@ -102,13 +102,13 @@ def stored_features(family: Rehearsed) -> None:
 
 
 def loss(name: str, *, precomputed: bool = False, **options: Any) -> Callable[[Rehearsed], None]:
-    """Two micro-batches through what the engine trains, reference included, and their numbers added up."""
+    """A path that runs two micro-batches through the PairModule, with its reference, and adds up their metrics."""
 
     def run(family: Rehearsed) -> None:
         config = TrainConfig(model_name_or_path="x", train_file="x", output_dir="x", loss_type=name, **options)
         module = PairModule(family.policy, config)
         if config.needs_reference:
-            module.reference = _FromAFile() if precomputed else _reference(family.policy)
+            module.reference = _HostReference() if precomputed else _reference(family.policy)
         sums: dict[str, Any] = {}
         for pairs in (family.pairs[:1], family.pairs[1:]):
             value, more = module(pairs, 0.5)
@@ -123,8 +123,8 @@ def _reference(policy: Policy) -> Reference:
     return AdapterOff(policy) if hasattr(policy.model, "disable_adapter") else FrozenCopy(policy)
 
 
-class _FromAFile:
-    """Log-probs as references.Precomputed gives them: on the host."""
+class _HostReference:
+    """A reference whose log-probs are on the host, like those of references.Precomputed."""
 
     same_tower: Policy | None = None
 

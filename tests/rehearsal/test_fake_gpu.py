@@ -1,4 +1,4 @@
-"""The GPU that is not there complains where a real one would, and counts what a real one would wait for."""
+"""The fake GPU raises where a real one would, and counts the waits that a real one would cause."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_waits_are_counted(gpu, what):
     assert gpu.waits == []
     try:
         WAITS[what](values)
-    except RuntimeError as error:  # a shape that depends on values is unknown here, and nothing goes on behind it
+    except RuntimeError as error:  # a shape that depends on values is unknown here
         assert what in ("waits for a shape", "indexes by a mask"), error
     assert [wait.rpartition(": ")[2] for wait in gpu.waits] == [what]
 

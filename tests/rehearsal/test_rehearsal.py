@@ -1,4 +1,4 @@
-"""The whole table, as `make rehearse` prints it."""
+"""The whole rehearsal, as `make rehearse` runs it."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @pytest.mark.rehearsal
 def test_every_path_passes():
-    # A process of its own: where there is no GPU, this one runs Triton's kernels in the interpreter.
+    # A separate process: without a GPU, this one runs Triton's kernels in the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.rehearsal"],

@@ -93,6 +93,6 @@ def test_a_checkpoint_of_an_earlier_version_says_why_it_can_not_go_on_in_bf16(wo
     save_file({name: value for name, value in load_file(file).items() if not name.endswith(".master")}, file)
     (checkpoint / "complete.json").unlink()
     _seal(checkpoint)
-    with pytest.raises(ValueError, match=r"holds no fp32 weights .* go on in fp32"):
+    with pytest.raises(ValueError, match=r"holds no fp32 weights .* resume in fp32"):
         in_one_process({**values, "bf16": True, "resume": "auto", "max_steps": 4})
     assert in_one_process({**values, "resume": "auto", "max_steps": 4}).step == 4

@@ -1,7 +1,7 @@
-"""Started by a test under `deepspeed`: what each rank hands to collectives while a step of several micro-batches is trained.
+"""Counts the bytes that a rank passes to collectives in a step of several micro-batches. A test starts it under `deepspeed`.
 
 count_bytes.py FILE: writes {"stage/type/micro-batches": [bytes, calls]} of rank 0, from forward to step. Stage "adapter" and
-"full" are what a run of that kind takes that does not set zero_stage.
+"full" are the default stages of such runs.
 """
 
 import json
@@ -38,7 +38,7 @@ def count(name: str) -> None:
 
 
 class Model(nn.Module):
-    """4,096 trained numbers of 8,256."""
+    """A model with 8,256 parameters, 4,096 of them trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def step_cost(options: dict, dtype: torch.dtype, micros: int) -> list[int]:
     module = Model().to(dtype)
     optimizer = make_optimizer(module, learning_rate=1e-3, betas=(0.9, 0.99), epsilon=1e-8, weight_decay=0.0)
     engine = Engine(module, optimizer, config, dtype=dtype)
-    for _ in range(2):  # the second step is the usual one
+    for _ in range(2):  # the second step is a typical one
         counted.clear()
         for _ in range(micros):
             engine.backward(engine.forward(torch.randn(8, 64, dtype=dtype)))

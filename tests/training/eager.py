@@ -1,5 +1,5 @@
-"""The run again, in plain torch and another way round: each response in a row of its own, dense logits, the loss as the
-papers write it, torch's own AdamW, one process, one backward a step."""
+"""A training run in plain torch, to compare with: each response in a row of its own, dense logits, the loss as in the papers,
+torch's own AdamW, one process, one backward per step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from synpo_fast.scoring import PairEncoder
 
 
 def eager_run(values: dict[str, Any], *, pairs_per_step: int = 4) -> tuple[list[float], dict[str, Tensor], list[float]]:
-    """Losses of each step, trained weights after the last, gradient norms before clipping; options as in world.options."""
+    """Returns each step's loss, the trained weights after the last step, and gradient norms before clipping. values: as in
+    world.options."""
     pairs = read_manifest(values["train_file"])
     root = values["train_file"].rsplit("/", 1)[0]
     policy = load_policy(values["model_name_or_path"], device="cpu", attn_implementation="sdpa")
@@ -36,7 +37,7 @@ def eager_run(values: dict[str, Any], *, pairs_per_step: int = 4) -> tuple[list[
         seconds = (info.timestamps[at[-1]] - info.timestamps[at[0]]) / (len(at) - 1)
         encoded.append(encoder(pair, frames, seconds).sample)
     with torch.no_grad():
-        first = [sums(policy, sample) for sample in encoded]  # the reference: the model as it is now
+        first = [sums(policy, sample) for sample in encoded]  # the reference is the untrained model
     trained = [p for p in policy.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": values["weight_decay"]},

@@ -1,10 +1,10 @@
-"""Counts where the host waits for a device during a step, on a CPU, where every tensor could be read at no cost.
+"""Counts on a CPU where the host would wait for a GPU during a step.
 
 Reading one value from a GPU (`.item()`, `bool()`, `.tolist()`, `.cpu()`, `nonzero()`, an index by a mask) waits for all work
-given to it before, and so does `torch.tensor(value, device=...)`, which copies from ordinary memory. Here each such call is
-noted with its place. Tensors that live on the host on a GPU machine too, such as token ids, grids and positions, are made and
-read inside a few functions: calls inside those are not noted. That these hold no tensor of the device is what tests/rehearsal
-sees to, on tensors of a GPU.
+queued before it. So does `torch.tensor(value, device=...)`, which copies from pageable memory. Each such call is recorded with
+its place. Tensors that stay on the host on a GPU machine too, such as token ids, grids and positions, are made and read inside
+a few functions, whose calls are not recorded. tests/rehearsal checks, with GPU tensors, that these functions hold no tensor of
+the device.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PACKAGES = ("synpo_fast", "transformers", "deepspeed", "peft")
-# Functions that work on the host, and the host backends of the head, whose place Triton takes on a GPU.
+# Functions that work on the host, and the head's host backends, which Triton replaces on a GPU.
 ON_THE_HOST = {"row_inputs", "tower_inputs", "host_grids", "_digest", "valid_rows"}
-# Lines that read the grid, which our call leaves on the host.
+# Functions that read the grid, which our call leaves on the host.
 READS_THE_GRID = {"get_video_features", "get_image_features"}
 METHODS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero")
 
@@ -38,12 +38,12 @@ def _is_mask(index: Tensor | None) -> bool:
 
 
 class HostReads(TorchDispatchMode):
-    """places: where the host would wait, as "package file function", in order."""
+    """Records where the host would wait. places: "package file function", in order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.places: list[str] = []
-        self._noted = False  # inside a method that has been noted
+        self._noted = False  # True inside a method that has been recorded
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._noted and (func in READS or (func in INDEXES and any(map(_is_mask, args[1])))):
@@ -51,7 +51,7 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def noting(self, call: Any, when: Callable[..., bool] = lambda *_, **__: True) -> Any:
-        """`call`, noted each time that `when` holds for its arguments."""
+        """Wraps `call` so that it is recorded each time that `when` is true for its arguments."""
 
         def noted(*args: Any, **kwargs: Any) -> Any:
             if self._noted or not when(*args, **kwargs):
@@ -83,7 +83,7 @@ class HostReads(TorchDispatchMode):
 
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostReads]:
-    """All of them inside; looks that losses allow themselves on a CPU are switched off, as they are on a GPU."""
+    """Records all reads inside the `with` block. Reads that losses do only on a CPU are switched off, as on a GPU."""
     reads = HostReads()
     with monkeypatch.context() as patch:
         for name in ("pair", "dpo", "nll"):  # by import: the package has functions of these names

@@ -1,4 +1,4 @@
-"""Started by tests, alone or under `deepspeed`: several training runs in one process group, which saves their start-up.
+"""Runs several trainings in one process group, which saves start-up time. Tests start it, alone or under `deepspeed`.
 
 many_runs.py FILE: a JSON list of option mappings, run one after another.
 """

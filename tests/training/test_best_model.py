@@ -1,4 +1,4 @@
-"""The best evaluation of a run: what counts as better, what is kept of it, when to stop, and that a resumed run agrees."""
+"""The best evaluation of a run: when one is better, which files are kept, early stopping, and the same choice after a resume."""
 
 import json
 import math
@@ -33,7 +33,7 @@ WORSE_AFTER_4 = {0: 0.9, 2: 0.5, 4: 0.3, 6: 0.4, 8: math.nan, 10: 0.3, 12: 0.1}
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Evaluations whose loss is what a script says of their step, everything else as it is."""
+    """Gives evaluations scripted losses, by step; everything else is unchanged."""
 
     def follow(script, name="eval_loss"):
         real = Evaluator.evaluate
@@ -48,7 +48,7 @@ def scripted(monkeypatch):
 
 @pytest.fixture
 def stopped_at(monkeypatch):
-    """SIGTERM arrives while this step is computed: noted as the handler does, which is not installed in the process of a test."""
+    """Acts as if SIGTERM arrived during this step: sets what the signal handler sets, which no test process installs."""
 
     def stop(number):
         real = loop.train_step
@@ -298,7 +298,7 @@ def test_held_out_pairs_that_compare_nothing(world, tmp_path, in_one_process):
     [(2, 1, [1, 6]), (1, 1, [1, 6]), (3, 1, [1, 5, 6]), (2, None, [5, 6]), (None, 3, None)],
 )
 def test_the_best_checkpoint_is_never_deleted(tmp_path, keep, best, expected):
-    """It counts among those that are kept, as with Hugging Face's trainer, but for a limit of 1, which keeps both."""
+    """As in Hugging Face's trainer, the best one counts towards save_total_limit, except that a limit of 1 keeps both."""
     for step in range(1, 7):
         write_checkpoint(
             tmp_path,
@@ -421,7 +421,7 @@ def test_a_copy_that_is_not_known_to_be_the_best_is_moved_and_not_replaced(tmp_p
 
 
 def test_the_best_under_another_rule_is_kept(tmp_path, group):
-    """Its checkpoint until the model lies elsewhere, its copy in superseded/."""
+    """Its checkpoint is kept until the model also exists elsewhere; its copy is moved to superseded/."""
     first, rule = best_at(1), comparing(tmp_path, metric_for_best_model="nll_loss")
     folder = checkpoint_with(tmp_path, 1, "one")
     best, _ = resumed_best(first, rule)
@@ -501,7 +501,7 @@ def test_a_broken_best_checkpoint_costs_no_whole_one(tmp_path):
 
 
 def test_a_best_model_that_cannot_be_copied_leaves_the_report(world, tmp_path, in_one_process, monkeypatch):
-    """Its checkpoint is damaged while the run's last steps are made; the next start says so and ends well."""
+    """The best checkpoint is damaged in the last steps; the next start reports it and succeeds."""
     values = settings(world, tmp_path, max_steps=4, load_best_model_at_end=True, eval_steps=1, eval_on_start=False)
     real = start._put_best
 
@@ -554,7 +554,7 @@ def test_two_ranks_stop_together(world, tmp_path, port):
 
 
 def test_every_rank_judges_the_number_of_the_first(monkeypatch):
-    """On this rank the sum came out worse in its last bit, or not at all: what rank 0 sends is what counts."""
+    """This rank's value differs in its last bit, or is missing: only rank 0's value counts."""
     monkeypatch.setattr("synpo_fast.training.best_model.dist.broadcast", lambda value, src: value.fill_(0.25))
     for own in ({"eval_loss": 0.75}, {"eval_loss": math.nan}, {}):
         best = BestSoFar(metric="eval_loss", value=0.5, step=1)

@@ -1,4 +1,4 @@
-"""What a run says of its data before the first step: what is held out, what it can not be trained on."""
+"""Messages about the data before the first step: which pairs are held out, and which cannot be trained on."""
 
 import json
 import re
@@ -25,8 +25,8 @@ def test_the_start_says_how_many_pairs_and_files_are_held_out(world, tmp_path, i
     assert "synpo on 12 pairs (4 held out, of 2 files), 1 steps" in capsys.readouterr().err
 
 
-def test_clips_of_one_file_can_not_be_held_out(world, tmp_path):
-    """Said before a model is loaded: 101 pairs of one file were 81 to train on and 20 held out."""
+def test_clips_of_one_file_cannot_be_held_out(world, tmp_path):
+    """The error comes before a model is loaded. Once, 101 pairs of one file were split into 81 and 20."""
     clips = [Pair("q", "a", "b", id=f"c{i}", clips=(Clip("v0.mp4", i / 100, 1.0),)) for i in range(100)]
     write_manifest(tmp_path / "clips.jsonl", [*clips, Pair("q", "a", "b", id="whole", video="v0.mp4")])
     values = options(world, tmp_path / "out", train_file=str(tmp_path / "clips.jsonl"), video_root=str(world))
@@ -96,7 +96,7 @@ def broken_videos(world, folder):
 
 
 def test_too_many_bad_pairs_are_named_with_their_reasons(world, tmp_path, in_one_process):
-    """ "16 of 16 pairs could not be used" alone does not say that the videos are broken."""
+    """The message also says that the videos are broken, not just that pairs could not be used."""
     root = broken_videos(world, tmp_path / "broken")
     values = options(world, tmp_path / "out", max_steps=4, video_root=root, report=False)
     with pytest.raises(TrainingStopped) as error:
@@ -117,7 +117,7 @@ def test_a_resumed_run_quotes_what_was_noted_before(world, tmp_path, group):
     assert quoted(saver.first_bad()) == "'p0': is too long; 'p1': is too long; 'p2': is too long"
 
 
-def test_held_out_pairs_that_can_not_be_used_are_said_once(world, tmp_path, in_one_process, caplog):
+def test_held_out_pairs_that_cannot_be_used_are_said_once(world, tmp_path, in_one_process, caplog):
     root = tmp_path / "root"
     shutil.copytree(world, root)
     (root / "broken.mp4").write_bytes(b"no video")

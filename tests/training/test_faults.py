@@ -1,4 +1,4 @@
-"""What goes wrong in a run: it is killed, told to stop, fed bad videos or values that are not finite, or cannot write."""
+"""Faults in a run: it is killed, told to stop, given bad videos or values that are not finite, or cannot write."""
 
 import contextlib
 import json
@@ -81,7 +81,7 @@ def test_twenty_kills_in_sixty_steps(world, tmp_path, in_one_process):
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_sigterm_saves_and_ends(world, tmp_path, port, num_ranks):
-    """As a scheduler sends it: to every process of the job, the launcher's among them."""
+    """A scheduler sends SIGTERM to every process of the job, the launcher included."""
     values = options(world, tmp_path / "out", max_steps=5000, save_steps=0, gradient_accumulation_steps=2)
     process = subprocess.Popen(
         train_command(values, num_ranks=num_ranks, port=port),
@@ -110,7 +110,7 @@ def test_sigterm_saves_and_ends(world, tmp_path, port, num_ranks):
 
 
 def test_a_disk_that_fills_up_in_mid_run(world, tmp_path):
-    """The first checkpoint fits under the bound of a file's size, the metrics file too; the second is not allowed to."""
+    """The first checkpoint and the metrics file fit under the limit of a file's size; the second checkpoint does not."""
     values = options(world, tmp_path / "out", max_steps=4, save_steps=2, lora_r=2)
     assert run(train_command({**values, "max_steps": 2})).returncode == 0
     done = run(
@@ -122,7 +122,7 @@ def test_a_disk_that_fills_up_in_mid_run(world, tmp_path):
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
-def test_an_output_folder_that_can_not_be_written_stops_before_the_model_is_loaded(world, tmp_path):
+def test_an_output_folder_that_cannot_be_written_stops_before_the_model_is_loaded(world, tmp_path):
     (tmp_path / "file").write_text("x")
     shutil.copytree(world / "base", tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").write_text("no weights: whoever reads them has come too far")
@@ -132,7 +132,7 @@ def test_an_output_folder_that_can_not_be_written_stops_before_the_model_is_load
 
 
 def bad_world(world, tmp_path, num_bad):
-    """The same pairs, the first `num_bad` of them with videos that are none."""
+    """The world's pairs, the first `num_bad` of them with files that are not videos."""
     pairs = read_manifest(world / "pairs.jsonl")
     for file in world.glob("*.mp4"):
         os.link(file, tmp_path / file.name)
@@ -264,7 +264,7 @@ def test_resuming_another_run_is_refused(world, tmp_path, in_one_process):
 
 @pytest.mark.heavy
 def test_memory_does_not_grow_over_500_steps(world, tmp_path):
-    """Resident memory of a process of its own, sampled while it trains; the first 100 steps fill caches."""
+    """Samples the resident memory of a separate process while it trains; the first 100 steps fill caches."""
     values = options(
         world, tmp_path / "out", max_steps=500, save_steps=100, eval_split=0.2, eval_steps=100, max_new_tokens=4
     )
@@ -290,7 +290,7 @@ def test_memory_does_not_grow_over_500_steps(world, tmp_path):
 
 
 def test_ranks_with_unequal_evaluations_take_part_in_each_others(world, tmp_path, port, in_one_process):
-    """3 held-out pairs on 2 ranks, a pair a forward: one rank has a forward more, which under ZeRO-3 both must take."""
+    """3 held-out pairs on 2 ranks, one pair per forward: one rank has one more forward, which under ZeRO-3 both must run."""
     pairs = read_manifest(world / "pairs.jsonl")
     write_manifest(world / "three.jsonl", pairs[:3])
     values = options(

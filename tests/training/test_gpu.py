@@ -25,7 +25,7 @@ def trained(world, folder, **more):
 
 @pytest.fixture(scope="module")
 def on_the_cpu(world, tmp_path_factory):
-    """In fp32: what every run on the GPU is held against."""
+    """The fp32 run with which every run on the GPU is compared."""
     return trained(world, tmp_path_factory.mktemp("cpu") / "out", use_cpu=True)
 
 

@@ -1,4 +1,4 @@
-"""On a GPU: between two micro-batches, backward included, the host waits for nothing but what tests/rehearsal/paths.py states."""
+"""Between two micro-batches on a GPU, backward included, the host waits only where tests/rehearsal/paths.py allows it."""
 
 from collections import Counter
 

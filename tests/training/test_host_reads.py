@@ -73,7 +73,7 @@ def test_diagnostics_read_once(world, tmp_path, watched):
 
 
 def test_waits_are_seen(monkeypatch):
-    """Each kind of wait that is counted, and what is none."""
+    """Each kind of wait is counted, and nothing else is."""
     values = torch.arange(4.0)
     with counted(monkeypatch) as reads:
         torch.tensor(3)

@@ -35,7 +35,7 @@ def config_of(stage, **more):
 
 
 def engine_of(policy, stage, *, use_peft=True, dtype=None):
-    """As start.py builds it; stage 0 trains in fp32 alone."""
+    """An engine built as start.py builds it; stage 0 trains only in fp32."""
     dtype = dtype or (torch.bfloat16 if stage else torch.float32)
     if use_peft:
         add_lora(policy, r=4)  # begins at zero: log-probs are the base model's
@@ -57,7 +57,7 @@ def saved(tmp_path_factory):
     made = {}
 
     def measured(name, length):
-        """Folder, a sample, fp32 log-probs and the error of transformers' own bf16 model: of the composite forward."""
+        """Returns a folder, a sample, its fp32 log-probs and the error of transformers' bf16 model, by the composite forward."""
         if name not in made:
             folder = str(tmp_path_factory.mktemp(name))
             model, tokenizer = tiny_model(name, **SIZES)
@@ -76,7 +76,7 @@ def saved(tmp_path_factory):
 
 
 def _cases():
-    """Every family at every stage, half of them where time is no matter; the longest prompt with one family."""
+    """Every family at every stage, half of them marked heavy; the longest prompt with one family only."""
     for name, stage in itertools.product(FAMILIES, STAGES):
         later = name not in ("qwen2_5_vl", "text") and stage < 2
         yield pytest.param(name, 2000, stage, marks=[pytest.mark.heavy] if later else [])
@@ -225,7 +225,7 @@ def test_a_deepspeed_file_may_not_round_buffers(tmp_path):
 
 
 def test_resumed_full_fine_tuning_in_bf16_has_the_same_model(world, tmp_path, in_one_process, monkeypatch):
-    """Frequencies in fp32 again, and the weights of the run that was not interrupted."""
+    """The resumed run has its frequencies in fp32 and ends with the weights of the uninterrupted run."""
     seen = []
 
     def noted(config, model):
@@ -244,7 +244,7 @@ def test_resumed_full_fine_tuning_in_bf16_has_the_same_model(world, tmp_path, in
 
 
 def test_an_adapter_trained_in_bf16_is_saved_in_fp32_and_resumes_bit_for_bit(world, tmp_path, in_one_process):
-    """The optimiser's own weights are what is saved; rounded, they are the ones that trained."""
+    """The saved weights are the optimiser's fp32 weights; rounded, they are the trained ones."""
     common = {"bf16": True, "loss_type": "dpo", "learning_rate": 3e-4, "max_steps": 4}
     in_one_process(options(world, tmp_path / "whole", save_steps=2, **common))
     half = tmp_path / "whole" / "checkpoint-000002"

@@ -1,4 +1,4 @@
-"""What is shown while a run trains, and what is kept of it."""
+"""The metrics of a run: those shown while it trains, and those written to files."""
 
 import json
 import math
@@ -148,7 +148,7 @@ def test_progress_for_files_has_a_line_a_step(capsys):
 
 
 def test_diagnostics_are_the_gradients_of_the_mean_rewards(world, group):
-    """Against autograd on mean G(y) of all pairs at once, each response in a row of its own."""
+    """Compares with autograd on the mean G(y) of all pairs at once, each response in a row of its own."""
     from synpo_fast.data import read_manifest
     from synpo_fast.models import load_policy
     from synpo_fast.scoring import PairEncoder

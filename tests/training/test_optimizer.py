@@ -57,7 +57,7 @@ def test_matrices_decay_and_vectors_do_not():
 
 
 def test_states_made_beforehand_change_no_step():
-    """Our AdamW with states made in advance, beside torch's own."""
+    """Our AdamW with states created in advance equals torch's own."""
     torch.manual_seed(0)
     ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
     theirs.load_state_dict(ours.state_dict())

@@ -1,4 +1,4 @@
-"""A device that runs out of memory: what is said, and steps that leave out what does not fit."""
+"""A device that runs out of memory: the message, and steps that leave out pairs that do not fit."""
 
 import json
 
@@ -18,7 +18,7 @@ from tests.world import options, run, train_command
 
 
 class BreaksOff(torch.autograd.Function):
-    """Passes a tensor on, and runs out of memory on the way back."""
+    """Returns its input in the forward, and runs out of memory in the backward."""
 
     @staticmethod
     def forward(ctx, hidden):
@@ -30,7 +30,7 @@ class BreaksOff(torch.autograd.Function):
 
 
 def run_out(monkeypatch, names, where):
-    """Pairs of these names do not fit: in the forward, or after half of the layers' backward."""
+    """Makes the pairs of these names run out of memory: in the forward, or after half of the layers' backward."""
     original = PairModule.forward
 
     def forward(self, pairs, scale):
@@ -95,7 +95,7 @@ def final_weights(folder):
 def test_a_step_without_what_does_not_fit_is_that_of_the_other_pairs(
     world, tmp_path, in_one_process, monkeypatch, zero_stage, bf16, where, use_peft
 ):
-    """Bit for bit the run in which those pairs have no video that can be read."""
+    """The run is bit for bit that in which those pairs have an unreadable video."""
     names = {"p3-1", "p5-0", "p0-0"}
     more = {"max_steps": 4, "save_steps": 0, "zero_stage": zero_stage, "max_bad_share": 1.0, "lora_dropout": 0.2}
     more |= {"use_peft": use_peft, "bf16": bf16}
@@ -152,7 +152,7 @@ def launched(tmp_path, values, names, where, port):
 @pytest.mark.heavy
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_one_rank_that_runs_out_ends_all(world, tmp_path, port, zero_stage):
-    """No rank waits for ever. Under stage 3 it leaves the others in the middle of an exchange."""
+    """No rank waits forever, even if one leaves the others in the middle of a collective, as under stage 3."""
     values = options(world, tmp_path / "out", gradient_accumulation_steps=2, zero_stage=zero_stage)
     done = launched(tmp_path, values, {"p3-1"}, "backward", port)
     assert done.returncode == 1 and "with pair 'p3-1'" in done.stderr, done.stderr[-2000:]
@@ -160,7 +160,7 @@ def test_one_rank_that_runs_out_ends_all(world, tmp_path, port, zero_stage):
 
 @pytest.mark.heavy
 def test_two_ranks_leave_out_what_does_not_fit_one(world, tmp_path, port, in_one_process, monkeypatch):
-    """As one process with the same pairs does."""
+    """Two ranks end with the weights of one process with the same pairs."""
     names = {"p3-1", "p5-0"}
     more = {
         "max_steps": 4,

@@ -53,7 +53,7 @@ def launch(values, tmp_path, num_ranks, port, timeout=580):
 
 @pytest.mark.parametrize("use_peft", [True, False], ids=["adapter", "full"])
 def test_stages_ranks_and_resumes_agree_with_the_eager_run(world, tmp_path, port, use_peft):
-    """Each stage on two ranks; then each of them resumed at half way, in another stage, on one rank and on two."""
+    """Each stage on two ranks; then each of them resumed half-way, in another stage, on one rank and on two."""
     more = {"use_peft": use_peft, "learning_rate": 1e-3 if use_peft else 3e-4}
 
     def values(name, **extra):
@@ -91,7 +91,7 @@ def test_stages_ranks_and_resumes_agree_with_the_eager_run(world, tmp_path, port
 
 @pytest.mark.parametrize("loss_type", ["synpo", "dpo"])
 def test_ranks_that_have_unequal_numbers_of_pairs_take_the_same_steps_sharded(world, tmp_path, port, loss_type):
-    """Where a video is missing one rank has a pair less, and fewer responses. ZeRO-3 has all ranks gather weights in step."""
+    """With a missing video one rank has a pair less, and fewer responses; under ZeRO-3 all ranks must gather weights together."""
     with_gaps(world / "pairs.jsonl", tmp_path / "pairs.jsonl")
     more = {"loss_type": loss_type, "train_file": str(tmp_path / "pairs.jsonl"), "video_root": str(world)}
     more |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_bad_share": 1.0}
@@ -111,7 +111,7 @@ def test_ranks_that_have_unequal_numbers_of_pairs_take_the_same_steps_sharded(wo
 
 
 def test_two_ranks_equal_an_uninterrupted_run_bit_for_bit_after_a_resume(world, tmp_path, port):
-    """The same stage and ranks, dropout on: not a bit may differ."""
+    """With the same stage and ranks, and dropout on, the resumed run is bit for bit equal."""
     more = {"gradient_accumulation_steps": 2, "lora_dropout": 0.3, "zero_stage": 2}
     whole = options(world, tmp_path / "whole", **more)
     part = options(world, tmp_path / "part", **more, resume=str(tmp_path / "whole" / "checkpoint-000003"))

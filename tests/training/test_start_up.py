@@ -1,4 +1,4 @@
-"""What a run says and does between its start and its first step, and how its progress looks. Orders of events, no times."""
+"""Messages and actions of a run before its first step, and its progress lines. Tests check the order of events, not times."""
 
 import fcntl
 import logging
@@ -118,7 +118,7 @@ NUMBERS = {
 
 
 def frames_of_bar(columns, monkeypatch):
-    """What a terminal of that width is sent by a bar of 20,000 steps: its states, one after another."""
+    """The successive states of a bar of 20,000 steps, as sent to a terminal of that width."""
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:

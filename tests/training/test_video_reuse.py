@@ -23,7 +23,7 @@ def decoded(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def hashed(monkeypatch) -> list[int]:
-    """Bytes of tensors that each digest read."""
+    """The number of tensor bytes that each digest read."""
     sizes: list[int] = []
     real = digest._digest
 

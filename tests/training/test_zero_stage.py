@@ -1,4 +1,4 @@
-"""The ZeRO stage of a run that sets none: what it sends, that it is kept with the run, and that an earlier default goes on."""
+"""The default ZeRO stage: the bytes it sends, that a run stores it, and that a run of the earlier default resumes."""
 
 import json
 import socket
@@ -21,7 +21,7 @@ SMALL = 64
 
 @pytest.fixture(scope="module")
 def sent(tmp_path_factory):
-    """Bytes that a rank of two hands to collectives in one step, by stage, type and number of micro-batches."""
+    """The bytes that one of two ranks passes to collectives in a step, by stage, type and number of micro-batches."""
     file = tmp_path_factory.mktemp("bytes") / "sent.json"
     launcher = Path(sys.executable).parent / "deepspeed"
     script = str(ROOT / "tests" / "training" / "count_bytes.py")
