@@ -182,8 +182,6 @@ class Engine:
         """The loss scale of fp16; None for other types."""
         return float(self.deepspeed.optimizer.cur_scale) if self.dtype == torch.float16 else None
 
-    # ---- weights and state, whole, by name ----
-
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
 

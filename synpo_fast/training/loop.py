@@ -61,7 +61,7 @@ class Run:
     num_steps: int
     stepper: Stepper = field(init=False)
     asked_to_stop: bool = field(default=False)  # this rank was asked
-    all_stop: bool = field(default=False)  # some rank was asked: exchanged with the last step's numbers
+    any_asked_to_stop: bool = field(default=False)  # some rank was asked: exchanged with the last step's numbers
     stopper: Stopper = field(default_factory=Stopper)  # notes signals and the end of the launcher
     failure: str | None = None  # what this rank could not write
     any_failed: bool = field(default=False)  # some rank could not write: exchanged with the last step's numbers
@@ -175,7 +175,7 @@ def _step_numbers(run: Run, taken: StepTaken, rate: float, seconds: float) -> Nu
         local |= {"feature_cache/hits": store.hits, "feature_cache/misses": store.misses}
     sums = taken.sums | {name: torch.full((), float(value), device=run.device) for name, value in local.items()}
     total = summed_over_ranks(sums, run.device)
-    run.all_stop, run.any_failed = total["asked_to_stop"] > 0, total["failing"] > 0
+    run.any_asked_to_stop, run.any_failed = total["asked_to_stop"] > 0, total["failing"] > 0
     state, ranks = run.state, run.engine.world_size
     state.bad_pairs += int(total["bad_pairs"])
     state.oom_skipped += int(total["oom_skipped"])
@@ -220,7 +220,7 @@ def _position_after(run: Run, batch: StepBatch) -> tuple[int, int]:
 
 def _asked_to_stop(run: Run) -> bool:
     """True if the run should stop: the same on every rank, since ranks exchange it with the step's numbers."""
-    return run.stop_requested if run.engine.world_size == 1 else run.all_stop
+    return run.stop_requested if run.engine.world_size == 1 else run.any_asked_to_stop
 
 
 def _log(run: Run, numbers: Mapping[str, Any]) -> None:

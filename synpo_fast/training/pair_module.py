@@ -42,9 +42,7 @@ class PairModule(nn.Module):
         self.auxiliary: AuxiliaryNLL | None = None
         if config.auxiliary_nll:
             self.auxiliary = AuxiliaryNLL(target=config.auxiliary_target, weight=config.auxiliary_nll)
-        self._reference: list[
-            Reference
-        ] = []  # in a list: otherwise a frozen copy would become a submodule and be trained
+        self._reference: list[Reference] = []  # in a list: a frozen copy must not become a trained submodule
 
     @property
     def reference(self) -> Reference | None:

@@ -66,9 +66,7 @@ class Saver:
     last: Path | None = None
     failure: str | None = None  # another file that rank 0 could not write: no checkpoint may be written after that
     setting: dict[str, Any] = field(default_factory=dict)  # what may differ in a resumed run; a change is printed
-    run: str = field(
-        default_factory=lambda: secrets.token_hex(8)
-    )  # marks this run's checkpoints: only those may be deleted
+    run: str = field(default_factory=lambda: secrets.token_hex(8))  # marks its checkpoints, which it may delete
 
     @property
     def folder(self) -> Path:
