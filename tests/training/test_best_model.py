@@ -298,7 +298,7 @@ def test_held_out_pairs_that_compare_nothing(world, tmp_path, in_one_process):
     [(2, 1, [1, 6]), (1, 1, [1, 6]), (3, 1, [1, 5, 6]), (2, None, [5, 6]), (None, 3, None)],
 )
 def test_the_best_checkpoint_is_never_deleted(tmp_path, keep, best, expected):
-    """As in Hugging Face's trainer, the best one counts towards save_total_limit, except that a limit of 1 keeps both."""
+    """The best one counts towards save_total_limit, as in Hugging Face's trainer; only a limit of 1 keeps both."""
     for step in range(1, 7):
         write_checkpoint(
             tmp_path,
