@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -130,24 +131,15 @@ def train_loader(
     world_size: int,
     started: Sequence[WorkerProcess] = (),
 ) -> PairLoader:
+    """A loader that shuffles the training pairs anew in each epoch."""
+    pairs_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return PairLoader(
         data.train,
         encoder_of(config, policy),
-        sampling=sampling_of(config),
         video_root=data.train_root,
-        pairs_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
-        rank=rank,
-        world_size=world_size,
+        pairs_per_step=pairs_per_step,
         seed=config.seed,
-        num_workers=config.num_reading_processes,
-        prefetch_steps=config.prefetch_steps,
-        prefetch_bytes=config.prefetch_mb << 20,
-        backend=config.video_backend,
-        device=config.video_device,
-        deadline_s=READ_SECONDS,
-        keyed=True,
-        find_stored=_find_stored(config),
-        started=started,
+        **_loader_settings(config, rank, world_size, started),
     )
 
 
@@ -164,22 +156,31 @@ def ordered_loader(
     return PairLoader(
         pairs,
         encoder_of(config, policy),
-        sampling=sampling_of(config),
         video_root=root,
         pairs_per_step=config.per_device_eval_batch_size,
-        rank=rank,
-        world_size=world_size,
         shuffle=False,
-        num_workers=config.num_reading_processes,
-        prefetch_steps=config.prefetch_steps,
-        prefetch_bytes=config.prefetch_mb << 20,
-        backend=config.video_backend,
-        device=config.video_device,
-        deadline_s=READ_SECONDS,
-        keyed=True,
-        find_stored=_find_stored(config),
-        started=started,
+        **_loader_settings(config, rank, world_size, started),
     )
+
+
+def _loader_settings(
+    config: TrainConfig, rank: int, world_size: int, started: Sequence[WorkerProcess]
+) -> dict[str, Any]:
+    """What every loader of a run has in common."""
+    return {
+        "sampling": sampling_of(config),
+        "rank": rank,
+        "world_size": world_size,
+        "num_workers": config.num_reading_processes,
+        "prefetch_steps": config.prefetch_steps,
+        "prefetch_bytes": config.prefetch_mb << 20,
+        "backend": config.video_backend,
+        "device": config.video_device,
+        "deadline_s": READ_SECONDS,
+        "keyed": True,
+        "find_stored": _find_stored(config),
+        "started": started,
+    }
 
 
 def _find_stored(config: TrainConfig) -> FindStored | None:
