@@ -1,14 +1,23 @@
 #!/usr/bin/env bash
-# Runs what needs a GPU and leaves its results in a folder, 10 files at most:
+# Runs the checks and measurements that need a GPU, and leaves their results in the folder OUT, 10 files at most:
+#
 #   bash benchmarks/gpu_check.sh OUT [rehearsal] [tests] [kernels] [throughput] [trainer] [decode]
-# The first four when none is named. rehearsal: what `make rehearse` does without a GPU, here on real tensors: every family's
-# forwards and losses, and where the host waits for the device. gpu_tests.xml, gpu_check.log, kernels.json, throughput.json and one picture for each of four shapes; trainer_tests.xml
-# (the trainer in bf16 and fp16, ZeRO 0-3; needs deepspeed, peft and PyAV) and decode.json (needs PyAV, and DALI for NVDEC).
-# A failing step does not stop the next; the exit code is non-zero if any failed. Nothing is downloaded.
-# SYNPO_FAST_NATIVE=0 leaves out building the C++ extension, which no GPU figure needs.
-# KERNELS_SECONDS (default 420) stops the kernel table from starting new cases. KERNELS_ARGS are added to its arguments,
-# and the later of two equal options counts: KERNELS_ARGS='--valid_rows 512 --shapes qwen2.5-7b'.
-# THROUGHPUT_ARGS are added to those of throughput.py: THROUGHPUT_ARGS='--sweep ratio --plot pictures'.
+#
+# Without step names the first four run.
+#   rehearsal   every family's forward passes and losses, and a list of where the host waits for the device: what `make rehearse`
+#               does on a simulated GPU, here on a real one
+#   tests       tests of ops, fused losses and benchmarks; writes gpu_tests.xml
+#   kernels     the fused head beside its peers; writes kernels.json and one picture for each of four shapes (needs matplotlib)
+#   throughput  whole training steps; writes throughput.json
+#   trainer     the trainer in bf16 and fp16, ZeRO 0 to 3; writes trainer_tests.xml (needs deepspeed, peft and PyAV)
+#   decode      video decoders; writes decode.json (needs PyAV, and DALI for NVDEC)
+#
+# All output also goes to gpu_check.log. A failing step does not stop the next one; the exit code is 1 if any failed.
+# Nothing is downloaded. Environment variables:
+#   SYNPO_FAST_NATIVE=0   does not build the C++ extension, which no GPU figure needs
+#   KERNELS_SECONDS       seconds after which the kernel table starts no new case (420)
+#   KERNELS_ARGS          further arguments of kernels.py; a repeated option replaces ours: KERNELS_ARGS='--valid_rows 512 --shapes qwen2.5-7b'
+#   THROUGHPUT_ARGS       further arguments of throughput.py: THROUGHPUT_ARGS='--sweep ratio --plot pictures'
 set -uo pipefail
 
 out=${1:?usage: gpu_check.sh OUT [rehearsal] [tests] [kernels] [throughput] [trainer] [decode]}
@@ -52,11 +61,11 @@ case $steps in *' kernels '*)
     --head frozen trainable --dtype bf16 --rounds 11 --budget 4 --time_limit "${KERNELS_SECONDS:-420}" \
     --json "$out/kernels.json" ${KERNELS_ARGS:-}
   if [ ! -f "$out/kernels.json" ]; then
-    echo '== pictures: left out, no kernels.json' | tee -a "$log"
+    echo '== pictures: skipped, there is no kernels.json' | tee -a "$log"
   elif python3 -c 'import matplotlib' 2>/dev/null; then
     run pictures python3 benchmarks/head/plot.py "$out/kernels.json" --out "$out" --kind overview
   else
-    echo '== pictures: left out, no matplotlib here; draw them elsewhere from kernels.json' | tee -a "$log"
+    echo '== pictures: skipped, matplotlib is not installed; draw them elsewhere from kernels.json' | tee -a "$log"
   fi ;;
 esac
 
