@@ -1,9 +1,14 @@
-# make venv   the environment: pinned packages and the compiled extension, in .venv
-# make test   the whole suite (sets the environment up first)
-# make demo   from nothing to a tiny model trained with SynPO, beside DPO, and a report; 4 to 5 minutes on 2 cores (DEMO_ARGS="--seed 1")
-# make rehearse   a second environment with torch for CUDA (5 GB), and in it all that a GPU run does, on a GPU that is not there
-# make demo-loss  the fused SynPO loss beside eager torch, on this machine as it is
-# make docs   writes docs/reference.md from the docstrings; examples/*.py are programs to start from, run by the tests
+# make venv        sets up .venv: pinned packages and the compiled extension
+# make test        runs the test suite (this target and most below set up .venv first)
+# make test-heavy  runs the tests that take minutes each
+# make demo        trains a tiny model from scratch, with SynPO and with DPO, and writes a report; 4 to 5 minutes on 2 cores (DEMO_ARGS="--seed 1")
+# make demo-loss   measures the fused SynPO loss beside eager torch on this machine
+# make rehearse    runs the steps of a GPU run on a simulated GPU; needs a second environment with torch for CUDA (5 GB)
+# make docs        writes docs/reference.md from the docstrings of public names
+# make lint        checks the code with ruff
+# make types       checks the types with mypy
+# make format      formats the code with ruff
+# make clean       deletes the environments, builds and caches
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -17,10 +22,10 @@ REHEARSE_VENV ?= .venv-cuda
 REHEARSE := $(REHEARSE_VENV)/bin/python
 REHEARSE_READY := $(REHEARSE_VENV)/.ready
 REHEARSE_PACKAGES := transformers peft deepspeed liger-kernel av numpy pyarrow pyyaml pytest hypothesis
-# Where pip would choose a CPU build by itself: settings, as NAME=VALUE words, under which it finds the CUDA build.
+# NAME=VALUE settings with which pip finds the CUDA build of torch, for machines where it chooses a CPU build by default.
 CUDA_PIP_ENV ?=
 DEMO_ARGS ?=
-# One worker a core and one thread a worker: small tests on several threads spend their time waiting for each other.
+# One worker per core and one thread per worker: several threads in small tests spend their time waiting for each other.
 TEST_WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 8 ? 8 : n)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --durations=10
 
@@ -31,14 +36,14 @@ help:
 
 venv: $(READY)
 
-# Without an NVIDIA GPU the CPU build of torch is asked for by name; where no index offers one, the plain build does as well.
+# Without an NVIDIA GPU this asks for torch's CPU build by version; if no index has it, the default build works too.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@test -x $(BIN)/python || { echo "Making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing pinned packages (the first time takes some minutes)"
 	@$(PIP) install --quiet --constraint constraints.txt setuptools wheel ninja numpy
 	@if [ "$(HAS_GPU)" = 0 ]; then \
 	  $(PIP) install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || \
-	  { echo "No index offers the CPU build of torch $(TORCH): installing the plain one, which is larger"; \
+	  { echo "No index has the CPU build of torch $(TORCH): installing the default build, which is larger"; \
 	    $(PIP) install --quiet --constraint constraints.txt torch; }; \
 	else $(PIP) install --quiet --constraint constraints.txt torch; fi
 	@echo "Compiling csrc/ and installing the package"
