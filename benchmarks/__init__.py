@@ -1,1 +1,1 @@
-"""Benchmarks: every figure is measured beside the thing it is compared with, in the same run."""
+"""Benchmarks. Every figure is measured in the same run as what it is compared with."""

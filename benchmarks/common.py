@@ -1,4 +1,4 @@
-"""The record of the machine, tables and JSON that every benchmark here shares."""
+"""Shared by all benchmarks: the record of the machine, number formats, tables and JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PACKAGES = (
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Everything a reader needs to judge a figure: processor, driver, clocks, threads, versions, commit."""
+    """The facts a reader needs to judge a figure: processor, driver, clocks, threads, versions, commit."""
     here = str(Path(__file__).resolve().parent)
     record: dict[str, Any] = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -63,7 +63,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def gpu_state() -> dict[str, str]:
-    """Driver, clocks, power limit and temperature as nvidia-smi tells them; empty where it is missing."""
+    """Driver, clocks, power limit and temperature from nvidia-smi; empty if there is no nvidia-smi."""
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
     answer = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
     if answer is None:
@@ -79,7 +79,7 @@ def _version(package: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """The output of a command, or None where it is missing or fails."""
+    """The output of a command, or None if the command is missing, fails or prints nothing."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
@@ -116,7 +116,7 @@ def format_error(error: float | str | None) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded with spaces; the last column is free to be long."""
+    """Returns rows as text with columns padded by spaces, except the last column, which may be long."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header) - 1)]
     lines = []
     for row in [header, *rows]:
@@ -126,7 +126,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_json(path: str | Path, record: dict[str, Any]) -> None:
-    """Writes the record; a NaN in it is a mistake of ours and raises."""
+    """Writes the record as JSON. Raises ValueError for a NaN, which JSON does not have."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")

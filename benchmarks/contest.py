@@ -1,8 +1,8 @@
-"""One contest: every contestant checked against the truth, its memory taken, then all of them timed in turn.
+"""One contest: checks every contestant against the truth, measures its memory, then times all of them in turn.
 
-Each contestant makes one call whose result is checked (and which compiles and tunes), then the memory calls, and after
-the timed rounds one more checked call, so that a result that is right only at times is found too. Speed and memory are
-reported only for those that passed both checks.
+The first call of each contestant is checked; it also compiles and tunes. Then its memory is measured. After the timed rounds
+one more call is checked, to find results that are only sometimes right. Time and memory are reported only for contestants that
+passed both checks.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from synpo_fast.profiling.rounds import interleave, median_ratio, summarise
 
 
 class Unavailable(Exception):
-    """This contestant cannot run this case; the message says why and goes into its row."""
+    """Raised by a contestant that cannot run a case. The message says why and goes into its row."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """`run()` does all that is timed, once; `setting` says in words how the peer is called.
+    """The timed work of a contestant: `run()` does it once, `setting` says in words how the contestant is called.
 
-    A step with `exact=False` computes nothing to check (a floor): its result is ignored, and since its buffers are made
-    beforehand, it has no peak memory.
+    With `exact=False` it is a floor, which computes nothing to check: its result is ignored. It has no peak memory, since its
+    buffers are allocated beforehand.
     """
 
     run: Callable[[], Any]
@@ -36,13 +36,13 @@ class Step:
     exact: bool = True
 
 
-# Judges a step's result: (errors by name, reason it is wrong or None).
+# Judges a step's result: returns errors by name, and why the result is wrong or None.
 Judge = Callable[[Any], tuple[dict[str, float], str | None]]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a case is measured: the rounds end after `budget_seconds` (but not before three of them)."""
+    """Settings of a measurement. The rounds end after `budget_seconds`, but not before the third."""
 
     device: torch.device
     rounds: int
@@ -53,6 +53,8 @@ class Options:
 
 @dataclass
 class Row:
+    """A contestant's results in one case. `skipped` is the reason if it has none."""
+
     name: str
     setting: str = ""
     step: Step | None = None
@@ -74,7 +76,7 @@ def describe(error: BaseException) -> str:
 
 
 def attempt(row: Row, work: Callable[[], Any]) -> Any:
-    """work(), or None with the reason written into the row: other people's packages fail in every possible way."""
+    """Returns work(), or None after writing the reason into the row. Catches every exception: peers fail in many ways."""
     try:
         return work()
     except (Unavailable, ImportError) as error:
@@ -82,12 +84,12 @@ def attempt(row: Row, work: Callable[[], Any]) -> Any:
     except Exception as error:
         row.fail(describe(error), faulty=True)
         if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()  # what the failed call reserved must not starve the next
+            torch.cuda.empty_cache()  # frees what the failed call reserved, for the next contestant
     return None
 
 
 def judge_row(row: Row, judge: Judge) -> None:
-    """Runs the step once and writes errors into the row, and the reason where it fails or is wrong."""
+    """Runs the step once. Writes the errors into the row, and the reason if it fails or is wrong."""
     step = row.step
     if step is None:
         return
@@ -109,7 +111,7 @@ def run_contest(
     options: Options,
     timer: Callable[[Callable[[], Any]], float] | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows of one case, as they go into the JSON: in the order of `prepare`."""
+    """Runs one case and returns its rows for the JSON, in the order of `prepare`, which makes each contestant's step."""
     rows = [Row(name) for name in prepare]
     for row in rows:
         row.step = attempt(row, prepare[row.name])

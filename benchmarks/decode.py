@@ -1,12 +1,12 @@
-"""Frames out of video files: the backends of decode_frames beside PyAV that decodes and converts every frame, then picks.
+"""Measures how fast frames are read from video files: the backends of decode_frames, and PyAV that decodes every frame.
 
     python benchmarks/decode.py                       clips of 240p to 1080p, five codecs, 8 frames up to all of them
     python benchmarks/decode.py --quick               small clips, under a minute
     python benchmarks/decode.py --codecs vp9 --json out.json --plot pictures
-    python benchmarks/decode.py --device cuda         frames end on the GPU
+    python benchmarks/decode.py --device cuda         decode to the GPU
 
-Every frame of a clip carries its number. A contestant that returns another frame than was asked for is shown as WRONG, with
-no speed. See README.md beside this file.
+Every frame of a clip carries its number. A contestant that returns another frame than requested is shown as WRONG, without a
+time. See README.md beside this file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from synpo_fast.profiling.rounds import interleave
 
 
 def run_case(case: Case, names: Sequence[str], folder: Path, options: Options) -> dict[str, Any]:
-    """One case as a JSON record: all contestants checked, timed in turn, and checked again."""
+    """Checks all contestants on one case, times them in turn, checks them again, and returns the case as a JSON record."""
     path = case.clip.file(folder)
 
     def judge(frames: Any) -> tuple[dict[str, float], str | None]:
@@ -70,7 +70,7 @@ def run_case(case: Case, names: Sequence[str], folder: Path, options: Options) -
 
 
 def case_row(row: Row, baseline: list[float] | None, case: Case) -> dict[str, Any]:
-    """The JSON row of a contestant; speedup is the median over rounds of the baseline's time / own time."""
+    """The JSON row of a contestant. `speedup` is the median over rounds of the baseline's time / the contestant's."""
     whole = row_record(row, None)
     record = {key: whole[key] for key in ("name", "setting", "seconds", "skipped", "faulty")}
     record |= {"speedup": None, "frames_per_second": None, "video_seconds_per_second": None}
@@ -107,7 +107,7 @@ def case_table(case: dict[str, Any]) -> str:
 
 
 def plot(record: dict[str, Any], folder: Path) -> Path:
-    """One picture: how many times faster than the baseline, a group of lines a case. ImportError without matplotlib."""
+    """Draws every backend's speed-up over the baseline, one group of lines per case. Raises ImportError without matplotlib."""
     prepare_folder(folder)
     import matplotlib.pyplot as plt
 
@@ -147,12 +147,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small clips and three rounds")
     parser.add_argument("--codecs", nargs="+", choices=codecs, metavar="NAME", help=", ".join(codecs))
     parser.add_argument("--backends", nargs="+", choices=list(CONTESTANTS), metavar="NAME", help=", ".join(CONTESTANTS))
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the frames end")
-    parser.add_argument("--rounds", type=int, metavar="K", help="timed rounds of a case (5, quick: 3)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of the decoded frames")
+    parser.add_argument("--rounds", type=int, metavar="K", help="timed rounds of a case (5; with --quick 3)")
     parser.add_argument(
-        "--budget", type=float, default=8.0, metavar="SECONDS", help="end a case's rounds after this, not before 3"
+        "--budget",
+        type=float,
+        default=8.0,
+        metavar="SECONDS",
+        help="end a case's rounds after this, not before the third",
     )
-    parser.add_argument("--clips", type=Path, metavar="DIR", help="where clips are kept between runs")
+    parser.add_argument("--clips", type=Path, metavar="DIR", help="folder that keeps the clips between runs")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write a picture (needs matplotlib)")
     args = parser.parse_args(argv)
@@ -171,12 +175,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the tables, writes JSON and a picture; 1 if one of our own backends was wrong or crashed."""
+    """Prints the tables, writes JSON and a picture. Returns 1 if one of our own backends was wrong or crashed."""
     args = parse(argv)
     record: dict[str, Any] = {"environment": environment(args.device), "cases": []}
     load, cores = record["environment"].get("load_average", [0.0])[0], record["environment"]["cores"]
     if load > 0.5 * cores:
-        print(f"the machine is busy (load {load:.1f} on {cores} cores): ratios too may be off\n", file=sys.stderr)
+        print(f"the machine is busy (load {load:.1f} on {cores} cores): even the ratios may be off\n", file=sys.stderr)
     start = time.perf_counter()
     for clip in dict.fromkeys(case.clip for case in args.cases):
         clip.file(args.clips)
@@ -185,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case in args.cases:
         record["cases"].append(run_case(case, args.backends, args.clips, options))
         print(case_table(record["cases"][-1]), flush=True)
-    codec = "vp9" if args.device.type == "cpu" else "h264"  # one that DALI can decode there
+    codec = "vp9" if args.device.type == "cpu" else "h264"  # DALI can decode it on this device
     cold = [case for case in args.cases if case.clip.codec == codec and case.wanted == "8"][:1] or args.cases[:1]
     record["first_frames"] = first_frames(cold[0], args.backends, args.clips, args.device, runs=1 if args.quick else 3)
     print(first_table(record["first_frames"]), flush=True)

@@ -1,11 +1,11 @@
-"""Token log-probs from hidden states and the LM head, forward and backward: every fused head beside the bare GEMMs.
+"""Measures token log-probs from hidden states and an LM head, forward and backward: every fused head beside the bare GEMMs.
 
     python benchmarks/kernels.py                                     a small case on a CPU, model shapes on a GPU
     python benchmarks/kernels.py --shapes qwen2.5-7b 1024x50000 --valid_rows 4096 --valid 0.25 1 --head frozen trainable
-    python benchmarks/kernels.py --pairs                             whole SimPO losses on pairs, Liger's and ours
+    python benchmarks/kernels.py --pairs                             whole SimPO losses on pairs: Liger's and ours
 
 All contestants compute the same: log-probs of the labels that are not ignored, then (mode train) the gradients for one
-fixed upstream gradient. See README.md beside this file for what each one is.
+fixed upstream gradient. README.md beside this file describes each of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from benchmarks.head.problem import DTYPES, Inputs, errors, fp64_truth, make_inp
 from benchmarks.head.providers import BASELINE, DEFAULT, FLOOR, OURS, PROVIDERS, Provider
 from benchmarks.head.shapes import GROUPS, SHAPES, Shape, find_shapes
 
-# fp64 is slow on a CPU; on a GPU more rows cost nothing.
+# fp64 is slow on a CPU; a GPU can check more rows.
 TRUTH_ROWS = {"cpu": 512, "cuda": 2048}
 
 
@@ -53,7 +53,7 @@ class Problem:
 def run_problem(
     problem: Problem, heads: Sequence[str], modes: Sequence[str], providers: dict[str, Provider], options: Options
 ) -> Iterator[dict[str, Any]]:
-    """The cases of one problem as JSON records: its tensors and its truth are made once."""
+    """Yields the cases of one problem as JSON records. Tensors and truth are made once for all of them."""
     inputs = make_inputs(
         problem.shape,
         num_rows=problem.num_rows,
@@ -82,7 +82,7 @@ def run_problem(
             rows = run_contest(
                 {name: partial(make, case) for name, make in providers.items()}, judge, floor=FLOOR, options=options
             )
-            torch.compiler.reset()  # the next case compiles afresh instead of running into the recompile limit
+            torch.compiler.reset()  # otherwise later cases reach the recompile limit
             yield {
                 "shape": problem.shape.name,
                 "D": problem.shape.D,
@@ -132,7 +132,7 @@ def _any_error(case: dict[str, Any], name: str) -> bool:
 
 
 def faulty_of_ours(cases: Sequence[dict[str, Any]]) -> list[str]:
-    """Our own contestants that were wrong or crashed, in words."""
+    """One line for each of our own contestants that was wrong or crashed."""
     return [
         f"{row['name']} on {case_title(case)}: {row['skipped']}"
         for case in cases
@@ -146,17 +146,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = f"a name, a group or DxV; names: {', '.join(SHAPES)}; groups: {', '.join(GROUPS)}"
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help=names)
     rows = parser.add_mutually_exclusive_group()
-    rows.add_argument("--rows", nargs="+", type=int, metavar="N", help="rows in all, ignored ones included")
-    rows.add_argument("--valid_rows", nargs="+", type=int, metavar="N", help="valid rows; rows in all follow")
+    rows.add_argument("--rows", nargs="+", type=int, metavar="N", help="total number of rows, ignored ones included")
+    rows.add_argument(
+        "--valid_rows", nargs="+", type=int, metavar="N", help="valid rows; the total follows from --valid"
+    )
     parser.add_argument("--valid", nargs="+", type=float, metavar="SHARE", help="share of valid rows, in (0, 1]")
     parser.add_argument("--head", nargs="+", choices=["frozen", "trainable"])
     parser.add_argument("--mode", nargs="+", choices=["train", "no_grad"], default=["train"])
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), metavar="NAME", help=", ".join(PROVIDERS))
-    parser.add_argument("--rounds", type=int, metavar="K", help="timed rounds of a case")
-    parser.add_argument("--budget", type=float, default=60.0, metavar="SECONDS", help="end a case's rounds after this")
+    parser.add_argument("--rounds", type=int, metavar="K", help="timed rounds of a case (CPU: 5, GPU: 15)")
     parser.add_argument(
-        "--time_limit", type=float, default=float("inf"), metavar="SECONDS", help="start no problem after this"
+        "--budget", type=float, default=60.0, metavar="SECONDS", help="end the rounds after this, not before the third"
+    )
+    parser.add_argument(
+        "--time_limit", type=float, default=float("inf"), metavar="SECONDS", help="measure no further inputs after this"
     )
     parser.add_argument("--cold_l2", action="store_true", help="write over the GPU's L2 cache before every call")
     parser.add_argument("--device", choices=["cpu", "cuda"])
@@ -164,7 +168,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="DIR", help="write pictures of the cases (needs matplotlib)")
     parser.add_argument("--plot_kind", choices=["cases", "overview"], default="cases")
-    parser.add_argument("--pairs", action="store_true", help="compare whole SimPO losses on pairs instead")
+    parser.add_argument(
+        "--pairs", action="store_true", help="compare whole SimPO losses on pairs, in place of the head alone"
+    )
     args = parser.parse_args(argv)
 
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -196,7 +202,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def problems(args: argparse.Namespace) -> list[Problem]:
-    """Row counts outermost, so that a run cut short by --time_limit has seen every shape."""
+    """All combinations of the options. Row counts vary slowest, so that a run that --time_limit ends has measured every shape."""
     return [
         Problem(shape, count if args.rows else round(count / share), share, dtype)
         for count in args.rows or args.valid_rows
@@ -207,13 +213,13 @@ def problems(args: argparse.Namespace) -> list[Problem]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the tables, writes JSON and pictures; 1 if one of our own contestants was wrong or crashed."""
+    """Prints the tables, writes JSON and pictures. Returns 1 if one of our own contestants was wrong or crashed."""
     args = parse(argv)
     options = Options(args.device, args.rounds, args.budget, args.cold_l2, args.seed)
     record: dict[str, Any] = {"environment": environment(args.device), "cases": [], "left_out": []}
     load, cores = record["environment"].get("load_average", [0.0])[0], record["environment"]["cores"]
     if args.device.type == "cpu" and load > 0.5 * cores:
-        print(f"the machine is busy (load {load:.1f} on {cores} cores): ratios too may be off\n", file=sys.stderr)
+        print(f"the machine is busy (load {load:.1f} on {cores} cores): even the ratios may be off\n", file=sys.stderr)
     if args.pairs:
         from benchmarks.head.pairs import compare_pairs, pairs_table
 
@@ -231,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for case in run_problem(problem, args.head, args.mode, providers, options):
                 print(case_table(case), flush=True)
                 record["cases"].append(case)
-                if args.json:  # after every case: a long run that dies leaves what it had
+                if args.json:  # after every case, so that an interrupted run keeps its results
                     write_json(args.json, record)
     if args.device.type == "cuda":
         record["environment"]["gpu"]["after"] = gpu_state()

@@ -1,4 +1,4 @@
-"""The look that the pictures of all benchmarks share."""
+"""Colours, captions and axes shared by the pictures of all benchmarks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OURS_COLOUR, PEER_COLOUR, QUIET = "#c8501e", "#7f97b2", "#777777"
 
 
 def prepare_folder(folder: Path) -> None:
-    """Makes the folder and sets matplotlib to draw into files. Raises ImportError with a hint without matplotlib."""
+    """Makes the folder and sets matplotlib to draw into files. Raises ImportError with a hint if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError as error:
@@ -34,7 +34,7 @@ def clean_axes(axes: Any) -> None:
 
 
 def spread_labels(places: list[float], gap: float) -> list[float]:
-    """Sorted places, neighbours pushed apart from each other until they are about `gap` apart; none below the first."""
+    """Moves sorted places until neighbours are about `gap` apart. No place moves below the first."""
     moved = list(places)
     for _ in range(300):
         for i in range(1, len(moved)):

@@ -1,4 +1,4 @@
-"""A training step on pairs: DPO and SimPO in TRL, DPO with Liger, SynPO as released, and synpo_fast gain by gain.
+"""Measures a training step on pairs: DPO and SimPO in TRL, DPO with Liger, SynPO as released, and synpo_fast change by change.
 
     python benchmarks/throughput.py                       a 29 M model on a CPU (within 5 minutes), the 7B shape on a GPU
     python benchmarks/throughput.py --json out.json --plot pictures
@@ -7,8 +7,8 @@
     python benchmarks/throughput.py --preset text-1024 --baseline synpo-fast-unshared --variants synpo-fast
     python benchmarks/throughput.py --preset gpu --largest_batch
 
-Forward, backward and optimiser step on the same pairs with the same weights. Every variant is held against one truth before
-any speed is shown (steps/agreement.py). See README.md beside this file for what each row is.
+A step is forward, backward and optimiser step, on the same pairs with the same weights. Every variant is checked before its time
+is shown (steps/agreement.py). README.md beside this file describes each row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the memory profiler warns of blocks that are older than it
+# Hides the memory profiler's warnings about blocks allocated before it started.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -46,7 +47,7 @@ LARGEST_FOR = (BASELINE, "synpo-released", "synpo-fast-unshared", "synpo-fast")
 
 
 def faults(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Variants that did not compute what the others do, and ours that crashed. A peer that cannot run is no fault."""
+    """One line for each variant that was wrong, and each of ours that crashed. A peer that cannot run is not a fault."""
     return [
         f"{row['name']}: {row['skipped']}"
         for row in rows
@@ -57,27 +58,33 @@ def faults(rows: Sequence[dict[str, Any]]) -> list[str]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--preset", choices=list(PRESETS), help="cpu on a CPU, gpu on a GPU; text and text-1024: no video"
+        "--preset", choices=list(PRESETS), help="default: cpu on a CPU, gpu on a GPU; text and text-1024 have no video"
     )
     parser.add_argument("--frames", type=int, metavar="N", help="frames of a video")
-    parser.add_argument("--size", type=int, metavar="PX", help="pixels a side of a frame")
-    parser.add_argument("--prefix", type=int, metavar="N", help="tokens of a prompt, its video's included")
+    parser.add_argument("--size", type=int, metavar="PX", help="width and height of a frame in pixels")
+    parser.add_argument("--prefix", type=int, metavar="N", help="tokens of a prompt, including its video")
     parser.add_argument("--completion", type=int, metavar="N", help="tokens of a response, on average")
-    parser.add_argument("--spread", type=float, metavar="SHARE", help="responses differ from it by up to this share")
+    parser.add_argument(
+        "--spread", type=float, metavar="SHARE", help="response lengths differ from --completion by up to this share"
+    )
     parser.add_argument("--pairs", type=int, metavar="B", help="pairs in a step")
-    parser.add_argument("--lora_r", type=int, metavar="R")
+    parser.add_argument("--lora_r", type=int, metavar="R", help="rank of the LoRA adapter")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in every variant")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
     parser.add_argument(
-        "--baseline", choices=list(VARIANTS), metavar="NAME", help=f"speed-ups are over this ({BASELINE})"
+        "--baseline", choices=list(VARIANTS), metavar="NAME", help=f"compare speed-ups with this (default {BASELINE})"
     )
     parser.add_argument("--repeat", type=int, metavar="N", help="measure the table N times (default 1)")
     parser.add_argument("--rounds", type=int, metavar="K", help="timed rounds (default 5; 3 in a sweep)")
-    parser.add_argument("--budget", type=float, default=150.0, metavar="SECONDS", help="end the rounds after this")
-    parser.add_argument("--sweep", nargs="+", choices=list(SWEEPS), default=[], help="sweeps in place of the table")
     parser.add_argument(
-        "--largest_batch", action="store_true", help="pairs until memory runs out, in place of the table"
+        "--budget", type=float, default=150.0, metavar="SECONDS", help="end the rounds after this, not before the third"
+    )
+    parser.add_argument(
+        "--sweep", nargs="+", choices=list(SWEEPS), default=[], help="measure along these axes, in place of the table"
+    )
+    parser.add_argument(
+        "--largest_batch", action="store_true", help="find the most pairs that fit in memory, in place of the table"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--seed", type=int, default=0)
@@ -94,7 +101,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is for the table, not for --sweep or --largest_batch")
     args.baseline = args.baseline or BASELINE
     if args.variants and args.baseline not in args.variants:
-        args.variants = [args.baseline, *args.variants]  # every ratio is to it
+        args.variants = [args.baseline, *args.variants]  # every ratio needs it
     try:
         args.preset = chosen_preset(args)
     except ValueError as error:
@@ -103,7 +110,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def chosen_preset(args: argparse.Namespace) -> Preset:
-    """The preset with what the command line changes. Frames or sizes alone lengthen or shorten the prompt with them."""
+    """The preset with the changes of the command line. Without --prefix the prompt grows and shrinks with --frames and --size."""
     preset = PRESETS[args.preset or ("gpu" if args.device.type == "cuda" else "cpu")]
     names = ("frames", "size", "prefix", "completion", "spread", "pairs", "lora_r", "dtype")
     changes: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -131,7 +138,7 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
 
 
 def run_tables(args: argparse.Namespace, record: dict[str, Any]) -> None:
-    """Puts workload and runs into the record: the table as often as asked for, each time with a model built afresh."""
+    """Measures the table --repeat times, each time with a newly built model, and puts workload and runs into the record."""
     options = Options(args.device, args.rounds or 5, args.budget, seed=args.seed)
     variants = [VARIANTS[name] for name in args.variants or VARIANTS]
     record["runs"] = []
@@ -143,7 +150,7 @@ def run_tables(args: argparse.Namespace, record: dict[str, Any]) -> None:
         record["workload"] = run.pop("workload")
         print(table(record["workload"], run), flush=True)
         record["runs"].append(start | run)
-        if args.json:  # after every run: what dies later leaves what it had
+        if args.json:  # after every run, so that an interrupted run keeps its results
             write_json(args.json, record)
         del workload
         gc.collect()
@@ -152,7 +159,7 @@ def run_tables(args: argparse.Namespace, record: dict[str, Any]) -> None:
 
 
 def run_sweep(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One comparison a point, one pair a step; the model is built once."""
+    """Makes one comparison at each point of a sweep, with one pair per step. The model is built once."""
     sweep = SWEEPS[name]
     options = Options(args.device, args.rounds or 3, args.budget, seed=args.seed)
     policy = build_policy(args.preset, args.device, args.seed)
@@ -176,13 +183,13 @@ def run_largest(args: argparse.Namespace) -> dict[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table, writes JSON and pictures; 1 if a variant computed something else, or one of ours crashed."""
+    """Prints the table, writes JSON and pictures. Returns 1 if a variant was wrong or one of ours crashed."""
     args = parse(argv)
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # TRL asks transformers by an older name
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # a deprecated name that TRL uses
     record: dict[str, Any] = {"environment": environment(args.device), "baseline": args.baseline}
     load, cores = record["environment"].get("load_average", [0.0])[0], record["environment"]["cores"]
     if args.device.type == "cpu" and load > 0.5 * cores:
-        print(f"the machine is busy (load {load:.1f} on {cores} cores): ratios too may be off\n", file=sys.stderr)
+        print(f"the machine is busy (load {load:.1f} on {cores} cores): even the ratios may be off\n", file=sys.stderr)
     if args.sweep:
         record["sweeps"] = [run_sweep(name, args) for name in args.sweep]
     elif args.largest_batch:

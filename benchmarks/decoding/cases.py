@@ -1,4 +1,4 @@
-"""The clips, the frames wanted of them, and the contestants of decode.py."""
+"""The clips of decode.py, the frames wanted from them, and the contestants."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from synpo_fast.testing import clips
 FPS = 25
 CONTAINERS = {"h264": ".mp4", "hevc": ".mp4", "vp9": ".webm", "mjpeg": ".avi", "av1": ".mp4"}
 BASELINE = "baseline"
-# What DALI decodes, by device; NVDEC of Hopper has no AV1, of Ada and Blackwell it has.
+# The codecs that DALI decodes, by device. NVDEC decodes AV1 on Ada and Blackwell, not on Hopper.
 DALI_CODECS = {"cpu": ("vp9", "mjpeg"), "cuda": ("vp9", "mjpeg", "h264", "hevc", "av1")}
 
 
 @dataclass(frozen=True)
 class Clip:
+    """A generated video."""
+
     codec: str
     width: int
     height: int
@@ -42,7 +44,7 @@ class Clip:
         return f"{self.codec}-{self.width}x{self.height}-{self.seconds}s-key{self.keyframe_every}"
 
     def file(self, folder: Path) -> Path:
-        """The clip in `folder`, written if it is not there yet; a changed clips.py gets files of its own."""
+        """The path of the clip in `folder`. Writes it if it is not there; the name changes with the source of clips.py."""
         source = hashlib.sha256(Path(clips.__file__).read_bytes()).hexdigest()[:8]
         path = folder / f"{self.name}-{source}{CONTAINERS[self.codec]}"
         if not path.exists():
@@ -64,7 +66,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Case:
-    """wanted: "8" or another number of evenly spread frames, "half" (every other frame) or "all"."""
+    """A clip and the frames wanted: "8" or another number of evenly spaced ones, "half" (every second frame) or "all"."""
 
     clip: Clip
     wanted: str
@@ -105,7 +107,7 @@ QUICK_CASES = cases_of(
 
 
 def decode_all_then_pick(path: Path, indices: Sequence[int], device: torch.device) -> Tensor:
-    """The baseline: PyAV decodes every frame and turns every frame into RGB, all are held, then the wanted are picked."""
+    """The baseline: PyAV decodes every frame, converts every frame to RGB, holds them all and picks the wanted ones."""
     import av
 
     with av.open(str(path)) as container:
@@ -146,7 +148,7 @@ OURS = ("pyav", "dali", "torchcodec")
 
 
 def prepare(name: str, case: Case, path: Path, device: torch.device) -> Step:
-    """The step that is timed: from the file's path to frames [T, H, W, 3] on the device. Unavailable says why not."""
+    """The timed step: from the file's path to frames [T, H, W, 3] on the device. Raises Unavailable with the reason."""
     check_available(name, case.clip.codec, device)
     contestant, setting = CONTESTANTS[name]
     run: Any = partial(contestant, path, case.indices, device)
@@ -165,7 +167,7 @@ def check_available(name: str, codec: str, device: torch.device) -> None:
 
 
 def why_wrong(frames: Tensor, case: Case) -> str | None:
-    """None where every frame carries the number that was asked for."""
+    """Says which frame does not carry the requested number; None if all do."""
     shape = (len(case.indices), case.clip.height, case.clip.width, 3)
     if tuple(frames.shape) != shape or frames.dtype != torch.uint8:
         return f"{frames.dtype} {list(frames.shape)} instead of uint8 {list(shape)}"

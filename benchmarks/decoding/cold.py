@@ -1,4 +1,4 @@
-"""How long a backend takes from its first import to its first frames: what a worker waits for when it is started."""
+"""Measures the time from a backend's first import to its first frames, which a new dataloader worker waits for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.contest import Unavailable
 from benchmarks.decoding.cases import Case, check_available
 
 ROOT = Path(__file__).resolve().parents[2]
-# Run in a fresh process: from the first import of the backend to its first frames; Python and torch are up already.
+# Runs in a fresh process. The clock starts at the import of the backend, when Python and torch are loaded.
 COLD_START = """
 import json, sys, time, torch
 from pathlib import Path
@@ -34,7 +34,7 @@ print(time.perf_counter() - start)
 
 
 def first_frames(case: Case, names: Sequence[str], folder: Path, device: torch.device, runs: int) -> dict[str, Any]:
-    """Seconds from a backend's first import to its first frames, each in processes of its own, one after another."""
+    """Seconds from a backend's first import to its first frames. Each sample is a new process; they run one after another."""
     path = case.clip.file(folder)
     rows: list[dict[str, Any]] = [{"name": name, "skipped": None, "samples": []} for name in names]
     for row in rows:

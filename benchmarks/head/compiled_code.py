@@ -1,9 +1,9 @@
-"""Compiles every Triton launch of the package ahead of time, with no GPU, and reports what the compiler made of it.
+"""Compiles every Triton kernel of the package ahead of time, without a GPU, and reports the resources it uses.
 
     python benchmarks/head/compiled_code.py [--arch 80 90 100] [--shapes 3584x152064 ...] [--rows 4096] [--json FILE]
 
-The launch code itself runs on tensors without storage, so what is compiled is exactly what a GPU would be given: the same
-tiles, strides, divisibility and options. For each kernel: registers, bytes spilled, shared memory, matrix instructions.
+The launch code runs on tensors without storage, so the kernels are compiled exactly as for a GPU: with the same tiles,
+strides, divisibility and options. The table shows each kernel's registers, spilled bytes, shared memory and matrix instructions.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from synpo_fast.ops.video_patches.triton_launch import video_patches_forward
 
 MODEL_SHAPES = ("3584x152064", "4096x128256", "2048x151936", "4096x32000")
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block may have
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block at most
 POINTERS = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -52,6 +52,8 @@ POINTERS = {
 
 @dataclass
 class Report:
+    """The resources of one compiled kernel. `copy_engine`: it uses the tensor memory accelerator (TMA)."""
+
     kernel: str
     arch: int
     shapes: list[str]
@@ -68,13 +70,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Launch:
+    """One recorded launch of a kernel: its arguments and compiler options."""
+
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, int]
 
 
 class _Recorder:
-    """Stands in for a kernel and keeps its launches instead of running them."""
+    """Replaces a kernel and records its launches instead of running them."""
 
     def __init__(self, kernel: Any, launches: list[Launch]) -> None:
         self.kernel, self.launches = kernel, launches
@@ -93,8 +97,8 @@ class _Recorder:
 def record_launches(
     dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, arch: int, softcap: float | None = None
 ) -> list[Launch]:
-    """The launches of scoring without a gradient, of a training step with frozen and with trainable head, of the loss, and of
-    a video on its way to the tower."""
+    """Records all launches: scoring without gradients, training steps with frozen and trainable head, the pair loss, and
+    the preparation of a video for the tower."""
     launches: list[Launch] = []
     kernels = {
         (module, name): kernel
@@ -129,7 +133,7 @@ def record_launches(
         for mask in (None, torch.empty(num_rows, dtype=torch.bool, device="meta")):
             synpo_pair_loss_forward(saved[0], offsets, offsets, mask, 30.0, 0.2, False)
         frames = torch.empty(15, 1080, 1920, 3, dtype=torch.uint8, device="meta")
-        for kind in {dtype, torch.float32}:  # the families' processors give fp32
+        for kind in {dtype, torch.float32}:  # the families' processors return fp32
             video_patches_forward(frames, (448, 784), (0.5,) * 3, (0.5,) * 3, Packing(14, 2, 2), kind)
     finally:
         triton_launch._capability, triton_launch._num_programs = capability, programs
@@ -139,7 +143,7 @@ def record_launches(
 
 
 def source_of(launch: Launch) -> ASTSource:
-    """The signature Triton's launcher would derive from the arguments of this launch."""
+    """The kernel with the signature that Triton's launcher would derive from the arguments of this launch."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list] = {}
@@ -165,7 +169,7 @@ def source_of(launch: Launch) -> ASTSource:
 
 
 def spilled_bytes(ptx: str, arch: int) -> int:
-    """Spill loads and stores as the assembler reports them."""
+    """Bytes of spill loads and stores, as the assembler reports them."""
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if arch >= 100 else "ptxas")
     if not ptxas.exists():
         ptxas = ptxas.with_name("ptxas")
@@ -216,9 +220,9 @@ def compile_launch(launch: Launch, arch: int, shape: str) -> Report:
 
 
 def compile_all(arch: int, shapes: list[str], num_rows: int, dtype: torch.dtype = torch.bfloat16) -> list[Report]:
-    """One report for each different specialisation, with many rows and few, with bias and softcap and without.
+    """One report for each specialisation, over many rows and few, with and without bias and softcap.
 
-    Shapes that share a specialisation are listed in it.
+    Shapes that share a specialisation are listed in its report.
     """
     reports: dict[str, Report] = {}
     for shape in shapes:

@@ -1,9 +1,9 @@
-"""The fused SynPO loss beside eager torch on generated tensors, on this machine as it is: time, memory, agreement.
+"""Measures the fused SynPO loss beside eager torch on this machine, on generated tensors: time, memory and agreement.
 
     python benchmarks/head/demo_loss.py [--pairs 2] [--tokens 512] [--valid 0.5] [--rounds 5]
 
-The eager side is what a trainer without a fused loss does: logits of every position, fp32 log-softmax, gather, then the
-formula. The head is frozen, as in LoRA training. A GPU is used where there is one.
+The eager loss computes what a trainer without a fused loss does: logits of every position, fp32 log-softmax, gather, then the
+formula. The head is frozen, as in LoRA training. A GPU is used if there is one.
 """
 
 import argparse
@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the memory profiler warns of blocks that are older than it
+# Hides the memory profiler's warnings about blocks allocated before it started.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ IGNORED = -100
 
 
 def make_batch(num_pairs: int, tokens: int, valid: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [2B, T, D], head [V, D] and target [2B, T]; the first part of every row is prompt and does not count."""
+    """Random hidden [2B, T, D], head [V, D] and target [2B, T]. The first part of every row is prompt, which is ignored."""
     dim, vocabulary = (3584, 152064) if device.type == "cuda" else (1024, 32000)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2 * num_pairs, tokens, dim, generator=generator)
@@ -48,10 +49,10 @@ def eager_loss(weight: Tensor, hidden: Tensor, target: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=2, help="pairs in the batch")
     parser.add_argument("--tokens", type=int, default=512, help="positions in a row, prompt included")
     parser.add_argument("--valid", type=float, default=0.5, help="share of positions that are response tokens")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = environment(device)
@@ -83,10 +84,10 @@ def main() -> None:
         )
     difference = (results["eager"][1] - results["synpo_fast"][1]).float().norm() / results["eager"][1].float().norm()
     if not difference < 0.05:
-        raise SystemExit(f"the two gradients differ by {difference:.2g} of their size: no speed is worth that")
+        raise SystemExit(f"the two gradients differ by {difference:.2g} of their size, so no speed is reported")
     speed = median_ratio(samples["eager"], samples["synpo_fast"])
     print(
-        f"\nsynpo_fast is {speed:.1f}x as fast in {memory['eager'] / memory['synpo_fast']:.0f}x less extra memory; "
+        f"\nsynpo_fast is {speed:.1f}x as fast, with {memory['eager'] / memory['synpo_fast']:.0f}x less extra memory; "
         f"the gradients differ by {difference:.1%} (both are bf16)."
     )
 

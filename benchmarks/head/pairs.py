@@ -1,7 +1,7 @@
-"""Whole SimPO losses on pairs: Liger's chunked class beside the fused one of this package, called the same way.
+"""Compares whole SimPO losses on pairs: Liger's chunked class and this package's fused class, called the same way.
 
 L = mean over pairs of -log sigmoid(beta * (mean lp+ - mean lp-) - gamma), frozen head, gradient to the hidden states.
-Both take hidden states [2B, T, D] and labels [2B, T], the chosen half first. Loss and gradient are held against fp64.
+Both take hidden states [2B, T, D] and labels [2B, T], the chosen half first. Loss and gradient are compared with fp64.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ PEER, OWN = "liger-simpo", "synpo-simpo"
 
 @dataclass(frozen=True)
 class LossResult:
+    """A contestant's loss and its gradient to the hidden states."""
+
     loss: Tensor
     grad_hidden: Tensor  # [R, D]
 
 
 def simpo(token_log_probs: Tensor, labels: Tensor) -> Tensor:
-    """[2B, T], [2B, T] -> scalar; the formula, for the truth and for eager."""
+    """SimPO's formula, for the truth and for eager: [2B, T], [2B, T] -> scalar."""
     mask = labels != IGNORE_INDEX
     means = (token_log_probs * mask).sum(-1) / mask.sum(-1)
     chosen, rejected = means.chunk(2)
@@ -107,7 +109,7 @@ CONTESTANTS: dict[str, Callable[[Inputs], Step]] = {
 
 
 def simpo_truth(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """fp64: the loss, rows compared [K], and the loss's gradient to the hidden states there [K, D]."""
+    """The truth in fp64: the loss, the compared rows [K], and the loss's gradient to their hidden states [K, D]."""
     every = fp64_truth(inputs, num_rows=len(inputs.valid), with_weight=False)
     log_probs = torch.zeros(inputs.labels.shape, dtype=torch.float64, device=inputs.labels.device)
     log_probs[every.rows] = every.log_probs
@@ -127,7 +129,7 @@ def compare_pairs(
     shape: Shape = SHAPES["cpu-small"],
     contestants: dict[str, Callable[[Inputs], Step]] = CONTESTANTS,
 ) -> dict[str, Any]:
-    """One JSON record: the rows as kernels.py writes them, and our time and memory over Liger's."""
+    """Runs the comparison and returns one JSON record: rows as in kernels.py, and our time and memory divided by Liger's."""
     num_rows = 2 * num_pairs * SEQUENCE_LENGTH
     inputs = make_inputs(
         shape, num_rows=num_rows, valid=valid, dtype=DTYPES[dtype], device=options.device, seed=options.seed

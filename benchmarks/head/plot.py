@@ -1,9 +1,9 @@
-"""Pictures of kernels.py's JSON.
+"""Draws pictures of kernels.py's JSON.
 
     python benchmarks/head/plot.py FILE --out DIR [--kind cases | overview]
 
-cases: a picture a case, bars of time over the bare GEMMs beside bars of peak extra memory.
-overview: a picture a shape, the same ratio over the number of valid rows, a line a provider.
+cases: one picture per case, with bars for the time relative to the bare GEMMs and bars for the peak extra memory.
+overview: one picture per shape, with one line per provider: the same time ratio against the number of valid rows.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from benchmarks.pictures import OURS_COLOUR, PEER_COLOUR, QUIET, clean_axes, mac
 
 FLOOR_COLOUR = "#3c3c3c"
 OWN_COLOURS = {"synpo-triton": OURS_COLOUR, "synpo-native": OURS_COLOUR, "synpo-chunked": "#e59a73"}
-# Longer bars are cut here and say so: one slow peer must not squeeze the rest.
+# Longer bars are cut here, and labelled so: one slow peer must not squeeze the rest.
 LONGEST_RATIO = 10.0
 
 
 def plot(record: dict[str, Any], folder: Path, kind: str = "cases") -> list[Path]:
-    """Writes the pictures into `folder` and returns their paths. Raises ImportError with a hint without matplotlib."""
+    """Writes the pictures into `folder` and returns their paths. Raises ImportError with a hint if matplotlib is missing."""
     prepare_folder(folder)
     machine = machine_line(record["environment"])
     if kind == "cases":
@@ -94,7 +94,7 @@ def _ratio_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         label, end = f"{ratio:.2f}x   {format_seconds(seconds['median'])}", limit
         if ratio > limit:
             label += "   (bar cut)"
-        else:  # the quartiles of the time, in units of the bar
+        else:  # quartiles of the time, scaled to the bar
             low, high = (ratio * seconds[quartile] / seconds["median"] for quartile in ("low", "high"))
             end = min(max(ratio, high), limit * 1.05)
             axes.plot([low, end], [place, place], color="black", linewidth=1, alpha=0.6)
@@ -132,7 +132,7 @@ def _plot_overview(cases: Sequence[dict[str, Any]], machine: str, path: Path) ->
     shares = sorted({case["valid"] for case in cases})
     heads = sorted({case["head"] for case in cases})
     names = [row["name"] for row in first["rows"] if row["name"] != FLOOR]
-    # matplotlib's tab10 and Dark2 without their oranges and reds, which are ours
+    # matplotlib's tab10 and Dark2 without oranges and reds, which mark our contestants
     palette = [f"C{i}" for i in (0, 2, 4, 5, 6, 7, 8, 9)] + ["#1b9e77", "#7570b3", "#66a61e", "#e7298a"]
     colours = {name: OWN_COLOURS.get(name, palette[i % len(palette)]) for i, name in enumerate(names)}
     size = (1 + 6.2 * len(heads), 1.2 + 3.9 * len(shares))

@@ -1,10 +1,10 @@
-"""The problem every contestant gets, its fp64 truth, and the error against it.
+"""The problem that every contestant gets, its fp64 truth, and the error against it.
 
-Hidden states and head are Gaussian with the head's entries at 0.02, as in trained models, and the hidden states scaled
-until the softmax has a mean entropy of 1.5 nats, as a language model's has on its own text. Labels are drawn from that
-softmax: most are likely tokens, some are not. The rows are sequences of up to 1024 tokens whose last share is the
-response; the prompt before it is ignored (-100). The upstream gradient is fixed and differs from token to token, as a
-preference loss gives it: negative on the first half of the sequences (chosen), positive on the second (rejected).
+Hidden states and head are Gaussian. The head's entries have standard deviation 0.02, as in trained models. The hidden states are
+scaled so that the softmax has a mean entropy of 1.5 nats, like a language model's on its own text. Labels are drawn from that
+softmax: most are likely tokens, some are not. The rows are sequences of up to 1024 tokens whose last part is the response; the
+prompt before it is ignored (-100). The upstream gradient is fixed and differs from token to token, as a preference loss's does:
+negative on the first half of the sequences (chosen), positive on the second (rejected).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ SEQUENCE_LENGTH = 1024
 TARGET_ENTROPY = 1.5
 HEAD_STD = 0.02
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# An error this many times eager's, plus this much, is a wrong result.
+# A result is wrong if its error is above WRONG_FACTOR times eager's, plus WRONG_SLACK.
 WRONG_FACTOR = 4.0
 WRONG_SLACK = {torch.bfloat16: 1e-3, torch.float16: 1e-4, torch.float32: 1e-6}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One problem. `hidden` and `weight` require gradients where the case asks for them."""
+    """The tensors of one problem. `hidden` and `weight` require gradients if the case needs them."""
 
     hidden: Tensor  # [R, D]
     weight: Tensor  # [V, D]
@@ -39,11 +39,11 @@ class Inputs:
 
     @property
     def valid(self) -> Tensor:
-        """[N] int64: the rows whose label counts."""
+        """[N] int64: the rows whose label is not ignored."""
         return (self.labels != IGNORE_INDEX).nonzero().squeeze(1)
 
     def case(self, *, head: str, mode: str) -> Inputs:
-        """The same tensors with the gradients that `head` and `mode` ask for."""
+        """A copy whose tensors require the gradients that `head` and `mode` need. Raises ValueError for other values."""
         if head not in ("frozen", "trainable") or mode not in ("train", "no_grad"):
             raise ValueError(f"head must be frozen or trainable and mode train or no_grad, not {head!r} and {mode!r}")
         train = mode == "train"
@@ -58,7 +58,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Result:
-    """Results of a contestant: log-probs [R] (0 where ignored) and the gradients the case asks for."""
+    """The results of a contestant: log-probs [R] (0 for ignored rows) and the gradients that the case needs."""
 
     log_probs: Tensor
     grad_hidden: Tensor | None = None
@@ -67,7 +67,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Truth:
-    """fp64 values on a sample of rows, and of the head's gradient on a sample of vocabulary rows."""
+    """The exact values in fp64: of a sample of rows, and of the head's gradient for a sample of vocabulary rows."""
 
     rows: Tensor  # [K] rows compared: valid ones, and some ignored ones whose values must be 0
     log_probs: Tensor  # [K]
@@ -77,7 +77,7 @@ class Truth:
 
 
 def valid_mask(num_rows: int, share: float) -> Tensor:
-    """[R] bool: the last `share` of every sequence, at least one row in all."""
+    """[R] bool, true on the last `share` of every sequence, at least one row of each. Raises ValueError for bad arguments."""
     if not 0 < share <= 1:
         raise ValueError(f"the share of valid rows must be in (0, 1], not {share}")
     if num_rows < 1:
@@ -119,7 +119,7 @@ def make_inputs(
 
 
 def _entropy_scale(hidden: Tensor, weight: Tensor) -> float:
-    """The factor on `hidden` that brings the mean entropy of the softmax to TARGET_ENTROPY, by bisection."""
+    """The factor on `hidden` with which the softmax has a mean entropy of TARGET_ENTROPY, found by bisection."""
     logits = hidden @ weight.float().T
 
     def mean_entropy(scale: float) -> float:
@@ -136,10 +136,10 @@ def _entropy_scale(hidden: Tensor, weight: Tensor) -> float:
 
 
 def fp64_truth(inputs: Inputs, *, num_rows: int, num_vocabulary: int = 1024, with_weight: bool = True) -> Truth:
-    """The exact values in fp64, from the inputs as rounded to their dtype.
+    """Computes the exact values in fp64, from the inputs as rounded to their dtype.
 
-    Log-probs and the hidden gradient on at most `num_rows` valid rows; the head's gradient sums over all valid rows, so
-    it costs a pass over all of them, and is kept for `num_vocabulary` vocabulary rows: labels first, others after.
+    Log-probs and the hidden gradient are for at most `num_rows` valid rows. The head's gradient sums over all valid rows, so it
+    costs a pass over all of them; it is kept for `num_vocabulary` vocabulary rows, of which up to half are labels.
     """
     device, valid = inputs.hidden.device, inputs.valid
     generator = torch.Generator().manual_seed(1)
@@ -181,12 +181,12 @@ def fp64_truth(inputs: Inputs, *, num_rows: int, num_vocabulary: int = 1024, wit
 
 
 def relative_error(out: Tensor, truth: Tensor) -> float:
-    """||out - truth|| / ||truth||; inf or nan where the output is not finite."""
+    """||out - truth|| / ||truth||; inf or nan if the output is not finite."""
     return ((out.double() - truth).norm() / truth.norm()).item()
 
 
 def errors(result: Result, truth: Truth, inputs: Inputs) -> dict[str, float]:
-    """Relative errors of everything the case asks for. Raises ValueError where the result lacks one of them."""
+    """Relative errors of everything that the case computes. Raises ValueError if the result lacks one of them."""
     found = {"log_probs": relative_error(_part(result.log_probs, inputs.labels.shape)[truth.rows], truth.log_probs)}
     if inputs.mode == "train":
         grad_hidden = _part(result.grad_hidden, inputs.hidden.shape)
@@ -206,7 +206,7 @@ def _part(tensor: Tensor | None, shape: torch.Size) -> Tensor:
 
 
 def why_wrong(found: dict[str, float], eager: dict[str, float], dtype: torch.dtype) -> str | None:
-    """The first error above WRONG_FACTOR times eager's plus slack, in words; None if all are fine. NaN is wrong."""
+    """Describes the first error above WRONG_FACTOR times eager's plus slack; None if there is none. NaN is wrong."""
     for name, error in found.items():
         limit = WRONG_FACTOR * eager[name] + WRONG_SLACK[dtype]
         if not error <= limit:

@@ -1,4 +1,4 @@
-"""LM-head shapes (hidden size D, vocabulary size V), named after the models that have them."""
+"""Shapes of LM heads (hidden size D, vocabulary size V), named after the models that have them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = {
     "llama3-8b": Shape("llama3-8b", 4096, 128256),
     "qwen3-1.7b": Shape("qwen3-1.7b", 2048, 151936),
     "vicuna-7b": Shape("vicuna-7b", 4096, 32000),
-    # Small enough for a CPU. The first is no model's: it is the case of the CPU target, near pythia-410m (1024x50304).
+    # Small enough for a CPU. cpu-small belongs to no model: it is the shape of the CPU target, near pythia-410m's (1024x50304).
     "cpu-small": Shape("cpu-small", 1024, 50000),
     "smollm2-135m": Shape("smollm2-135m", 576, 49152),
     "qwen2.5-0.5b": Shape("qwen2.5-0.5b", 896, 151936),

@@ -1,4 +1,4 @@
-"""The variants of training that throughput.py compares, by name, in the order of the table."""
+"""The variants of a training step that throughput.py compares, by name, in the order of its table."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from functools import partial
 from benchmarks.steps import packed, padded, trl_trainers
 from benchmarks.steps.step_variant import Passes, StepVariant
 
-BASELINE = "trl-dpo-adapter-off"  # of the speed-ups, unless another is asked for
-# The gains one after another, for the picture: each has all that those before it have.
+BASELINE = "trl-dpo-adapter-off"  # speed-ups compare with it by default
+# The variants in the picture of the gains. Each adds one change to the one before it.
 GAINS = (
     BASELINE, "synpo-no-reference", "synpo-fused-head", "synpo-valid-rows", "synpo-vision-once", "synpo-prefix-shared",
     "synpo-fast", "synpo-fast-cached",
@@ -39,7 +39,7 @@ _every_variant = (
     ),
     StepVariant(
         "synpo-prefix-shared", "synpo", Passes("shared", 2, 1, 2, "valid"),
-        partial(packed.synpo_step, share_prefix=True, pack=False), ours=True, title="prompt run once a pair",
+        partial(packed.synpo_step, share_prefix=True, pack=False), ours=True, title="prompt run once per pair",
     ),
     StepVariant(
         "synpo-fast", "synpo", Passes("shared", 2, 1, 2, "valid"),

@@ -1,9 +1,9 @@
-"""The truth that every variant is held against before its speed is shown: each response alone, the loss written out.
+"""The truth that every variant is compared with before its time is shown: each response run alone, the loss written out.
 
-One response a row without padding, transformers' own forward with sdpa, fp32 log-softmax of the materialised logits at the
-rows that predict it, the paper's formula, autograd. A variant's token log-probs (or their sums, where it has no others), loss
-and gradient of the adapter must agree. Tolerances: in fp32 some hundred times what was measured, far below what one wrong
-token or position does; in bf16 a model's rounding decides, 28 layers deep.
+Each row has one response without padding. The truth uses transformers' own forward with sdpa, fp32 log-softmax of the
+materialised logits at the rows that predict the response, the paper's formula, and autograd. A variant's token log-probs (or
+their sums, if it has only those), loss and gradient of the adapter must agree. The tolerances in fp32 are some hundred times the
+measured errors, and far below the effect of one wrong token or position. In bf16 they allow for the rounding of 28 layers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from benchmarks.steps.step_variant import (
 from benchmarks.steps.workload import Workload, model_inputs, padded_batch
 from synpo_fast.models import Sample
 
-# log_probs: the largest mean difference of a response's tokens; loss: difference; grad: ||g - truth|| / ||truth||
+# log_probs: mean absolute difference over a response's tokens, of the worst response; loss: absolute difference;
+# grad: ||g - truth|| / ||truth||
 TOLERANCES = {
     torch.float32: {"log_probs": 1e-4, "loss": 1e-4, "grad": 1e-3},
     torch.bfloat16: {"log_probs": 0.1, "loss": 0.1, "grad": 0.3},
@@ -36,13 +37,15 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Truth:
+    """Exact log-probs, and the loss and the adapter's gradient for each loss."""
+
     log_probs: list[Tensor]  # of each response, the chosen ones first
     losses: dict[LossName, Tensor]
     grads: dict[LossName, list[Tensor]]
 
 
 def find_truth(workload: Workload, losses: Sequence[LossName]) -> Truth:
-    """One pair at a time, so that memory is that of one."""
+    """Computes the truth one pair at a time, to bound memory."""
     model: Any = workload.policy.model
     use_attention(workload, "sdpa")
     count = len(workload.samples)
@@ -77,7 +80,7 @@ def alone(workload: Workload, sample: Sample, which: int) -> Tensor:
 
 
 def gradients(workload: Workload) -> list[Tensor]:
-    """Copies: later steps write over the parameters' own."""
+    """Copies of the adapter's gradients, since later steps overwrite them."""
     groups = workload.optimizer.param_groups
     return [p.grad.detach().clone() for group in groups for p in group["params"] if p.grad is not None]
 
@@ -100,7 +103,7 @@ FORMULAS = {"dpo": _dpo, "simpo": _simpo, "synpo": _synpo}
 
 
 def errors(result: StepResult, truth: Truth, workload: Workload) -> dict[str, float]:
-    """Call it right after the step: the gradients are read from the parameters."""
+    """Errors of a step against the truth. Call it right after the step, since it reads gradients from the parameters."""
     scores, tokens = result.scores, result.scores.responses()
     if tokens is not None:
         shapes = [tuple(row.shape) for row in tokens], [tuple(row.shape) for row in truth.log_probs]
@@ -126,7 +129,7 @@ def errors(result: StepResult, truth: Truth, workload: Workload) -> dict[str, fl
 
 
 def why_wrong(found: dict[str, float], dtype: torch.dtype) -> str | None:
-    """None if all errors are within the tolerances; NaN is not."""
+    """Lists the errors above their tolerances; None if there are none. NaN is above."""
     bounds = TOLERANCES[dtype]
     bad = [f"{name} {error:.2g} > {bounds[name]:g}" for name, error in found.items() if not error <= bounds[name]]
     return ", ".join(bad) or None

@@ -1,12 +1,12 @@
-"""The cost of a step predicted by counting passes alone, and so the ratio that theory predicts.
+"""The FLOPs of a step, predicted from its number of passes, and the speed-up that they predict.
 
-    language model   2 FLOPs a weight and token, `Passes.language` times
-    vision tower     2 FLOPs a weight and patch, `Passes.vision` times a video
-    head             2 D V FLOPs a row, `Passes.head` times
+    language model   2 FLOPs per weight and token, `Passes.language` times
+    vision tower     2 FLOPs per weight and patch, `Passes.vision` times for each video
+    head             2 D V FLOPs per row, `Passes.head` times
 
-A backward through a frozen layer is one more forward (gradients to inputs). Attention's quadratic part and the adapter are
-left out: the counted FLOPs in the table have them. A row's `limit` is the first row's cost over its own: the ratio that a
-machine would show if every FLOP took the same time and nothing else took any.
+A backward through a frozen layer costs one more forward (gradients to inputs). Attention's quadratic part and the adapter are
+left out; the counted FLOPs in the table include them. A row's `limit` is the baseline's cost divided by the row's: the speed-up
+if every FLOP took the same time and nothing else took any.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.steps.workload import Workload
 
 @dataclass(frozen=True)
 class Unit:
-    """FLOPs of one forward pass: of the language model for a token, of the tower for all videos, of the head for a row."""
+    """FLOPs of one forward pass: of the language model per token, of the tower over all videos, of the head per row."""
 
     language: float
     vision: float
@@ -41,7 +41,7 @@ def unit_costs(workload: Workload) -> Unit:
 
 
 def _matrix_weights(module: nn.Module) -> int:
-    """Weights of linear layers, adapters aside: an embedding multiplies nothing."""
+    """The number of weights in linear layers and convolutions, without adapters. Embeddings multiply nothing."""
     return sum(
         layer.weight.numel()
         for name, layer in module.named_modules()
@@ -50,13 +50,13 @@ def _matrix_weights(module: nn.Module) -> int:
 
 
 def _merger_weights(tower: nn.Module) -> int:
-    """The projector runs once for four patches."""
+    """The number of weights in the projector, which runs once for four patches."""
     merger = getattr(tower, "merger", None)
     return 0 if merger is None else _matrix_weights(merger)
 
 
 def tokens_of(workload: Workload, rows: str) -> int:
-    """Tokens that the language model runs over for all pairs, seen as in Passes.rows."""
+    """Tokens that the language model processes for all pairs, if they are laid out as `Passes.rows` says."""
     if rows == "padded":
         return workload.batch["input_ids"].numel()
     lengths = [(len(sample.prompt), [len(r) - 1 for r in sample.responses]) for sample in workload.samples]
@@ -80,5 +80,5 @@ def head_flops(workload: Workload, passes: Passes, unit: Unit) -> float:
 
 
 def tokens_only_limit(ratio: float, *, share_prefix: bool) -> float:
-    """The formula for tokens of the language model alone, adapter-off DPO over SynPO, at prefix / completion = ratio."""
+    """The speed-up of SynPO over adapter-off DPO if only the language model's tokens cost time. ratio: prefix / completion."""
     return 3 * 2 * (ratio + 1) / (2 * (ratio + 2) if share_prefix else 4 * (ratio + 1))

@@ -1,4 +1,4 @@
-"""The largest number of pairs a step can take before the GPU's memory runs out."""
+"""Finds the largest number of pairs per step that fits in the GPU's memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST = 256
 
 
 def largest(fits: Callable[[int], bool], most: int = MOST) -> int:
-    """The largest count in 1..most that fits, if fitting is monotone; 0 if not even 1 does. Doubling, then halving."""
+    """The largest count in 1..most that fits; 0 if not even 1 does. Doubles, then bisects, so `fits` must be monotone."""
     good, bad = 0, most + 1
     count = 1
     while count <= most:
@@ -32,7 +32,7 @@ def largest(fits: Callable[[int], bool], most: int = MOST) -> int:
 
 
 def largest_batch(preset: Preset, policy: Policy, variant: StepVariant, device: torch.device, *, seed: int = 0) -> int:
-    """Pairs of the preset in one step of the variant; every count is tried with freshly made tensors."""
+    """The most pairs of the preset that fit in one step of the variant. Every count is tried with newly made tensors."""
 
     def step(pairs: int) -> None:
         workload = make_workload(replace(preset, pairs=pairs), device, seed=seed, policy=policy)

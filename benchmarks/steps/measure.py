@@ -1,4 +1,4 @@
-"""One table: the variants checked against the truth, their memory taken, timed in turn, their FLOPs counted."""
+"""Measures one table: checks the variants against the truth, measures their memory, times them in turn, counts their FLOPs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from synpo_fast.profiling.counted_flops import count_flops
 from synpo_fast.profiling.rounds import median_interval, median_ratio
 
 GEMM = "gemm"
-# Square products large enough for the machine's full rate.
+# Square matrix products that are large enough to reach the machine's full rate.
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
@@ -31,9 +31,9 @@ def compare(
     baseline: str = BASELINE,
     timer: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, Any]:
-    """{"workload", "gemm", "rows"} as they go into the JSON; the rows in the order of `variants`.
+    """Measures the variants and returns {"workload", "gemm", "rows"} for the JSON, with rows in the order of `variants`.
 
-    baseline: the variant that speed-ups are over.
+    baseline: name of the variant that speed-ups compare with. timer(call) -> seconds replaces the clock.
     """
     dtype = workload.policy.base.dtype
     truth = find_truth(workload, sorted({variant.loss for variant in variants}))
@@ -76,7 +76,7 @@ def compare(
         if row["skipped"] is None:
             row["loss"] = losses[variant.name]
             row["flops"] = count_flops(runs[variant.name])
-            if variant.ours and workload.device.type == "cuda":  # no product inside a Triton kernel is counted
+            if variant.ours and workload.device.type == "cuda":  # products inside a Triton kernel are not counted
                 row["flops"] += round(head_flops(workload, variant.passes, unit))
             row["gemm_share"] = row["flops"] / row["seconds"]["median"] / rate
         rows.append(row)
@@ -96,7 +96,7 @@ def _row(
     rate: float,
     static_bytes: int,
 ) -> dict[str, Any]:
-    """flops, gemm_share and loss are filled in by the caller for a row that ran."""
+    """The JSON row of a variant. The caller adds limit and, if the variant ran, flops, gemm_share and loss."""
     row: dict[str, Any] = {
         "name": variant.name,
         "loss_name": variant.loss,
@@ -130,7 +130,7 @@ def _row(
 
 
 def gemm(workload: Workload) -> Step:
-    """The machine's own rate, measured in the same rounds: a square product in the model's dtype."""
+    """A square matrix product in the model's dtype, which measures the machine's rate in the same rounds."""
     size = GEMM_SIZE[workload.device.type]
     a, b, out = (torch.randn(size, size, device=workload.device).to(workload.policy.base.dtype) for _ in range(3))
 

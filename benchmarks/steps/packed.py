@@ -1,4 +1,4 @@
-"""Variants that run this package's policy: synpo_fast with its options, and DPO with the same."""
+"""Variants that run this package's policy: synpo_fast with its options, and DPO with the same options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from synpo_fast.references import AdapterOff, Precomputed, Reference, in_batches
 
 
 class OncePerStep:
-    """Keeps a step's features between the policy's forward and the reference's. Call clear() between steps."""
+    """Keeps a step's features from the policy's forward for the reference's forward. Call clear() between steps."""
 
     def __init__(self) -> None:
         self.kept: dict[int, VideoFeatures] = {}
@@ -45,7 +45,7 @@ def synpo_step(workload: Workload, *, share_prefix: bool, pack: bool, cached: bo
 
 
 def dpo_step(workload: Workload, *, precomputed: bool = False) -> Forward:
-    """DPO with everything this package has: prompts shared and packed, the tower once a step, response rows only."""
+    """DPO with everything this package has: shared prompts, packed rows, one tower pass per step, head on response rows only."""
     policy = workload.policy
     use_attention(workload, policy.attn_implementation)
     reference: Reference = AdapterOff(policy)
@@ -83,7 +83,7 @@ def _pair_logprobs(logps: Logps) -> PairLogprobs:
 
 
 def _warm_cache(workload: Workload) -> FeatureCache:
-    """The package's cache on disk, as an earlier epoch left it."""
+    """A feature cache on disk with the features of all videos, as after an earlier epoch."""
     folder = tempfile.mkdtemp(prefix="throughput-features-")
     cache = FeatureCache(folder, tower=tower_key(workload.policy))
     weakref.finalize(cache, _remove, folder)

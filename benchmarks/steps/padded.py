@@ -1,5 +1,5 @@
-"""Variants that run transformers' own forward on padded rows: Liger's DPO, SynPO as it was released, and the first gains one
-after another, from TRL's step to this package's head."""
+"""Variants that run transformers' own forward on padded rows: Liger's DPO, SynPO as released, and the first changes one after
+another, from TRL's step to this package's head."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from synpo_fast.ops.linear_logprobs import fused_linear_logprobs
 
 
 def liger_dpo(workload: Workload) -> Forward:
-    """Hidden states of all rows into Liger's chunked DPO loss, for policy and reference (the adapter switched off)."""
+    """Liger's chunked DPO loss on the hidden states of all rows, of policy and reference (the adapter switched off)."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     module = LigerFusedLinearDPOLoss(beta=DPO_BETA, compiled=True)
@@ -46,7 +46,7 @@ def liger_dpo(workload: Workload) -> Forward:
 
 
 def released(workload: Workload) -> Forward:
-    """SynPO as in the authors' code: chosen and rejected apart, each with the video, fp32 logits and log-softmax of every row."""
+    """SynPO as in its authors' code: chosen and rejected run apart, each with the video; fp32 log-softmax of all rows' logits."""
     model: Any = workload.policy.model
     halves = [
         {name: tensor.to(workload.device) for name, tensor in batch.items()}
@@ -73,7 +73,7 @@ def released(workload: Workload) -> Forward:
 
 
 def _stacked(halves: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Log-probs and masks of both halves, one of which may be longer, as those of one batch."""
+    """Pads log-probs and masks of both halves to the same length and concatenates them."""
     length = max(mask.shape[1] for _, mask in halves)
     pad = torch.nn.functional.pad
     padded = [[pad(tensor, (0, length - tensor.shape[1])) for tensor in half] for half in halves]
@@ -81,7 +81,7 @@ def _stacked(halves: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def no_reference(workload: Workload) -> Forward:
-    """TRL's forward of the policy as DPOTrainer calls it, and nothing else."""
+    """SynPO with TRL's forward of the policy, as DPOTrainer calls it, and without the reference's."""
     model, inputs, labels = dpo_trainer(workload).model, model_inputs(workload.batch), labels_of(workload.batch)
     mask, attention = labels[:, 1:] != IGNORE_INDEX, peer_attention(workload)
 
@@ -95,7 +95,7 @@ def no_reference(workload: Workload) -> Forward:
 
 def fused_head_all_rows(workload: Workload) -> Forward:
     if workload.device.type == "cuda":
-        raise Unavailable("TRL's head scores response tokens only on a GPU: the step after this one replaces it")
+        raise Unavailable("on a GPU TRL's head scores response tokens only, which is synpo-valid-rows")
     return _fused_head(workload, valid_only=False)
 
 

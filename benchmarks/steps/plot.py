@@ -1,9 +1,9 @@
-"""Pictures of throughput.py's JSON.
+"""Draws pictures of throughput.py's JSON.
 
     python benchmarks/steps/plot.py FILE --out DIR
 
-gains.png: from TRL's step to synpo-fast, what each change takes off. variants.png: every variant's speed-up beside what
-counting passes predicts, and its memory. sweep-<name>.png: measured speed-up along one axis, the prediction beside it.
+gains.png: the time that each change saves, from TRL's step to synpo-fast. variants.png: every variant's speed-up, measured and
+predicted from its passes, and its memory. sweep-<name>.png: the speed-up along one axis, measured and predicted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SWEEP_COLOURS = {
 
 
 def plot(record: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes the pictures that the record has data for. Raises ImportError with a hint without matplotlib."""
+    """Writes the pictures that the record has data for. Raises ImportError with a hint if matplotlib is missing."""
     prepare_folder(folder)
     machine = machine_line(record["environment"])
     paths = []
@@ -51,7 +51,7 @@ def workload_line(workload: dict[str, Any]) -> str:
     video = f"{workload['frames']} frames of {workload['size']} px, " if workload["frames"] else ""
     return (
         f"{workload['parameters'] / 1e6:.0f} M parameters, LoRA r={workload['lora_r']}, {workload['dtype']}; "
-        f"{workload['pairs']} pairs a step: {video}prompts of {workload['prefix']} tokens, responses of "
+        f"{workload['pairs']} pairs per step: {video}prompts of {workload['prefix']} tokens, responses of "
         f"{workload['completion']}"
     )
 
@@ -61,12 +61,12 @@ def _rounds(rows: Sequence[dict[str, Any]]) -> int:
 
 
 def _interval_name(rounds: int) -> str:
-    """The name of what median_interval gave for so many rounds."""
+    """A name for the interval that median_interval gives for this number of rounds."""
     return "the median's 90 % interval" if rounds >= ROUNDS_FOR_AN_INTERVAL else "lowest to highest"
 
 
 def _gains(record: dict[str, Any], machine: str, path: Path) -> Path:
-    """A waterfall: each bar is a step's time, the pale end is what the change took off the one above."""
+    """Draws a waterfall: each bar is a step's time, its pale end the time saved compared with the bar above."""
     import matplotlib.pyplot as plt
 
     rows = _gain_rows(record["runs"][0])
@@ -88,7 +88,7 @@ def _gains(record: dict[str, Any], machine: str, path: Path) -> Path:
     axes.set_yticks(range(len(rows)), [_step_label(row, place) for place, row in enumerate(rows)])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, longest * 1.5)
-    axes.set_xlabel("time of a training step: forward, backward and optimiser, in seconds")
+    axes.set_xlabel("seconds of a training step: forward, backward and optimiser")
     clean_axes(axes)
     figure.text(
         0.02, 1 - 0.32 / height, "Where the gain comes from, one change after another", fontsize=13, weight="bold"
@@ -101,7 +101,7 @@ def _gains(record: dict[str, Any], machine: str, path: Path) -> Path:
 
 
 def _gain_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the waterfall; none where the first of them was not measured, which all others are compared with."""
+    """The rows of the waterfall; none if the first was not measured, since all others are compared with it."""
     by_name = {row["name"]: row for row in run["rows"]}
     rows = [by_name[name] for name in GAINS if name in by_name and by_name[name]["seconds"]]
     return rows if rows and rows[0]["name"] == BASELINE else []
@@ -143,7 +143,7 @@ def _variants(record: dict[str, Any], machine: str, path: Path) -> Path:
     left.set_ylim(len(rows) - 0.4, -0.6)
     left.set_yticks(places, [row["name"] for row in rows])
     interval = _interval_name(_rounds(rows))
-    left.set_xlabel(f"speed-up over {baseline}   (line: {interval}, dashed: theory, by counted passes)")
+    left.set_xlabel(f"speed-up over {baseline}   (line: {interval}, dashed: predicted by FLOPs)")
     clean_axes(left)
     most = max(row["peak_memory_bytes"] for row in rows)
     right.barh(places, [row["peak_memory_bytes"] for row in rows], color=colours)
@@ -168,7 +168,7 @@ def _variants(record: dict[str, Any], machine: str, path: Path) -> Path:
 
 
 def _sweep(sweep: dict[str, Any], machine: str, path: Path) -> Path:
-    """Speed-up over the first row along the axis: measured with its spread, and dashed what counting predicts."""
+    """Draws the speed-up over the baseline along one axis: measured with its spread, and predicted as a dashed line."""
     import matplotlib.pyplot as plt
 
     points = sweep["points"]
@@ -200,8 +200,8 @@ def _sweep(sweep: dict[str, Any], machine: str, path: Path) -> Path:
     if sweep["name"] != "valid":
         about += f", responses of {workload['completion']} tokens"
     below = (
-        f"{about}, a pair a step. {machine}.\n"
-        f"Solid: medians of {rounds} interleaved rounds (band: {_interval_name(rounds)}). Dashed: theory, by counted passes."
+        f"{about}, one pair per step. {machine}.\n"
+        f"Solid: medians of {rounds} interleaved rounds (band: {_interval_name(rounds)}). Dashed: predicted by FLOPs."
     )
     figure.text(0.02, 0.87, below, fontsize=8.5, color=QUIET)
     figure.savefig(path, dpi=130)

@@ -1,10 +1,10 @@
-"""Presets of throughput.py: model shapes, and how many tokens and frames a pair has.
+"""Presets of throughput.py: shapes of models, and the number of tokens and frames of a pair.
 
-cpu        Qwen2.5-VL made small: 29 M parameters in about the proportions of the 7B model (a visual token costs the tower a
-           third of what it costs the language model, the head is a tenth of it)
-text       the same language model without a tower, which TRL's own data pipeline can feed
-text-1024  28 M parameters, prompts of 1024 tokens and responses of 128: what sharing a long prompt saves
-gpu        Qwen2.5-VL-7B from its published dimensions, random weights in bf16, built on the device
+cpu        a small Qwen2.5-VL: 29 M parameters in about the proportions of the 7B model (a visual token costs the tower a
+           third of what it costs the language model, the head is a tenth of the language model)
+text       the same language model without a tower; TRL's own data pipeline can feed it
+text-1024  28 M parameters, prompts of 1024 tokens and responses of 128, to measure what sharing a long prompt saves
+gpu        Qwen2.5-VL-7B in its published dimensions, with random bf16 weights, built on the device
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from synpo_fast.models.lora import add_lora
 
 @dataclass(frozen=True)
 class Preset:
-    """prefix: tokens of the prompt, the video's included. completion: tokens of a response on average, EOS included;
-    lengths lie within `spread` of it. size: pixels a side of a square frame."""
+    """A model's shape and the sizes of its pairs.
+
+    prefix: tokens of the prompt, including the video's. completion: tokens of a response on average, EOS included; lengths lie
+    within the share `spread` of it. size: width and height of a frame in pixels.
+    """
 
     name: str
     family: str
@@ -36,7 +39,7 @@ class Preset:
     spread: float
     pairs: int
     lora_r: int
-    published: bool = False  # shape holds a published config's dimensions, not load_policy's sizes
+    published: bool = False  # shape has the dimensions of a published config, not load_policy's tiny_options
     checkpointing: bool = False
     seconds_per_frame: float = 0.5
 
@@ -84,7 +87,7 @@ PRESETS = {
 
 
 def build_policy(preset: Preset, device: torch.device, seed: int = 0) -> Policy:
-    """A random model with LoRA whose adapter does something, the tower frozen, ready to train."""
+    """A random model with a frozen tower and a LoRA adapter that is not zero, ready to train."""
     dtype = getattr(torch, preset.dtype)
     if preset.published:
         policy = _published_qwen25_vl(preset.shape, device, dtype, seed)
@@ -96,13 +99,13 @@ def build_policy(preset: Preset, device: torch.device, seed: int = 0) -> Policy:
     torch.manual_seed(seed + 1)
     add_lora(policy, r=preset.lora_r, alpha=preset.lora_r, dropout=0.0)
     for name, parameter in policy.named_parameters():
-        if "lora_B" in name:  # 0 at the start: policy and reference would agree whatever became of the adapter
+        if "lora_B" in name:  # with B = 0 policy and reference would always agree
             nn.init.normal_(parameter, std=0.05 / preset.lora_r**0.5)
     return policy.train()
 
 
 def _published_qwen25_vl(shape: dict[str, int], device: torch.device, dtype: torch.dtype, seed: int) -> Policy:
-    """Built on the device in its dtype: no download, and no fp32 copy in host memory."""
+    """Builds the model on the device in its dtype, without a download and without an fp32 copy in host memory."""
     from transformers import AutoModelForImageTextToText
 
     from synpo_fast.models import attention
@@ -122,7 +125,7 @@ def _published_qwen25_vl(shape: dict[str, int], device: torch.device, dtype: tor
 
 
 def qwen25_vl_config(shape: dict[str, int], tokenizer: Any) -> Any:
-    """Qwen2.5-VL's published config in these dimensions; token ids are those of the byte tokenizer."""
+    """Qwen2.5-VL's published config with these dimensions and the byte tokenizer's token ids."""
     from transformers import Qwen2_5_VLConfig
 
     token_ids = {
@@ -173,6 +176,6 @@ def qwen25_vl_config(shape: dict[str, int], tokenizer: Any) -> Any:
 
 
 def _mrope_sections(head_dim: int) -> list[int]:
-    """16, 24, 24 of 64 as published, scaled."""
+    """Scales the published sections 16, 24, 24 (of 64) to the head's dimension."""
     rest = head_dim // 2 * 3 // 8
     return [head_dim // 2 - 2 * rest, rest, rest]

@@ -1,4 +1,4 @@
-"""A variant of training: how it gets from the workload to a loss, and what it computes, counted in passes."""
+"""A variant of the training step: how it computes a loss from the workload, and its cost in passes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from benchmarks.steps.workload import Workload
 
 LossName = Literal["dpo", "simpo", "synpo"]
-# The losses' options, the same in every variant: the papers' defaults.
+# Options of the losses, the papers' defaults; the same in every variant.
 DPO_BETA, SIMPO_BETA, SIMPO_GAMMA = 0.1, 2.0, 0.5
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Counts of what a variant computes, for the cost formula (cost.py).
+    """The passes that a variant computes, for the cost formula (cost.py).
 
-    rows: how the language model sees the pairs: "padded" [2B, L], each response "apart" behind a copy of its prompt without
-    padding, or "shared", each prompt once. language: forward passes' worth of work on them, a backward being one.
-    vision: passes of the tower over each video. head: products with the vocabulary for each row in head_rows: "all" of them,
-    those "valid" that predict a response token, or as "trl" does it, valid ones on a GPU and all elsewhere.
+    rows: the layout of the pairs in the language model: "padded" [2B, L]; "apart", each response after a copy of its prompt,
+    without padding; or "shared", each prompt once. language: passes of the language model over them, a backward counted as one.
+    vision: passes of the tower over each video. head: products with the vocabulary for each row of head_rows: "all" rows, the
+    "valid" ones that predict a response token, or "trl", which is valid ones on a GPU and all elsewhere.
     """
 
     rows: Literal["padded", "apart", "shared"]
@@ -35,8 +35,11 @@ class Passes:
 
 @dataclass
 class Scores:
-    """Findings of a forward, for the check: log-probs of every response, the chosen ones first. tokens: [T] each, or padded:
-    [2B, L - 1] and its mask, taken apart after the step since that waits for a GPU; sums: [2B], where a variant has no others."""
+    """The log-probs of every response that a forward computed, for the check; the chosen ones come first.
+
+    tokens: [T] for each response. padded: [2B, L - 1] and its mask, split after the step because splitting waits for the GPU.
+    sums: [2B], for a variant that has only those.
+    """
 
     tokens: list[Tensor] | None = None
     padded: tuple[Tensor, Tensor] | None = None
@@ -50,8 +53,11 @@ class Scores:
 
 @dataclass
 class Forward:
-    """loss(scores) -> scalar with autograd, writing what it found into `scores`. held_bytes: what it keeps between steps
-    beyond weights and optimiser, a second model for instance. setting: how the peer is called, in words."""
+    """The forward of a variant: loss(scores) -> scalar with autograd, which writes its log-probs into `scores`.
+
+    setting: how the variant is called, in words. held_bytes: memory that it keeps between steps beyond weights and optimiser
+    state, such as a second model.
+    """
 
     loss: Callable[[Scores], Tensor]
     setting: str
@@ -60,6 +66,8 @@ class Forward:
 
 @dataclass(frozen=True)
 class StepVariant:
+    """A named variant of the training step. `prepare` makes its forward for a workload."""
+
     name: str
     loss: LossName
     passes: Passes
@@ -76,7 +84,7 @@ class StepResult:
 
 
 def full_step(workload: Workload, variant: StepVariant, forward: Forward) -> Callable[[], StepResult]:
-    """Forward, backward and optimiser step; the gradients stay in the parameters for the check."""
+    """Returns a function that runs forward, backward and optimiser step. Gradients stay in the parameters for the check."""
 
     def run() -> StepResult:
         workload.optimizer.zero_grad(set_to_none=True)
@@ -90,9 +98,9 @@ def full_step(workload: Workload, variant: StepVariant, forward: Forward) -> Cal
 
 
 def use_attention(workload: Workload, implementation: str, model: torch.nn.Module | None = None) -> None:
-    """Peers run transformers' attention over padded rows, this package its own over packed ones, on the same weights.
+    """Sets the attention of the language model. Peers run transformers' on padded rows, this package its own on packed rows.
 
-    model: another one than the policy's own.
+    model: the model to set, by default the policy's.
     """
     policy = workload.policy
     language_model: Any = policy.family.language_model(policy.base if model is None else model)
@@ -100,7 +108,7 @@ def use_attention(workload: Workload, implementation: str, model: torch.nn.Modul
 
 
 def peer_attention(workload: Workload) -> str:
-    """flash-attn where it is installed, as TRL's and transformers' guides advise on GPUs, else sdpa."""
+    """The peers' attention: flash-attn on a GPU where it is installed, as TRL's and transformers' guides advise, else sdpa."""
     if workload.device.type == "cuda":
         try:
             import flash_attn  # noqa: F401

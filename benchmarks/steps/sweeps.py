@@ -1,4 +1,4 @@
-"""The same comparison along one axis: prefix over completion, frames, or the share of response tokens."""
+"""Sweeps of throughput.py: the comparison along prefix / completion, frames, or the share of response tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.steps import BASELINE
 from benchmarks.steps.presets import Preset
 from benchmarks.steps.workload import MARKERS, visual_tokens
 
-# Smaller frames than the tables have: a video of few tokens must fit into the shortest prefix.
+# Smaller frames than in the table, so that a video fits into the shortest prefix.
 SIZE = {"cpu": 84, "cuda": 224}
 VIDEO_SHARE = 0.8  # of the prefix
 TEXT = 30
@@ -17,6 +17,8 @@ TEXT = 30
 
 @dataclass(frozen=True)
 class Sweep:
+    """An axis: its values, and `at`, which sets a preset to one of them."""
+
     label: str
     values: tuple[float, ...]
     at: Callable[[Preset, float], Preset]
@@ -57,7 +59,7 @@ SWEEPS = {
 
 
 def presets_along(sweep: Sweep, preset: Preset, device: str) -> Iterator[tuple[float, Preset]]:
-    """Raises ValueError for a sweep over frames of a model without video."""
+    """Yields each value with its preset. Raises ValueError for a sweep over frames of a model without video."""
     if preset.family == "text" and sweep.at is at_frames:
         raise ValueError(f"preset {preset.name!r} has no frames to sweep over")
     for value in sweep.values:

@@ -1,4 +1,4 @@
-"""Tables of throughput.py in the terminal."""
+"""Tables that throughput.py prints."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def title(workload: dict[str, Any], gemm: dict[str, Any]) -> str:
     limit = workload["limit_tokens_only"]
     return (
         f"{workload['name']}: {workload['parameters'] / 1e6:.0f} M parameters, LoRA r={workload['lora_r']}, frozen tower, "
-        f"{workload['dtype']}; {workload['pairs']} pairs a step, {video}prefix {workload['prefix']}, completions "
+        f"{workload['dtype']}; {workload['pairs']} pairs per step, {video}prefix {workload['prefix']}, completions "
         f"{workload['completion']} (+-{workload['spread']:.0%})\n"
-        f"a bare product runs at {gemm['flops_per_s'] / 1e9:.0f} GFLOP/s; tokens of the language model alone predict "
-        f"{limit['shared']:.2f}x over DPO with the adapter off, {limit['apart']:.2f}x with sharing off: sharing gives "
+        f"a bare matrix product runs at {gemm['flops_per_s'] / 1e9:.0f} GFLOP/s; the language model's tokens alone predict "
+        f"{limit['shared']:.2f}x over DPO with the adapter off, {limit['apart']:.2f}x without prefix sharing: sharing gives "
         f"{limit['shared'] / limit['apart']:.2f}x"
     )
 
@@ -58,7 +58,7 @@ def table(workload: dict[str, Any], run: dict[str, Any]) -> str:
 
 
 def repeats_table(runs: Sequence[dict[str, Any]], baseline: str) -> str:
-    """The speed-up of every variant in every run, with the lowest and highest end of the runs' intervals."""
+    """The speed-up of every variant in every run, with the lowest and highest bound of the runs' intervals."""
     header = ["variant", *(f"run {number}" for number in range(1, len(runs) + 1)), "(lowest - highest)"]
     lines = []
     for same in zip(*(run["rows"] for run in runs), strict=True):

@@ -1,10 +1,10 @@
-"""DPO and SimPO in TRL: TRL's own trainers compute these losses, on video too.
+"""Variants that run TRL's own trainers for DPO and SimPO, on video too.
 
-DPOTrainer's data pipeline refuses video, but its compute_loss hands whatever a batch holds to the model. So it is given the
-batch that its collators would make (workload.padded_batch: chosen and rejected concatenated, the video once for each), and
-everything after that is TRL: the fused head, the reference, the loss, the metrics.
+DPOTrainer's data pipeline refuses video, but its compute_loss passes whatever a batch contains to the model. So it gets the batch
+that its collators would make (workload.padded_batch: chosen and rejected concatenated, the video once for each). Everything after
+that is TRL's code: the fused head, the reference, the loss, the metrics.
 
-The trainers are set up without gradient checkpointing, mixed precision and dropout, as everything here is.
+The trainers have no gradient checkpointing, mixed precision or dropout of their own, like all variants.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from benchmarks.steps.step_variant import (
 )
 from benchmarks.steps.workload import IGNORE_INDEX, Workload, labels_of, model_inputs, padded_batch
 
-# A data set is asked for; no batch is drawn from it.
+# The trainers require a dataset; no batch is drawn from it.
 _ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
 
 
 def dpo_trainer(workload: Workload, ref_model: Any = None) -> Any:
-    """TRL's DPOTrainer around the workload's model. Without ref_model its reference is the adapter switched off."""
+    """TRL's DPOTrainer with the workload's model. Without ref_model its reference is the model with the adapter switched off."""
     policy_model: Any = workload.policy.model
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         from datasets import Dataset
@@ -56,15 +56,15 @@ def dpo_trainer(workload: Workload, ref_model: Any = None) -> Any:
         )
     model: Any = trainer.model
     if "ref" in model.peft_config:
-        # TRL takes an adapter it is handed for a trained one and compares with a copy of it. With a new adapter, which TRL
-        # makes itself from a peft_config, there is none, and the reference is the adapter switched off.
+        # TRL assumes that an adapter it is given has been trained, and copies it as the reference. A new adapter, which TRL
+        # makes from a peft_config, has no copy: its reference is the adapter switched off.
         model.delete_adapter("ref")
     return trainer
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """While a trainer is set up it shows progress bars, advice and the warnings of what it imports; none is about a step."""
+    """Hides what a trainer prints during its set-up: progress bars, advice and warnings of its imports. None concerns a step."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -106,7 +106,7 @@ def dpo_precomputed(workload: Workload) -> Forward:
     trainer = dpo_trainer(workload)
     use_attention(workload, peer_attention(workload))
     chosen, rejected = trainer.compute_ref_log_probs(trainer.model, workload.batch)
-    trainer.precompute_ref_logps = True  # what precompute_ref_log_probs=True sets
+    trainer.precompute_ref_logps = True  # as precompute_ref_log_probs=True does
     batch = {**workload.batch, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
     return _dpo(
         workload, trainer, batch, "precompute_ref_log_probs (refused for vision; computed with its own function)"
@@ -114,9 +114,9 @@ def dpo_precomputed(workload: Workload) -> Forward:
 
 
 def dpo_valid_rows(workload: Workload) -> Forward:
-    """On a CPU, with the head on response tokens only: what TRL does where it has Triton."""
+    """DPO on a CPU with the head on response tokens only, as TRL runs it where it has Triton."""
     if workload.device.type == "cuda":
-        raise Unavailable("TRL's head drops the other rows by itself on a GPU: this is trl-dpo-adapter-off")
+        raise Unavailable("on a GPU TRL's head drops the other rows itself, which is trl-dpo-adapter-off")
     forward = dpo_adapter_off(workload)
     plain = forward.loss
 
@@ -152,7 +152,7 @@ def _dpo(workload: Workload, trainer: Any, batch: dict[str, Tensor], what: str) 
 
 
 def record(scores: Scores, log_probs: Tensor, mask: Tensor) -> None:
-    if scores.padded is None:  # a later call is the reference's
+    if scores.padded is None:  # later calls are the reference's
         scores.padded = (log_probs.detach(), mask)
 
 
@@ -166,7 +166,7 @@ def recorded(model: nn.Module, look: Callable[[Any], None]) -> Iterator[None]:
 
 
 def simpo(workload: Workload) -> Forward:
-    """CPOTrainer with loss_type="simpo". It hands token ids and mask alone to the model: the video is bound beforehand."""
+    """CPOTrainer with loss_type="simpo". It passes only token ids and mask to the model, so the video is bound beforehand."""
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         from datasets import Dataset
         from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -197,7 +197,7 @@ def simpo(workload: Workload) -> Forward:
     def loss(scores: Scores) -> Tensor:
         def concatenated_forward(*args: Any) -> Any:
             found = forward_of_trl(*args)
-            scores.sums = torch.cat(found[:2]).detach().float() * lengths  # its SimPO takes means
+            scores.sums = torch.cat(found[:2]).detach().float() * lengths  # its SimPO returns means
             return found
 
         use_attention(workload, attention)

@@ -1,4 +1,4 @@
-"""The pairs that every variant of training gets: the same samples, also as the padded batch that TRL's collator makes."""
+"""The pairs that every variant gets, as samples and as the padded batch that TRL's collator makes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from synpo_fast.models import Policy, Sample
 from synpo_fast.models.families.base import VideoInputs
 
 IGNORE_INDEX = -100
-TEXT_TOKENS = 26  # of the byte tokenizer: the letters
+TEXT_TOKENS = 26  # texts are random letters of the byte tokenizer
 MARKERS = 2  # tokens around a video
 
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """batch: [2B, L], the chosen half first, padded on the right. optimizer: AdamW at learning rate 0, so that every step
-    does an optimiser's work and none changes what the next one computes."""
+    """A model with its pairs and optimiser.
+
+    batch: [2B, L], the chosen half first, padded on the right. optimizer: AdamW at learning rate 0, so that every step includes
+    an optimiser step and none changes what the next one computes.
+    """
 
     preset: Preset
     policy: Policy
@@ -34,18 +37,18 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all pairs, each prompt counted once for each of its responses: what a dataset calls its tokens."""
+        """Tokens of all pairs. A prompt counts once for each of its responses, as in the size of a dataset."""
         return sum(len(s.prompt) + len(r) for s in self.samples for r in s.responses)
 
     def static_bytes(self) -> int:
-        """Weights and optimiser state, which every variant holds."""
+        """Bytes of weights and optimiser state, which every variant holds."""
         state = [value for entry in self.optimizer.state.values() for value in entry.values()]
         tensors = [*self.policy.parameters(), *(value for value in state if isinstance(value, Tensor))]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def make_workload(preset: Preset, device: torch.device, *, seed: int = 0, policy: Policy | None = None) -> Workload:
-    """policy: one that was built before, for another batch of the same model."""
+    """Makes a workload. policy: a model to reuse; by default a new one is built."""
     policy = build_policy(preset, device, seed) if policy is None else policy
     samples = make_samples(policy, preset, seed)
     batch = {name: tensor.to(device) for name, tensor in padded_batch(policy, samples).items()}
@@ -54,9 +57,9 @@ def make_workload(preset: Preset, device: torch.device, *, seed: int = 0, policy
 
 
 def make_samples(policy: Policy, preset: Preset, seed: int) -> list[Sample]:
-    """Prompts of exactly `prefix` tokens (video, then text) and two responses that end in EOS.
+    """Samples with prompts of exactly `prefix` tokens (video, then text) and two responses that end in EOS.
 
-    Raises ValueError where the video alone is longer than the prefix.
+    Raises ValueError if the video leaves no room for text in the prefix.
     """
     generator = torch.Generator().manual_seed(seed)
     end = policy.tokenizer.eos_token_id
@@ -76,7 +79,7 @@ def make_samples(policy: Policy, preset: Preset, seed: int) -> list[Sample]:
 
 
 def visual_tokens(preset: Preset) -> int:
-    """Tokens of a video of the preset: 28 px a token, two frames a step of time, as Qwen2.5-VL has it."""
+    """Tokens of a video of the preset: one for 28 x 28 pixels of two frames, as in Qwen2.5-VL."""
     return -(-preset.frames // 2) * round(preset.size / 28) ** 2
 
 
@@ -88,7 +91,7 @@ def _video(policy: Policy, preset: Preset, generator: torch.Generator) -> VideoI
     video = policy.family.video_inputs(
         config, policy.tokenizer, frames, seconds_per_frame=preset.seconds_per_frame, processing=processing
     )
-    # Pixels on the device, so that no variant is charged for the copy; the grid on the host, where positions are computed.
+    # Pixels are on the device, so that no variant is timed with the copy; the grid is on the host, where positions are computed.
     tensors = {
         name: tensor.to(policy.device, policy.base.dtype) if tensor.is_floating_point() else tensor
         for name, tensor in video.arguments().items()
@@ -113,7 +116,7 @@ def _length(preset: Preset, generator: torch.Generator) -> int:
 
 
 def padded_batch(policy: Policy, samples: list[Sample], responses: tuple[int, ...] = (0, 1)) -> dict[str, Tensor]:
-    """The batch that TRL's collators hand to the model: all chosen, then all rejected, and the videos once for each half."""
+    """The batch that TRL's collators make: all chosen, then all rejected, and the videos once for each half."""
     rows = [(sample, sample.responses[which]) for which in responses for sample in samples]
     length = max(len(sample.prompt) + len(response) for sample, response in rows)
     input_ids = torch.full((len(rows), length), policy.tokenizer.pad_token_id)
@@ -136,7 +139,7 @@ def _video_tensors(videos: list[VideoInputs | None], input_ids: Tensor) -> dict[
     return {
         **tensors,
         "second_per_grid_ts": torch.tensor(seconds),
-        # 2 marks a video's tokens; without these the model falls back to one-dimensional positions.
+        # 2 marks a video's tokens; without these types the model uses one-dimensional positions.
         "mm_token_type_ids": 2 * (input_ids == present[0].placeholder_id).int(),
     }
 
@@ -146,5 +149,5 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def labels_of(batch: dict[str, Tensor]) -> Tensor:
-    """[2B, L], not shifted."""
+    """Labels of a batch: [2B, L], not shifted, IGNORE_INDEX outside the responses."""
     return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)

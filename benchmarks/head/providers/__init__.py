@@ -1,4 +1,4 @@
-"""The contestants by name. `DEFAULT` holds, for each kind of device, those that run when none is named."""
+"""The contestants of kernels.py by name. `DEFAULT` has those that run on each kind of device if none is named."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ FLOOR = "gemm-floor"
 BASELINE = "eager-valid-rows"
 OURS = ("synpo-chunked", "synpo-native", "synpo-triton", "synpo-reference")
 _CPU = tuple(name for name in PROVIDERS if name != "synpo-reference")
-# On a GPU, Liger's own kernels stand for Liger, not its slower chunked class.
+# On a GPU, Liger is represented by its kernels, not by its slower chunked class.
 DEFAULT = {"cpu": _CPU, "cuda": tuple(name for name in _CPU if name not in ("liger-preference", "synpo-native"))}

@@ -1,4 +1,4 @@
-"""A provider: a function from the inputs of a case to the step that is timed. And what several providers share."""
+"""The type of a provider, a function from the inputs of a case to the timed step, and helpers for several providers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Provider = Callable[[Inputs], Step]
 
 
 def differentiated(forward: Callable[[], Tensor], inputs: Inputs, setting: str) -> Step:
-    """The step of a `forward() -> log-probs [R]` that autograd differentiates."""
+    """Makes a step from `forward() -> log-probs [R]`, with gradients by autograd."""
 
     def run() -> Result:
         if inputs.mode == "no_grad":
@@ -30,7 +30,7 @@ def differentiated(forward: Callable[[], Tensor], inputs: Inputs, setting: str) 
 
 
 def on_valid_rows(token_log_probs: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> Callable[[], Tensor]:
-    """A forward that drops the ignored rows first (timed) for peers that do not: (hidden [N, D], labels [N]) -> [N]."""
+    """A forward that drops the ignored rows, for peers that do not; dropping is timed. token_log_probs: [N, D], [N] -> [N]."""
 
     def forward() -> Tensor:
         mask = inputs.labels != IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""synpo_fast's op, one contestant a backend."""
+"""synpo_fast's op, one contestant per backend."""
 
 from __future__ import annotations
 

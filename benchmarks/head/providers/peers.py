@@ -1,7 +1,7 @@
-"""Other people's fused heads, each through its public interface, in the best setting its documentation names.
+"""Fused heads of other packages, each called through its public interface with the best setting that its documentation names.
 
-Where a peer computes ignored rows too, it is handed the valid rows only: it is then compared at its best. Where it
-returns only a scalar loss, its per-token form is called. What that means for each is said in its setting.
+A peer that would compute ignored rows too is given the valid rows only, to compare it at its best. For a peer that returns a
+scalar loss, its per-token form is called. The step's setting says how.
 """
 
 from __future__ import annotations
@@ -29,23 +29,22 @@ def liger(inputs: Inputs, *, chunk_mem_const: int = 1) -> Step:
             hidden, inputs.weight, labels, reduction="none", accum_dtype=accum_dtype, chunk_mem_const=chunk_mem_const
         )
 
-    setting = f"reduction='none', chunk_mem_const={chunk_mem_const}, handed valid rows only"
+    setting = f"reduction='none', chunk_mem_const={chunk_mem_const}, given valid rows only"
     if accum_dtype is not None:
         setting += ", accum_dtype=float32"
     return differentiated(on_valid_rows(token_log_probs, inputs), inputs, setting)
 
 
 def liger_wide(inputs: Inputs) -> Step:
-    """The same with eight times the chunk, as Liger itself sets it for GPT-OSS: faster, and more memory."""
+    """Liger's fused linear cross entropy with chunks eight times as large, as it sets them for GPT-OSS: faster, more memory."""
     return liger(inputs, chunk_mem_const=8)
 
 
 def liger_preference(inputs: Inputs) -> Step:
     """Liger's chunked preference base class (plain PyTorch, any device) with a loss linear in the token log-probs.
 
-    The class averages or sums log-probs over a sequence. With sequences of one token it hands out token log-probs, and
-    a chunk of 1024 + 1024 rows costs what it costs its DPO or SimPO loss on one pair of 1024 tokens. It cannot
-    drop ignored rows.
+    The class averages or sums log-probs over a sequence. With sequences of one token it returns token log-probs. A chunk of
+    1024 + 1024 rows then costs as much as its DPO or SimPO loss on one pair of 1024 tokens. It cannot drop ignored rows.
     """
     from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
 
@@ -99,7 +98,9 @@ def liger_preference(inputs: Inputs) -> Step:
         with torch.set_grad_enabled(inputs.mode == "train"):
             return run()
 
-    return Step(run_in_mode, "chunked preference class, all rows, a pair of 1024-token answers a chunk, compiled=True")
+    return Step(
+        run_in_mode, "chunked preference class, all rows, one pair of 1024-token answers per chunk, compiled=True"
+    )
 
 
 def cut_cross_entropy(inputs: Inputs, *, filter_eps: str | None = "high") -> Step:
@@ -127,12 +128,12 @@ def cut_cross_entropy(inputs: Inputs, *, filter_eps: str | None = "high") -> Ste
 
 
 def cut_cross_entropy_exact(inputs: Inputs) -> Step:
-    """The same with the gradient filter off."""
+    """Apple's cut-cross-entropy with the gradient filter off, so that its gradients are exact."""
     return cut_cross_entropy(inputs, filter_eps=None)
 
 
 class _HeadOnly(torch.nn.Module):
-    """The least that TRL's `add_fused_lm_head` can patch: a backbone that returns the hidden states it is given."""
+    """A minimal model that TRL's `add_fused_lm_head` can patch. Its backbone returns the hidden states it is given."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -163,16 +164,16 @@ def trl_fused_head(inputs: Inputs) -> Step:
     setting = "add_fused_lm_head(model), log_probs only"
     if inputs.hidden.device.type == "cuda":
         return differentiated(lambda: token_log_probs(inputs.hidden, inputs.labels), inputs, setting)
-    # Off a GPU it scores every row.
-    return differentiated(on_valid_rows(token_log_probs, inputs), inputs, f"{setting}, handed valid rows only")
+    # Without a GPU it scores every row.
+    return differentiated(on_valid_rows(token_log_probs, inputs), inputs, f"{setting}, given valid rows only")
 
 
 def quack(inputs: Inputs) -> Step:
     """QuACK's linear cross entropy, whose public losses are scalars.
 
-    Frozen head: its scaled-exp forward returns the loss of every token and d loss_t / d hidden_t, so the upstream
-    gradient is a factor a row and nothing is computed twice. Trainable head: that forward folds one scalar into dW, not
-    one factor a token, so the per-token form is `linear_cross_entropy_func(reduction="none")`, which keeps the logits.
+    Frozen head: its scaled-exp forward returns the loss of every token and d loss_t / d hidden_t, so the upstream gradient
+    is one factor per row and nothing is computed twice. Trainable head: that forward applies one scalar to dW, not one factor
+    per token, so the per-token form is `linear_cross_entropy_func(reduction="none")`, which stores the logits.
     """
     need_cuda(inputs, "QuACK")
     from quack.linear_cross_entropy import (
@@ -189,7 +190,7 @@ def quack(inputs: Inputs) -> Step:
                 hidden, weight, None, labels, ignore_index=IGNORE_INDEX, reduction="none", inplace_backward=True
             )
 
-        setting = "linear_cross_entropy_func, reduction='none', inplace_backward=True, handed valid rows only"
+        setting = "linear_cross_entropy_func, reduction='none', inplace_backward=True, given valid rows only"
         return differentiated(on_valid_rows(token_log_probs, inputs), inputs, setting)
 
     if not scaled_exp_lce_supported(inputs.hidden.detach(), weight, chunk_size, "sum"):
@@ -211,4 +212,4 @@ def quack(inputs: Inputs) -> Step:
             grad_hidden[mask] = dx[:num_valid] * -inputs.upstream[mask].to(dx.dtype).unsqueeze(1)
             return Result(log_probs, grad_hidden)
 
-    return Step(run, "scaled_exp_linear_cross_entropy_fwd(chunk_size=4096), row-scaled, handed valid rows only")
+    return Step(run, "scaled_exp_linear_cross_entropy_fwd(chunk_size=4096), row-scaled, given valid rows only")

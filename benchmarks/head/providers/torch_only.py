@@ -1,4 +1,4 @@
-"""The floor, and what one writes in plain PyTorch."""
+"""Contestants that need only PyTorch: the bare GEMMs (the floor), eager, and torch.compile."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from benchmarks.head.providers.base import differentiated, on_valid_rows
 
 
 def _token_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """[N, D], [V, D], [N] -> [N]: logits in the inputs' dtype, softmax in fp32."""
+    """Token log-probs: [N, D], [V, D], [N] -> [N], with logits in the inputs' dtype and softmax in fp32."""
     return (hidden @ weight.T).float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def gemm_floor(inputs: Inputs) -> Step:
-    """The GEMMs nobody can do without, on valid rows gathered beforehand, into buffers allocated beforehand."""
+    """The GEMMs that every contestant needs, on valid rows gathered beforehand, into buffers allocated beforehand."""
     hidden, weight = inputs.hidden.detach()[inputs.valid], inputs.weight.detach()
     logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if inputs.mode == "train" else None
@@ -49,7 +49,7 @@ def eager_valid_rows(inputs: Inputs) -> Step:
 
 
 def torch_compile(inputs: Inputs) -> Step:
-    """F.cross_entropy rather than log_softmax and gather: the compiler fuses it better, in time and memory."""
+    """The compiled head. It uses F.cross_entropy, which the compiler fuses better than log_softmax and gather."""
 
     @torch.compile(dynamic=False)
     def token_log_probs(hidden: Tensor, labels: Tensor) -> Tensor:
