@@ -3,7 +3,8 @@
     python docs/make_reference.py            writes the page
     python docs/make_reference.py --check    exit status 1 if the page is not what this would write
 
-Sources are parsed, not imported: the page is the same on every Python and whatever is installed. PUBLIC says what is on the page.
+Sources are parsed, not imported, so the page does not depend on the Python version or on installed packages. PUBLIC lists what is
+on the page.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reference.md"
-WIDTH = 100  # of a signature in one line
+WIDTH = 100  # longer signatures get one line per parameter
 Definition = ast.ClassDef | ast.FunctionDef | ast.AnnAssign
 HEAD = """\
 # Reference
 
-Every public name: where it is imported from, its signature, and what it does. What is not listed here may change without notice.
-[index.md](index.md) leads through the other pages. This page is made from the sources by `make docs`: change a docstring there.
+Every public name: where to import it from, its signature, and what it does. Names that are not listed here may change without notice.
+[index.md](index.md) leads through the other pages. `make docs` writes this page from the docstrings in the sources.
 """
 
 
 class Section(NamedTuple):
-    """names: in the order of the page; "Class.method" adds a method to the class before it."""
+    """A section of the page. names are in the page's order; "Class.method" adds a method to the class before it."""
 
     module: str
     intro: str
@@ -51,22 +52,22 @@ PUBLIC = (
         "Pairs, manifests and frames. [manifest.md](manifest.md) describes the files.",
         ("Pair", "Clip", "read_manifest", "read_manifest_rows", "write_manifest", "ManifestError", "decode_frames"),
     ),
-    Section("synpo_fast.data.manifest", "What is wrong with a manifest.", ("BadRow",)),
-    Section("synpo_fast.data.video.video_info", "What is known of a video.", ("VideoInfo", "VideoError")),
-    Section("synpo_fast.data.video.decode", "A look at a video without its frames.", ("probe_video",)),
-    Section("synpo_fast.data.video.sampling", "Which frames of a video are taken.", ("FrameSampling",)),
+    Section("synpo_fast.data.manifest", "The errors of a manifest's rows.", ("BadRow",)),
+    Section("synpo_fast.data.video.video_info", "Facts about a video file, and its errors.", ("VideoInfo", "VideoError")),
+    Section("synpo_fast.data.video.decode", "Reading a video's facts without its frames.", ("probe_video",)),
+    Section("synpo_fast.data.video.sampling", "The choice of a video's frames.", ("FrameSampling",)),
     Section(
         "synpo_fast.models",
-        "Models as training and scoring see them. [synpo_fast/models](../synpo_fast/models/README.md) lists the families.",
+        "Models for training and scoring. [synpo_fast/models](../synpo_fast/models/README.md) lists the families.",
         ("load_policy", "Policy", "Policy.forward", "Sample"),
     ),
     Section("synpo_fast.models.lora", "LoRA adapters.", ("add_lora",)),
     Section(
         "synpo_fast.models.head",
-        "The head of a causal language model of transformers, and the hidden states in front of it.",
+        "The LM head of a causal language model of transformers, and the hidden states that go into it.",
         ("head_of", "Head", "hidden_states", "check_head"),
     ),
-    Section("synpo_fast.models.tiny", "Small random models, for trying things out.", ("tiny_model",)),
+    Section("synpo_fast.models.tiny", "Small random models, for tests and first steps.", ("tiny_model",)),
     Section(
         "synpo_fast.scoring",
         "From pairs to tokens, and to the log-probs of their responses.",
@@ -83,7 +84,7 @@ PUBLIC = (
     ),
     Section(
         "synpo_fast.references",
-        "Where reference log-probs come from, for losses that compare with a reference (dpo).",
+        "Sources of reference log-probs, for losses that compare with a reference (dpo).",
         ("FrozenCopy", "AdapterOff", "PreviousRound", "Precomputed", "precompute", "AnchorClip"),
     ),
     Section(
@@ -101,7 +102,7 @@ PUBLIC = (
     Section("synpo_fast.config.sources", "Recipes, YAML files and command lines.", ("resolve_config",)),
     Section("synpo_fast.train", "The trainer.", ("run_training",)),
     Section("synpo_fast.run_folder.checkpoint", "The checkpoints of a run.", ("newest_checkpoint",)),
-    Section("synpo_fast.errors", "Errors whose message says all that a user needs.", ("UserError", "MissingPackage")),
+    Section("synpo_fast.errors", "Errors that commands print without a traceback.", ("UserError", "MissingPackage")),
     Section(
         "synpo_fast.testing.clips",
         "Test videos in which every frame carries its number.",
@@ -137,7 +138,7 @@ def definitions(section: Section) -> set[tuple[Path, str]]:
 
 
 def entry(module: str, name: str, seen: set[tuple[Path, str]]) -> str:
-    """A name under its module. One that stands further above, under another module, is only pointed to."""
+    """Returns the entry of a name in its module's section. A name that an earlier section has gets a link to it."""
     owner, _, method = name.partition(".")
     file, node = find(module, owner)
     if method:
@@ -157,7 +158,7 @@ def entry(module: str, name: str, seen: set[tuple[Path, str]]) -> str:
 
 
 def find(module: str, name: str) -> tuple[Path, Definition]:
-    """The file and node that define a name, through as many imports as there are."""
+    """Finds the file and node that define a name, following imports. Raises LookupError if there are none."""
     base = ROOT / Path(*module.split("."))
     file = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
     tree = ast.parse(file.read_text())
@@ -177,7 +178,7 @@ def code(text: str) -> str:
 
 
 def signature(file: Path, node: ast.ClassDef | ast.FunctionDef, *, called: str) -> str:
-    """In one line, or with a parameter on each where that is too long. Constants of the file stand as their values."""
+    """Returns a signature in one line, or with one line per parameter if it is too long. Constants are shown as values."""
     node = WithValues(file).visit(node)
     returns = ""
     if isinstance(node, ast.ClassDef):
@@ -195,7 +196,7 @@ def signature(file: Path, node: ast.ClassDef | ast.FunctionDef, *, called: str) 
 
 
 class WithValues(ast.NodeTransformer):
-    """Puts a file's own constants (DEADLINE_S = 30.0) in the places where their names are defaults."""
+    """Replaces defaults that name a constant of the file (DEADLINE_S = 30.0) by its value."""
 
     def __init__(self, file: Path) -> None:
         assigned = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Assign)]
@@ -233,7 +234,7 @@ def parameter(arg: ast.arg, default: ast.expr | None) -> str:
 
 
 def field_parameters(node: ast.ClassDef) -> Iterator[str]:
-    """Those of a dataclass. "...": what its base takes, or options that another page lists."""
+    """Yields the fields of a dataclass as parameters. "..." is for those of its base, and for options that another page lists."""
     if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         return
     shown = []
@@ -259,7 +260,7 @@ ITEM = re.compile(r"(?P<names>\w+(?: \[[^\]]*\]| bool)*(?:, \w+(?: \[[^\]]*\]| b
 
 
 def markdown(docstring: str) -> str:
-    """A docstring as Markdown: lines `name: text` become a list, a block that is set off stays as it is."""
+    """Returns a docstring as Markdown: lines `name: text` become a list, indented blocks are unchanged."""
     lines: list[str] = []
     in_item = False
     for line in docstring.splitlines():
@@ -285,7 +286,7 @@ def markdown(docstring: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Without what Markdown would read as emphasis or a tag; between backticks all is kept."""
+    """Escapes characters that Markdown would read as emphasis or a tag, except between backticks."""
     parts = text.split("`")
     return "`".join(part if place % 2 else re.sub(r"([*<])", r"\\\1", part) for place, part in enumerate(parts))
 

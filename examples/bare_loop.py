@@ -1,10 +1,10 @@
-"""The SynPO loss in a training loop of your own: hidden states and the head's weight go in, loss and gradients come out.
+"""Trains a language model with the SynPO loss in a plain loop: hidden states and head weight in, loss and gradients out.
 
     python examples/bare_loop.py                                        a small random model, in seconds on a CPU
     python examples/bare_loop.py --model Qwen/Qwen2.5-0.5B-Instruct --learning_rate 5e-6
 
-The logits are never held, and only response tokens meet the vocabulary. To use it for your own: change the model's name, put
-your pairs in place of PAIRS, and lower the learning rate, since a trained model needs far less than a random one.
+The logits are never stored, and only the positions that predict response tokens are multiplied by the head. To adapt it, change
+the model's name, replace PAIRS with your pairs, and lower the learning rate: a trained model needs a far lower one.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PAIRS = [
 
 
 def load(name: str):
-    """(model, tokenizer) of a hub name or folder; "tiny" is a random one that needs no download."""
+    """Returns (model, tokenizer) of a hub name or folder. "tiny" is a small random model that needs no download."""
     if name == "tiny":
         return tiny_model("text", seed=0)
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +35,7 @@ def load(name: str):
 
 
 def token_rows(tokenizer, pairs) -> list[dict[str, list[int]]]:
-    """Token ids of prompts and responses. A response ends with EOS, so that the model learns to stop."""
+    """Returns the token ids of prompts and responses. A response ends with EOS, so that the model learns to stop."""
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -54,18 +54,18 @@ def token_rows(tokenizer, pairs) -> list[dict[str, list[int]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="hub name or folder of a causal language model; default: tiny")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="number of training steps")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     options = parser.parse_args()
 
     model, tokenizer = load(options.model)
     model.train().to("cuda" if torch.cuda.is_available() else "cpu")
-    check_head(model)  # the head, as the loss reads it, gives the model's own logits
+    check_head(model)  # raises an error unless head_of describes how the model computes its logits
     head = head_of(model)
     loss_function = FusedLinearSynPOLoss(alpha=30.0, beta=0.2, logit_scale=head.logit_scale, softcap=head.softcap)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
 
-    # One batch here; a real loop draws a new one each step. Rows: the chosen half first, labels -100 outside the responses.
+    # One batch for all steps; a real loop draws a new one each step. Chosen rows come first; labels are -100 outside responses.
     batch = PairCollator(tokenizer.pad_token_id)(token_rows(tokenizer, PAIRS))
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     target = pad(batch["pair_labels"][:, 1:], (0, 1), value=-100)  # position t predicts token t + 1

@@ -1,11 +1,11 @@
-"""How likely a model finds two captions of a video: score_pairs on a video given by its path, and by its frames.
+"""Scores two captions of a video by their log-probs. The video is given by its path, then by its frames.
 
     python examples/score_video_pairs.py                                a small random model and a clip made here
     python examples/score_video_pairs.py --model Qwen/Qwen2.5-VL-7B-Instruct --adapter runs/first/checkpoint-000100 \\
         --video clip.mp4 --prompt "Describe the video." --better "A dog runs." --worse "A cat sleeps."
 
-The prompt and the video run through the model once, for both captions. To use it for your own: change the model, the video and
-the captions; for many pairs, read a manifest (synpo_fast.data.read_manifest) and give score_pairs a few at a time.
+The prompt and the video run through the model once for both captions. To adapt it, change the model, the video and the captions.
+For many pairs, read a manifest (synpo_fast.data.read_manifest) and give score_pairs a few pairs at a time.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from synpo_fast.testing.clips import write_clip
 
 
 def load(model: str, adapter: str | None):
-    """The model, with a trained LoRA adapter in its layers if one is given."""
+    """Loads the model, with a trained LoRA adapter if one is given."""
     policy = load_policy(model)
     if adapter is not None:
         from peft import PeftModel
@@ -31,7 +31,7 @@ def load(model: str, adapter: str | None):
 
 
 def describe(name: str, logps: torch.Tensor) -> str:
-    """logps: one log-prob for each token of a response, its end included. SynPO's reward is their geometric mean."""
+    """Describes a response. logps: one log-prob per token, EOS included. SynPO's reward is the geometric mean of probabilities."""
     return f"{name} {logps.sum():.4f} over {len(logps)} tokens, reward {logps.mean().exp():.6f}"
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny:qwen2_5_vl", help="hub name, folder, or tiny:<family>")
     parser.add_argument("--adapter", help="folder of a trained LoRA adapter, such as a run's checkpoint-000100")
-    parser.add_argument("--video", help="a video file; default: a clip of two seconds, made here")
+    parser.add_argument("--video", help="a video file; default: a generated clip of two seconds")
     parser.add_argument("--prompt", default="What happens?")
     parser.add_argument("--better", default="A texture drifts to the right.")
     parser.add_argument("--worse", default="A man cooks.")
@@ -50,13 +50,13 @@ def main() -> None:
         video = options.video or write_clip(
             Path(folder) / "clip.mp4", codec="h264", num_frames=16, width=64, height=64, fps=8
         )
-        # By path: score_pairs decodes the video and chooses the frames, by default 8 to 16 of them.
+        # Given a path, score_pairs decodes the video and chooses the frames, by default 8 to 16.
         from_path = Pair(options.prompt, options.better, options.worse, video=video, id="path")
-        # By frames: uint8 [T, H, W, 3], chosen by you. Here the first, the middle and the last.
+        # Given frames (uint8 [T, H, W, 3]), it uses those. Here they are the first, the middle and the last.
         _, info = decode_frames(video, indices=[0])
         frames, _ = decode_frames(video, indices=[0, info.num_frames // 2, info.num_frames - 1])
         from_frames = Pair(options.prompt, options.better, options.worse, video=frames, id="frames")
-        with torch.no_grad():  # leave it out to train: the log-probs carry gradients
+        with torch.no_grad():  # without this line the log-probs have gradients, for training
             scored = score_pairs(policy, [from_path, from_frames])
     for pair, (better, worse) in zip((from_path, from_frames), scored, strict=True):
         print(f"{pair.id}: {describe('better', better)}; {describe('worse', worse)}")

@@ -1,12 +1,12 @@
-"""The trainer from Python: write a manifest, train an adapter, read the metrics, score a pair before and after.
+"""Runs the trainer from Python: writes a manifest, trains an adapter, reads the metrics, scores a pair before and after.
 
     python examples/train_from_python.py                                clips and a small random model, on a CPU
     python examples/train_from_python.py --model Qwen/Qwen2.5-VL-7B-Instruct --manifest pairs.jsonl --video_root videos
 
-TrainConfig has the options of docs/training.md, by the same names. run_training needs no launcher: it makes a process group of
+TrainConfig has the options of docs/training.md, with the same names. run_training needs no launcher: it makes a process group of
 this process alone. In a program that torchrun starts, every process calls it with the same config, and they train together.
-To use it for your own: change the model, the manifest and the learning rate (5e-6), and leave out lora_r and
-dataloader_num_workers, whose defaults are for real models and videos.
+To adapt it, change the model, the manifest and the learning rate (5e-6), and remove lora_r and dataloader_num_workers: their
+defaults fit real models and videos.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from synpo_fast.train import run_training
 
 
 def make_data(folder: Path) -> Path:
-    """Four clips with two pairs each, and the manifest that lists them. Video paths are relative to the manifest's folder."""
+    """Writes four clips with two pairs each, and a manifest that lists them. Its video paths are relative to its folder."""
     folder.mkdir(parents=True)
     pairs = []
     for index, (size, other) in enumerate([("small", "large"), ("large", "small")] * 2):
@@ -48,11 +48,11 @@ def score(policy, pair: Pair, video_root: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny:qwen2_5_vl", help="hub name, folder, or tiny:<family>")
-    parser.add_argument("--manifest", type=Path, help="default: eight pairs of four clips, made in output_dir/data")
-    parser.add_argument("--video_root", type=Path, help="default: the manifest's folder")
     parser.add_argument(
-        "--output_dir", type=Path, help="default: a new folder among the temporary ones, named at the end"
+        "--manifest", type=Path, help="default: eight pairs of four clips, generated in output_dir/data"
     )
+    parser.add_argument("--video_root", type=Path, help="default: the manifest's folder")
+    parser.add_argument("--output_dir", type=Path, help="default: a new temporary folder, printed at the end")
     parser.add_argument("--max_steps", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-2)
     options = parser.parse_args()
@@ -78,7 +78,7 @@ def main() -> None:
         print(f"step {row['step']}: loss {row['loss']:.6f}, margin {row['rewards/margins']:.6f}")
 
     pair = read_manifest(manifest)[0]
-    policy = load_policy(options.model, seed=config.seed)  # the seed is for tiny: models, whose weights follow from it
+    policy = load_policy(options.model, seed=config.seed)  # a tiny: model's weights follow from the seed
     print(f"before: {score(policy, pair, Path(config.video_root))}")
     policy.model = PeftModel.from_pretrained(policy.model, str(newest_checkpoint(run)))
     print(f"after: {score(policy, pair, Path(config.video_root))}")

@@ -1,10 +1,10 @@
-"""SynPO through TRL: DPOTrainer's data sets, collators and loop, with another loss and without a reference model.
+"""Trains with SynPO through TRL: DPOTrainer's datasets, collators and loop, with another loss and no reference model.
 
     python examples/trl_trainer.py                                      a small random model, in seconds on a CPU
     python examples/trl_trainer.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback_binarized --lora
 
-It needs `pip install 'synpo-fast[trl]'`. To use it for your own: change the model's name and the data set's, which has columns
-prompt, chosen and rejected, or chosen and rejected conversations. DPOConfig's other options work as they do in TRL.
+It needs `pip install 'synpo-fast[trl]'`. To adapt it, change the names of the model and the dataset. A dataset has columns
+prompt, chosen and rejected, or only chosen and rejected if these are conversations. DPOConfig's other options work as in TRL.
 """
 
 import argparse
@@ -27,17 +27,17 @@ PAIRS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="hub name or folder of a causal language model; default: tiny")
-    parser.add_argument("--dataset", help="data set of the hub with a split train; default: four pairs of this file")
-    parser.add_argument("--lora", action="store_true", help="train a LoRA adapter, not all weights")
-    parser.add_argument("--output_dir", help="default: a folder that is deleted at the end")
+    parser.add_argument("--dataset", help="hub dataset with a train split; default: the four pairs in this file")
+    parser.add_argument("--lora", action="store_true", help="train a LoRA adapter in place of all weights")
+    parser.add_argument("--output_dir", help="default: a temporary folder that is deleted at the end")
     parser.add_argument("--max_steps", type=int, default=5)
-    parser.add_argument("--learning_rate", type=float, default=3e-3, help="5e-6 is a good one for a trained model")
+    parser.add_argument("--learning_rate", type=float, default=3e-3, help="use about 5e-6 for a trained model")
     options = parser.parse_args()
 
     if options.model == "tiny":
         model, tokenizer = tiny_model("text", seed=0)
     else:
-        model, tokenizer = options.model, None  # TRL loads a name, and the tokenizer that belongs to it
+        model, tokenizer = options.model, None  # TRL loads the model by name, and its tokenizer
     dataset = load_dataset(options.dataset, split="train") if options.dataset else Dataset.from_list(PAIRS)
     peft_config = None
     if options.lora:
@@ -55,7 +55,7 @@ def main() -> None:
             max_steps=options.max_steps,
             per_device_train_batch_size=4,
             logging_steps=1,
-            bf16=on_gpu,  # TRL trains in bf16, and asks to be told when there is no GPU for it
+            bf16=on_gpu,  # TRL trains in bf16 by default, which needs a GPU
             use_cpu=not on_gpu,
             disable_tqdm=True,
             report_to="none",
