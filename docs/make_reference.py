@@ -24,7 +24,7 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AnnAssign
 HEAD = """\
 # Reference
 
-Every public name: where to import it from, its signature, and what it does. Names that are not listed here may change without notice.
+Every public name: where to import it from, its signature, and what it does. Other names may change without notice.
 [index.md](index.md) leads through the other pages. `make docs` writes this page from the docstrings in the sources.
 """
 

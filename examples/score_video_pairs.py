@@ -31,7 +31,7 @@ def load(model: str, adapter: str | None):
 
 
 def describe(name: str, logps: torch.Tensor) -> str:
-    """Describes a response. logps: one log-prob per token, EOS included. SynPO's reward is the geometric mean of probabilities."""
+    """Describes a response. logps: one log-prob per token, EOS included. SynPO's reward is the geometric mean of the probs."""
     return f"{name} {logps.sum():.4f} over {len(logps)} tokens, reward {logps.mean().exp():.6f}"
 
 

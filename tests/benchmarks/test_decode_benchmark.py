@@ -1,4 +1,4 @@
-"""benchmarks/decode.py: what it writes, what it refuses to show, what it skips. No test asserts a time."""
+"""benchmarks/decode.py: its JSON, the wrong results it does not show, the cases it skips. No test asserts a time."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py: what it writes, what it refuses to show, that its order alternates. No test asserts a time."""
+"""benchmarks/kernels.py: its JSON, the wrong results it does not show, its alternating order. No test asserts a time."""
 
 import gc
 import json
@@ -37,7 +37,7 @@ SHAPE = Shape("tiny", 24, 301)
 
 @pytest.fixture(autouse=True)
 def quick():
-    """Tiny tensors gain nothing from threads, and each memory reading collects garbage, slow in a full suite."""
+    """One thread, as tiny tensors gain nothing from more. Freezes live objects, so that memory readings collect garbage fast."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.freeze()
@@ -47,7 +47,7 @@ def quick():
 
 
 def wrong(inputs):
-    """Log-probs off by a quarter: what a fused head with a broken softmax might return."""
+    """A provider whose log-probs are off by a quarter, like those of a fused head with a broken softmax."""
     right = eager_valid_rows(inputs)
 
     def run():
@@ -252,7 +252,7 @@ def test_ligers_kernel_in_the_interpreter(monkeypatch):
 
 
 def test_quack_is_called_by_its_contract(monkeypatch):
-    """QuACK runs on Hopper alone; a stand-in with its signatures and padded rows checks what is made of its answers."""
+    """QuACK runs on Hopper only. A fake with its signatures and padded rows checks how its results are used."""
 
     def scaled_exp(x, weight, target, chunk_size, ignore_index=-100, *, need_dx=True, need_dw=True):
         assert chunk_size % 128 == 0 and not need_dw

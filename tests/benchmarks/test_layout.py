@@ -1,4 +1,4 @@
-"""The folders of benchmarks/ know nothing of each other, every script starts by path from any folder, docs name what exists."""
+"""The folders of benchmarks/ do not import each other, scripts start by path from any folder, documents name what exists."""
 
 import functools
 import os
@@ -60,7 +60,7 @@ def test_documents_name_paths_and_options_that_exist(document):
     for path in re.findall(r"\b((?:benchmarks|tests)/[\w/.-]*\w)", text):
         if "benchmarks/results" not in path or "." in path:
             assert (ROOT / path).exists(), path
-    commands = text.replace("\\\n", " ")  # a line that goes on
+    commands = text.replace("\\\n", " ")  # joins continued lines
     for script, rest in re.findall(r"python3? benchmarks/([\w/]+\.py)([^`\n]*)", commands):
         options = set(re.findall(r"(?<!\S)--\w+", rest))
         assert not options - set(re.findall(r"--\w+", help_of(script))), script

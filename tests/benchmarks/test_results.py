@@ -1,4 +1,4 @@
-"""The published figures are those of the stored JSON: every table of results in benchmarks/README.md and in README.md.
+"""The published figures equal the stored JSON: every table of results in benchmarks/README.md and in README.md.
 
 benchmarks/README.md holds all of them. README.md may hold fewer rows and columns of the same tables, with the same names.
 """
@@ -87,7 +87,7 @@ def head_cells() -> dict[str, Cells]:
 
 
 def decoding_cells() -> dict[str, Cells]:
-    """By clip and number of wanted frames, in one string."""
+    """The cells of the table of decoding, by clip and number of wanted frames in one string."""
 
     def times(row: dict) -> str:
         middle, low, high = (f"{1e3 * row['seconds'][which]:.0f}" for which in ("median", "low", "high"))
@@ -135,7 +135,7 @@ TABLES = {"variant": step_cells, "provider": head_cells, "clip": decoding_cells,
 
 
 def tables(text: str, first_column: str) -> list[dict[str, Cells]]:
-    """Every table of that first column: its rows by their label, without bold type."""
+    """Every table with this first column: its rows by label, without bold type."""
     found = []
     for block in re.findall(rf"^\| {first_column} \|.*\n\|[-| ]+\n((?:\|.*\n)+)", text, re.M):
         header = next(
@@ -163,7 +163,7 @@ def test_a_table_of_results_is_that_of_the_stored_json(document, first_column):
     found = tables(text, first_column)
     if document == "benchmarks/README.md":
         assert len(found) == 1
-        if first_column != "clip":  # of 22 clips some
+        if first_column != "clip":  # the page shows some of the 22 cases
             assert list(found[0]) == list(expected)
     for table in found:
         for label, cells in table.items():

@@ -1,4 +1,4 @@
-"""benchmarks/throughput.py: every variant agrees with the truth, a wrong one is caught, TRL's part is TRL's."""
+"""benchmarks/throughput.py: every variant agrees with the truth, a wrong one is caught, TRL's variants run TRL's code."""
 
 import json
 from dataclasses import replace
@@ -35,7 +35,7 @@ REQUIRED = {"trl-dpo-adapter-off", "synpo-released", "synpo-fast-unshared", "syn
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Tiny tensors gain nothing from threads. The machine's product rate is not what is tested."""
+    """One thread and small GEMMs: tiny tensors gain nothing from threads, and the machine's rate is not tested."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr("benchmarks.steps.measure.GEMM_SIZE", {"cpu": 8})
@@ -85,7 +85,7 @@ def off_by_one_token(variant):
 
 
 def half_the_gradient(variant):
-    """Right values, but the rejected half of the graph is cut: nothing but the gradient shows it."""
+    """A variant with right values that detaches the rejected half: only the gradient shows it."""
 
     def prepare(workload):
         forward = variant.prepare(workload)
@@ -143,7 +143,7 @@ def test_a_reference_that_sees_the_adapter_is_caught():
 
 
 def test_the_padded_batch_and_its_loss_are_what_trls_own_pipeline_makes(tmp_path):
-    """Text from a data set through TRL's tokenising and collator: the same batch, the same loss, the same work."""
+    """TRL's own tokenising and collator give the same batch, loss and FLOPs on text."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -198,7 +198,7 @@ def test_the_published_shape_is_the_7b_model():
 
 
 def shrunk(preset: Preset, divisor: int) -> Preset:
-    """The same published shape with widths divided, few layers and a small vocabulary: the same code on a small machine."""
+    """A published shape with fewer, narrower layers and a small vocabulary: the same code, for a small machine."""
     shape = {
         "hidden_size": preset.shape["hidden_size"] // divisor // 28 * 28,
         "num_layers": 2,
@@ -214,8 +214,8 @@ def shrunk(preset: Preset, divisor: int) -> Preset:
     return replace(preset, name=f"{preset.name}/{divisor}", shape=shape)
 
 
-def test_the_gpu_preset_goes_the_same_way_on_a_cpu():
-    """A hundredth of the width, two layers, fp32; 84 px: windows and a full layer of the tower both take part."""
+def test_the_gpu_preset_runs_the_same_code_on_a_cpu():
+    """The preset gpu at a hundredth of the width, with two layers, in fp32. 84 px use windows and a full layer of the tower."""
     preset = replace(
         shrunk(PRESETS["gpu"], 32),
         dtype="float32", frames=4, size=84, prefix=40, completion=11, spread=0.2, lora_r=4, checkpointing=True,
@@ -259,7 +259,7 @@ def test_videos_stand_in_the_batch_as_often_as_rows():
 
 @pytest.mark.parametrize("name", [BASELINE, "synpo-released", "synpo-fast-unshared", "synpo-fast", "synpo-fast-dpo"])
 def test_the_cost_formula_is_near_the_counted_flops(name):
-    """Wide and short, so that attention, which the formula leaves out, is small; equal lengths, as the formula's P and C."""
+    """A wide and short model, where attention, which the formula leaves out, is small. Lengths are equal, as in the formula."""
     shape = LANGUAGE | {"hidden_size": 256, "num_layers": 2, "vision_hidden_size": 64, "vision_layers": 2}
     workload = make_workload(replace(TINY, shape=shape, spread=0.0, prefix=40, completion=8, lora_r=1), CPU)
     variant = VARIANTS[name]
@@ -270,7 +270,7 @@ def test_the_cost_formula_is_near_the_counted_flops(name):
 
 
 def test_the_cost_of_the_tower_is_near_what_it_runs():
-    """56 px: one window and one full layer of 16 patches, so that attention is small here too."""
+    """Videos of 56 px: one window and one full layer of 16 patches, so that attention is small here too."""
     shape = LANGUAGE | {"hidden_size": 64, "vision_hidden_size": 256, "vision_layers": 2}
     workload = make_workload(replace(TINY, shape=shape, frames=4), CPU)
     policy = workload.policy
@@ -319,7 +319,7 @@ def test_repetitions_of_the_table_stand_in_one_file_with_their_spread(monkeypatc
 
 
 def test_the_saving_of_a_shared_prompt_is_a_table_of_its_own(monkeypatch, tmp_path):
-    """Speed-ups over the unshared step; both lie below the formula for tokens alone."""
+    """Speed-ups over the unshared step. Counted and predicted ones lie below the formula for tokens alone."""
     monkeypatch.setitem(PRESETS, "text-1024", replace(TINY_TEXT, prefix=64, completion=8, spread=0.0))
     file = tmp_path / "out.json"
     arguments = ["--device", "cpu", "--rounds", "2", "--preset", "text-1024", "--json", str(file)]
