@@ -176,7 +176,7 @@ def test_each_example_explains_itself(file, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         loaded(file.stem).main()
     shown = capsys.readouterr().out
-    assert f"python examples/{file.name}" in shown and "To use it for your own:" in " ".join(shown.split())
+    assert f"python examples/{file.name}" in shown and "To adapt it, change" in " ".join(shown.split())
     for option in re.findall(r'add_argument\("(--\w+)"', text):
         assert option in shown
     for option in re.findall(r"(?<=\s)--\w+", re.match(r'"""(.*?)"""', text, re.DOTALL)[1]):
