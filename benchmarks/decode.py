@@ -157,7 +157,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="end a case's rounds after this, not before the third",
     )
     parser.add_argument("--clips", type=Path, metavar="DIR", help="folder that keeps the clips between runs")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write a picture (needs matplotlib)")
     args = parser.parse_args(argv)
     args.device = torch.device(args.device)

@@ -151,9 +151,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--valid_rows", nargs="+", type=int, metavar="N", help="valid rows; the total follows from --valid"
     )
     parser.add_argument("--valid", nargs="+", type=float, metavar="SHARE", help="share of valid rows, in (0, 1]")
-    parser.add_argument("--head", nargs="+", choices=["frozen", "trainable"])
-    parser.add_argument("--mode", nargs="+", choices=["train", "no_grad"], default=["train"])
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
+    parser.add_argument(
+        "--head", nargs="+", choices=["frozen", "trainable"], help="trainable: gradients to the head, too"
+    )
+    parser.add_argument(
+        "--mode", nargs="+", choices=["train", "no_grad"], default=["train"], help="no_grad: forward only"
+    )
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="dtype of hidden states and head")
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), metavar="NAME", help=", ".join(PROVIDERS))
     parser.add_argument("--rounds", type=int, metavar="K", help="timed rounds of a case (CPU: 5, GPU: 15)")
     parser.add_argument(
@@ -163,11 +167,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--time_limit", type=float, default=float("inf"), metavar="SECONDS", help="measure no further inputs after this"
     )
     parser.add_argument("--cold_l2", action="store_true", help="write over the GPU's L2 cache before every call")
-    parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     parser.add_argument("--plot", metavar="DIR", help="write pictures of the cases (needs matplotlib)")
-    parser.add_argument("--plot_kind", choices=["cases", "overview"], default="cases")
+    parser.add_argument(
+        "--plot_kind", choices=["cases", "overview"], default="cases", help="a picture per case, or per shape"
+    )
     parser.add_argument(
         "--pairs", action="store_true", help="compare whole SimPO losses on pairs, in place of the head alone"
     )

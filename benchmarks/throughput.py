@@ -69,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--pairs", type=int, metavar="B", help="pairs in a step")
     parser.add_argument("--lora_r", type=int, metavar="R", help="rank of the LoRA adapter")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="dtype of the model; default: the preset's")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in every variant")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
     parser.add_argument(
@@ -86,9 +86,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--largest_batch", action="store_true", help="find the most pairs that fit in memory, in place of the table"
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and pairs")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     parser.add_argument("--plot", metavar="DIR", help="write pictures (needs matplotlib)")
     args = parser.parse_args(argv)
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -48,9 +48,7 @@ def score(policy, pair: Pair, video_root: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny:qwen2_5_vl", help="hub name, folder, or tiny:<family>")
-    parser.add_argument(
-        "--manifest", type=Path, help="default: eight pairs of four clips, generated in output_dir/data"
-    )
+    parser.add_argument("--manifest", type=Path, help="default: eight pairs of four clips, written to output_dir/data")
     parser.add_argument("--video_root", type=Path, help="default: the manifest's folder")
     parser.add_argument("--output_dir", type=Path, help="default: a new temporary folder, printed at the end")
     parser.add_argument("--max_steps", type=int, default=8)

@@ -245,10 +245,12 @@ def compile_all(arch: int, shapes: list[str], num_rows: int, dtype: torch.dtype 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_MEMORY))
-    parser.add_argument("--shapes", nargs="+", default=list(MODEL_SHAPES), metavar="DxV")
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_MEMORY), help="compute capabilities"
+    )
+    parser.add_argument("--shapes", nargs="+", default=list(MODEL_SHAPES), metavar="DxV", help="shapes of the head")
+    parser.add_argument("--rows", type=int, default=4096, help="rows of hidden states")
+    parser.add_argument("--json", type=Path, help="write the reports to this file")
     options = parser.parse_args()
     reports = [report for arch in options.arch for report in compile_all(arch, options.shapes, options.rows)]
     print(f"{'kernel':34} {'arch':>4} {'tile':24} {'warps':>5} {'regs':>4} {'spill':>6} {'shared':>7}  matrix")

@@ -204,9 +204,9 @@ def _overview_panel(axes: Any, cases: Sequence[dict[str, Any]], colours: dict[st
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--kind", choices=["cases", "overview"], default="cases")
+    parser.add_argument("file", type=Path, help="JSON of kernels.py")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures")
+    parser.add_argument("--kind", choices=["cases", "overview"], default="cases", help="see above")
     args = parser.parse_args(argv)
     for path in plot(json.loads(args.file.read_text()), args.out, args.kind):
         print(f"wrote {path}")

@@ -230,8 +230,8 @@ def _finish_sweep(axes: Any, sweep: dict[str, Any], values: list[float], ends: l
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("file", type=Path, help="JSON of throughput.py")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures")
     args = parser.parse_args(argv)
     for path in plot(json.loads(args.file.read_text()), args.out):
         print(f"wrote {path}")
