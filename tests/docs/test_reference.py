@@ -64,7 +64,7 @@ def test_what_is_shown_to_users_is_on_the_page(file):
 
 
 def test_exported_names_are_on_the_page():
-    """What synpo_fast, its data, models and losses export by __all__."""
+    """The page lists every name in __all__ of synpo_fast, its data, models and losses."""
     for module in ("synpo_fast", "synpo_fast.data", "synpo_fast.models", "synpo_fast.losses"):
         exported = {name for name in importlib.import_module(module).__all__ if not name.startswith("__")}
         listed = {name for _, name in NAMES}
