@@ -101,6 +101,7 @@ PUBLIC = (
     ),
     Section("synpo_fast.config.sources", "Recipes, YAML files and command lines.", ("resolve_config",)),
     Section("synpo_fast.train", "The trainer.", ("run_training",)),
+    Section("synpo_fast.training.metrics", "The numbers a run wrote.", ("read_metrics",)),
     Section("synpo_fast.run_folder.checkpoint", "The checkpoints of a run.", ("newest_checkpoint",)),
     Section("synpo_fast.errors", "Errors that commands print without a traceback.", ("UserError", "MissingPackage")),
     Section(

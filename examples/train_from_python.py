@@ -10,7 +10,6 @@ defaults fit real models and videos.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from synpo_fast.models import load_policy
 from synpo_fast.run_folder.checkpoint import newest_checkpoint
 from synpo_fast.testing.clips import write_clip
 from synpo_fast.train import run_training
+from synpo_fast.training.metrics import read_metrics
 
 
 def make_data(folder: Path) -> Path:
@@ -71,8 +71,7 @@ def main() -> None:
     )
     run_training(config)
 
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_metrics(run / "metrics.jsonl"):
         print(f"step {row['step']}: loss {row['loss']:.6f}, margin {row['rewards/margins']:.6f}")
 
     pair = read_manifest(manifest)[0]
