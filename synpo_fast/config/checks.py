@@ -1,4 +1,4 @@
-"""Checks of a config: each value by its own bounds and choices, then the combinations that make no sense.
+"""Checks a config: first each value against its own bounds and choices, then combinations of options that contradict each other.
 
 Every mistake is a UserError of one line that names the values and the way out.
 """
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from synpo_fast.config.train_config import TrainConfig
 
 REPORTERS = ("tensorboard", "wandb")
-EVALUATED = ("loss", *(name for name in WEIGHTS if not name.startswith("logits/")))  # the trainer makes no logits
+EVAL_METRICS = ("loss", *(name for name in WEIGHTS if not name.startswith("logits/")))  # the trainer makes no logits
 
 
 def check_config(config: TrainConfig) -> None:
+    """Raises UserError for the first mistake found."""
     _check_values(config)
     for check in (
         _check_numbers,
-        _check_needed,
+        _check_required,
         _check_loss,
         _check_reference,
         _check_start,
@@ -36,13 +37,13 @@ def check_config(config: TrainConfig) -> None:
 
 
 def _check_values(config: TrainConfig) -> None:
-    """Each value by itself."""
+    """Checks each value by itself."""
     for item in fields(config):
         value, facts = getattr(config, item.name), facts_of(item)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            widest = {"below": 2**63} if isinstance(value, int) else {}  # what torch can count
+            limit = {"below": 2**63} if isinstance(value, int) else {}  # torch counts in int64
             try:
-                check_number(item.name, value, **widest | facts.bounds)
+                check_number(item.name, value, **limit | facts.bounds)
             except ValueError as error:
                 raise UserError(str(error)) from error
         if facts.choices and value not in facts.choices:
@@ -54,7 +55,7 @@ def _check_values(config: TrainConfig) -> None:
 
 def _check_numbers(config: TrainConfig) -> None:
     if config.max_steps == 0:
-        raise UserError("max_steps must be above 0, or -1 to go by num_train_epochs, got 0")
+        raise UserError("max_steps must be above 0, or -1 to use num_train_epochs, got 0")
     if config.min_pixels is not None and config.max_pixels is not None and config.min_pixels > config.max_pixels:
         raise UserError(f"min_pixels={config.min_pixels} is above max_pixels={config.max_pixels}")
     if config.min_frames > config.max_frames:
@@ -62,11 +63,11 @@ def _check_numbers(config: TrainConfig) -> None:
     if config.learning_rate * config.weight_decay >= 1:
         raise UserError(
             f"learning_rate={config.learning_rate} x weight_decay={config.weight_decay} is 1 or more: each step multiplies "
-            "weights by 1 minus that, and none would be left of them"
+            "the weights by 1 minus this product, so they would vanish; lower one of the two"
         )
 
 
-def _check_needed(config: TrainConfig) -> None:
+def _check_required(config: TrainConfig) -> None:
     if config.use_peft and not config.lora_target_modules:
         raise UserError("lora_target_modules is empty: name the layers that get an adapter, or set use_peft=false")
     if not config.model_name_or_path:
@@ -104,16 +105,16 @@ def _check_reference(config: TrainConfig) -> None:
     if config.reference != "auto" and not config.needs_reference:
         why = " with reference_free=true" if config.reference_free else ""
         raise UserError(
-            f"loss_type={config.loss_type}{why} reads no reference: leave reference at auto, got {config.reference}"
+            f"loss_type={config.loss_type}{why} uses no reference: leave reference at auto, got {config.reference}"
         )
     if not config.needs_reference:
         return
     if config.reference_kind == "adapter_off" and not config.use_peft:
-        raise UserError("reference=adapter_off needs use_peft=true; else take frozen_copy or precomputed")
+        raise UserError("reference=adapter_off needs use_peft=true: without an adapter use frozen_copy or precomputed")
     if config.reference_kind == "frozen_copy" and config.zero_stage == 3:
         raise UserError(
-            "reference=frozen_copy would hold a whole model on every device, which zero_stage=3 is there to avoid: "
-            "take adapter_off (with use_peft) or precomputed"
+            "reference=frozen_copy would hold a whole model on every device, which zero_stage=3 exists to avoid: "
+            "use adapter_off (with use_peft=true) or precomputed"
         )
 
 
@@ -124,7 +125,7 @@ def _check_start(config: TrainConfig) -> None:
         raise UserError("resume keeps what overwrite_output_dir would delete: choose one")
     if config.profile and (config.resume or config.overwrite_output_dir):
         raise UserError(
-            "profile measures the model as training begins and deletes nothing: leave resume and "
+            "profile measures the model as it is before training and deletes nothing: leave resume and "
             "overwrite_output_dir unset"
         )
     if config.profile and config.reference_free:
@@ -134,32 +135,37 @@ def _check_start(config: TrainConfig) -> None:
 
 
 def _check_memory(config: TrainConfig) -> None:
-    """Types of the weights, ZeRO's stages, and what trains."""
+    """Checks the types of the weights, the ZeRO stage, and which weights train."""
     if config.fp16 and config.bf16:
         raise UserError("bf16 and fp16 are both set: choose one")
     if config.zero_stage == 0 and (config.fp16 or config.bf16):
         raise UserError(
-            "zero_stage=0 keeps no fp32 master weights for bf16 or fp16: use 1, which on one device costs nothing"
+            "zero_stage=0 keeps no fp32 master weights for bf16 or fp16: use zero_stage=1, which costs nothing on one device"
         )
     if config.diagnostics and config.zero_stage == 3:
         raise UserError("diagnostics need whole gradients, which zero_stage=3 does not keep: use stage 2 or below")
     if config.zero_stage == 3 and config.row_tokens is not None:
         raise UserError("zero_stage=3 needs the same number of rows on every device: leave row_tokens unset")
     if config.zero_stage == 3 and config.feature_cache:
-        raise UserError("zero_stage=3 needs the vision tower run on every device alike: leave feature_cache unset")
+        raise UserError(
+            "zero_stage=3 needs every device to run the vision tower equally often: leave feature_cache unset"
+        )
     if config.oom_policy == "skip" and (config.zero_stage > 1 or config.offload_optimizer):
         raise UserError(
-            f"oom_policy=skip needs zero_stage 0 or 1 without offload_optimizer, got {config.zero_stage}: above it processes "
-            "exchange gradients or weights within a micro-batch, which one that ran out of memory cannot take part in"
+            f"oom_policy=skip needs zero_stage 0 or 1 without offload_optimizer, got zero_stage={config.zero_stage}, "
+            f"offload_optimizer={str(config.offload_optimizer).lower()}: otherwise processes exchange gradients or weights "
+            "within a micro-batch, and a process that ran out of memory cannot take part"
         )
     if config.offload_optimizer and config.zero_stage == 0:
         raise UserError("offload_optimizer needs zero_stage 1, 2 or 3")
     if config.use_peft and not config.freeze_vision:
         raise UserError(
-            "freeze_vision=false has no effect beside an adapter, which trains alone: set use_peft=false too"
+            "freeze_vision=false has no effect with use_peft=true, which trains only the adapter: set use_peft=false too"
         )
     if config.feature_cache and not config.freeze_vision:
-        raise UserError("feature_cache needs freeze_vision=true: a tower that trains has no lasting features")
+        raise UserError(
+            "feature_cache needs freeze_vision=true: the features of a tower that trains change at every step"
+        )
 
 
 def _check_best(config: TrainConfig) -> None:
@@ -172,8 +178,8 @@ def _check_best(config: TrainConfig) -> None:
     if not config.eval_file and not config.eval_split:
         raise UserError(f"{why} compares evaluations, which need held-out pairs: give eval_file or eval_split")
     if not config.eval_steps:
-        raise UserError(f"{why} compares evaluations, and eval_steps=0 makes one, at the end: set eval_steps")
-    compared = [name for name in EVALUATED if config.loss_type != "sft" or name in ("loss", "nll_loss")]
+        raise UserError(f"{why} compares evaluations, but eval_steps=0 evaluates only at the end: set eval_steps")
+    compared = [name for name in EVAL_METRICS if config.loss_type != "sft" or name in ("loss", "nll_loss")]
     if config.best_metric.removeprefix("eval_") not in compared:
         raise UserError(
             f"metric_for_best_model is {config.metric_for_best_model!r}, expected a number that evaluation of "

@@ -1,4 +1,4 @@
-"""The configuration DeepSpeed gets: entries that follow from the trainer's options, and those of the user's own file."""
+"""The configuration passed to DeepSpeed: entries that follow from the trainer's options, and entries of the user's own file."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import torch
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import UserError
 
-# Entries of DeepSpeed's config that follow from this trainer's options.
-OURS = (
+# The trainer sets these entries from its own options, so the user's file may not set them.
+TRAINER_ENTRIES = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "managed_gradient_accumulation",
     "optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "steps_per_print",
 )  # fmt: skip
 
 
 def deepspeed_config(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's own config: what follows from the options, then the entries of the user's file."""
+    """Returns DeepSpeed's configuration: entries that follow from the options, then the entries of the user's file.
+
+    Raises UserError if that file is not JSON, or sets an entry that the trainer sets itself.
+    """
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage in (1, 2):
         zero |= {"overlap_comm": False, "reduce_scatter": True}
@@ -50,19 +53,19 @@ def _user_entries(file: str | None) -> dict[str, Any]:
     try:
         entries = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:  # not UTF-8, or not JSON
-        raise UserError(f"deepspeed={file!r} can not be read as JSON: {error}") from error
-    clash = [name for name in OURS if name in entries and entries[name] != "auto"]
-    if clash or "stage" in entries.get("zero_optimization", {}):
+        raise UserError(f"deepspeed={file!r} cannot be read as JSON: {error}") from error
+    conflicts = [name for name in TRAINER_ENTRIES if name in entries and entries[name] != "auto"]
+    if conflicts or "stage" in entries.get("zero_optimization", {}):
         raise UserError(
-            f"deepspeed={file!r} sets {', '.join(clash) or 'zero_optimization.stage'}, which this trainer sets from its own "
+            f"deepspeed={file!r} sets {', '.join(conflicts) or 'zero_optimization.stage'}, which this trainer sets from its own "
             "options (zero_stage, bf16, max_grad_norm, per_device_train_batch_size, ...): take it out"
         )
     if entries.get("data_types", {}).get("buffer_dtype") is not None:
         raise UserError(
-            f"deepspeed={file!r} sets data_types.buffer_dtype, which would round rotary frequencies: positions of long "
-            "prompts would be wrong. Take it out"
+            f"deepspeed={file!r} sets data_types.buffer_dtype, which would round rotary frequencies and make the positions "
+            "of long prompts wrong: take it out"
         )
-    return {name: value for name, value in entries.items() if name not in OURS}
+    return {name: value for name, value in entries.items() if name not in TRAINER_ENTRIES}
 
 
 def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

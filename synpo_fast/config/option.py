@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class OptionFacts:
-    """The facts of an option beside its name, type and default.
+    """The facts about an option besides its name, type and default.
 
-    group: the title it stands under in the help.
-    choices: the words it takes; empty: any.
-    above, at_least, below, at_most: bounds of a number. Every number must be finite, whether it has bounds or not.
-    is_path: a file or folder, kept as an absolute path.
-    of_loss: an option of the same name of one or more losses, which know its default and its bounds. None leaves it to the loss.
+    group: the title of its section in the help. text: its help text.
+    choices: the words it accepts; empty: any.
+    above, at_least, below, at_most: bounds of a number. Every number must be finite, with or without bounds.
+    is_path: the value is a file or folder, kept as an absolute path.
+    of_loss: one or more losses have an option of this name, and define its default and bounds; None means the loss's default.
     """
 
     group: str
@@ -34,7 +34,7 @@ class OptionFacts:
 
 
 def option(default: Any, text: str = "", choices: tuple[str, ...] = (), *, group: str, **facts: Any) -> Any:
-    """A dataclass field with its OptionFacts. A default that can be called makes the value."""
+    """Returns a dataclass field that carries its OptionFacts. A callable default is used as a default_factory."""
     metadata = {"facts": OptionFacts(group, text, choices, **facts)}
     if callable(default):
         return field(default_factory=default, metadata=metadata)

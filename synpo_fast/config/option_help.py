@@ -1,4 +1,4 @@
-"""The options of training as text: for --help, and as the table of docs/training.md, which a test compares with this."""
+"""The training options as text, for --help and for the tables of docs/training.md, which a test compares with it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from synpo_fast.losses import LOSSES
 
 USAGE = """\
 usage: deepspeed [--num_gpus N] synpo_fast/train.py [--recipe NAME] [--config FILE] [--name value ...]
-       synpo-fast train ...                          one process
+       synpo-fast train ...                          the same in one process
 
   --recipe NAME    start from a packaged recipe: {recipes}
-  --config FILE    YAML; its options replace the recipe's, those of the command line replace both
-  --print_config   show the resolved options and end
+  --config FILE    YAML file of options; they replace the recipe's, and the command line replaces both
+  --print_config   print the resolved options and exit
 """
 
 
@@ -26,7 +26,7 @@ def help_text() -> str:
     for title, options in groups():
         lines.append(f"{title}:")
         for name, default, text in options:
-            first = f"  --{name} ({default})"
+            first = f"  --{name} ({f'default: {default}' if default else 'not set'})"
             lines += [first, textwrap.fill(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
         lines.append("")
     return "\n".join(lines)
@@ -36,12 +36,12 @@ def markdown() -> str:
     parts = []
     for title, options in groups():
         rows = [f"| `{name}` | {f'`{default}`' if default else ''} | {text} |" for name, default, text in options]
-        parts.append("\n".join([f"### {title}", "", "| option | default | what it is |", "|---|---|---|", *rows]))
+        parts.append("\n".join([f"### {title}", "", "| option | default | meaning |", "|---|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
 
 
 def groups() -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """(title, [(name, default, text)]) in the order of options.py."""
+    """Returns (title, [(name, default, text)]) for each section, in the order of options.py."""
     found: dict[str, list[tuple[str, str, str]]] = {}
     for item in fields(TrainConfig):
         found.setdefault(facts_of(item).group, []).append((item.name, _default(item), _text(item)))
@@ -60,18 +60,18 @@ def _default(item: Field[Any]) -> str:
 def _text(item: Field[Any]) -> str:
     facts = facts_of(item)
     if facts.of_loss:
-        return _of_losses(item.name, facts.text)
+        return _loss_option_text(item.name, facts.text)
     return facts.text + (f" ({', '.join(facts.choices)})" if facts.choices else "")
 
 
-def _of_losses(name: str, text: str) -> str:
-    """Which losses take this option, the words they take for it, and its help text."""
+def _loss_option_text(name: str, text: str) -> str:
+    """Returns the help text of an option of losses: the losses that have it, the words they accept, and its own text."""
     choices = {loss: spec.choices.get(name, ()) for loss, spec in LOSSES.items() if name in spec.options}
-    who = "all but sft" if len(choices) == len(LOSSES) else ", ".join(choices)
+    losses = "all but sft" if len(choices) == len(LOSSES) else ", ".join(choices)
     parts = []
     if len(set(choices.values())) > 1:
-        who = "; ".join(f"{loss}: {', '.join(words)}" for loss, words in choices.items())
+        losses = "; ".join(f"{loss}: {', '.join(words)}" for loss, words in choices.items())
     elif words := next(iter(choices.values())):
         parts.append(f"{', '.join(words[:-1])} or {words[-1]}")
     parts += [text] if text else []
-    return f"option of the loss ({who}){': ' if parts else ''}{'; '.join(parts)}"
+    return f"option of the loss ({losses}){': ' if parts else ''}{'; '.join(parts)}"

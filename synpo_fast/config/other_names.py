@@ -1,6 +1,6 @@
-"""Names of options in other trainers: Hugging Face, TRL, ms-swift, LLaMA-Factory.
+"""Option names of other trainers: Hugging Face, TRL, ms-swift, LLaMA-Factory.
 
-An alias where the meaning is exactly the same, else a hint that says what to use here.
+A name is an alias if its meaning is exactly the same. Otherwise a hint says which option to use here.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ ALIASES = {
 }
 
 _ADAMW = "the optimiser is AdamW: adam_beta1, adam_beta2, adam_epsilon and weight_decay set it"
-_TYPES = "bf16=true or fp16=true choose the type of the weights, bf16=false fp32; master weights are fp32 always"
-_LENGTH = "max_length leaves out pairs with more tokens, and counts them; nothing is ever cut"
+_TYPES = "bf16=true or fp16=true choose the type of the weights, bf16=false means fp32; master weights are always fp32"
+_LENGTH = "max_length skips and counts pairs with more tokens; text is never truncated"
 _EVERY = "eval_steps and save_steps count optimiser steps; there is no strategy to choose"
-_SPLIT = "eval_split holds out a share of train_file, eval_file names other pairs"
+_SPLIT = "eval_split holds out a share of train_file, eval_file names a manifest of held-out pairs"
 _PEFT = "use_peft=true trains an adapter, use_peft=false all weights"
-_LAYERS = "lora_target_modules names the layers of the language model that get an adapter, with commas between"
+_LAYERS = "lora_target_modules names the layers of the language model that get an adapter, separated by commas"
 _LOSS = "loss_type chooses the loss; variant, beta, gamma and label_smoothing are its options"
 _QUANTISED = "weights are not quantised here; zero_stage=3 and offload_optimizer save memory"
-_VISION = "freeze_vision is for tower and projector together"
-_FRAMES = "fps, min_frames and max_frames choose the frames, or num_frames"
-_NLL = "auxiliary_nll is the weight of an NLL term, auxiliary_target says of which text"
-_FILES = "train_file and eval_file name manifests; `synpo-fast pairs import` makes one of other formats"
-_WORKERS = "dataloader_num_workers is the number of processes that decode videos, prefetch_steps how far they are ahead"
-_FUSED = "liger_kernels is for Liger's norms, rotary and MLP; the head and the loss are fused anyway"
-_ATTENTION = "attn_implementation chooses the attention; auto takes the fastest that fits the device"
+_VISION = "freeze_vision is for the vision tower and the projector together"
+_FRAMES = "fps, min_frames and max_frames choose the number of frames, or num_frames fixes it"
+_NLL = "auxiliary_nll is the weight of an NLL term, auxiliary_target the text it is of"
+_FILES = "train_file and eval_file name manifests; `synpo-fast pairs import` makes one from other formats"
+_WORKERS = "dataloader_num_workers is the number of worker processes that decode videos, prefetch_steps the steps they are ahead"
+_FUSED = "liger_kernels is for Liger's norms, rotary embeddings and MLPs; the head and the loss are always fused"
+_ATTENTION = "attn_implementation chooses the attention; auto chooses the fastest that fits the device"
 _REFERENCE = "reference=adapter_off, frozen_copy or precomputed says where dpo's reference comes from"
-_BATCH = "per_device_train_batch_size x gradient_accumulation_steps is the number of pairs of a step on each device"
+_BATCH = "per_device_train_batch_size x gradient_accumulation_steps is the number of pairs in a step on each device"
 
 HINTS = {
-    "resume_from_checkpoint": "resume=auto goes on from the newest checkpoint of output_dir, resume=FOLDER from that checkpoint "
-    "or from the newest of that run",
+    "resume_from_checkpoint": "resume=auto resumes from the newest checkpoint of output_dir, resume=FOLDER from that "
+    "checkpoint or from the newest one of that run",
     "optim": _ADAMW, "optimizer": _ADAMW,
     "torch_dtype": _TYPES, "dtype": _TYPES, "pure_bf16": _TYPES, "tf32": _TYPES,
     "cutoff_len": _LENGTH, "max_seq_length": _LENGTH, "max_prompt_length": _LENGTH, "max_completion_length": _LENGTH,

@@ -1,7 +1,7 @@
-"""From a recipe, a YAML file and a command line to a TrainConfig; and back to YAML, as it is kept with the run.
+"""Resolves a recipe, a YAML file and a command line into a TrainConfig, and writes a TrainConfig as YAML.
 
-Relative paths are relative to the working directory, wherever they stand. They are made absolute here, so that the config that is
-kept starts the same run from any folder.
+Relative paths are relative to the working directory, even those inside a file. They are made absolute here, so that the
+config.yaml kept with a run starts the same run from any folder.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from synpo_fast.terminal.console import say
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 OPTIONS = {item.name: item for item in fields(TrainConfig)}
 TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
-OF_A_LOSS = (*LOSS_OPTIONS, "auxiliary_nll", "auxiliary_target", "reference")
-WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+LOSS_SPECIFIC = (*LOSS_OPTIONS, "auxiliary_nll", "auxiliary_target", "reference")
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def resolve_config(arguments: Sequence[str]) -> TrainConfig:
-    """A command line (without the program's name) -> its config. `--name value`, `--name=value`; a bare `--flag` is true.
+    """Returns the config for a command line (without the program's name): `--name value`, `--name=value`, or `--flag` for true.
 
-    Raises UserError for an unknown option (naming the nearest one), a value of another type, an option given twice, and
+    Raises UserError for an unknown option (naming the nearest one), a value of a wrong type, an option given twice, and
     whatever TrainConfig refuses.
     """
     given: dict[str, Any] = _command_line(arguments)
@@ -45,29 +45,29 @@ def resolve_config(arguments: Sequence[str]) -> TrainConfig:
         content = read_yaml(Path(file))
         if "recipe" in content:  # a file may name the recipe it starts from
             recipes.append(str(content.pop("recipe")))
-        sources.append((file, _by_our_names(file, content)))
-    sources.append(("the command line", _by_our_names("the command line", given)))
+        sources.append((file, _with_our_names(file, content)))
+    sources.append(("the command line", _with_our_names("the command line", given)))
     losses = [read_recipe(name)["loss_type"] for name in recipes]
     losses += [values["loss_type"] for _, values in sources if "loss_type" in values]
     chosen = losses[-1] if losses else None
     merged: dict[str, Any] = {}
-    for source, values in [*((f"recipe {name}", _of_recipe(name, chosen)) for name in recipes), *sources]:
+    for source, values in [*((f"recipe {name}", _recipe_options(name, chosen)) for name in recipes), *sources]:
         for name, value in values.items():
-            merged[name] = typed(name, value, source)
+            merged[name] = converted_option(name, value, source)
     return TrainConfig(**_with_absolute_paths(merged))
 
 
 def file_of_config(arguments: Sequence[str]) -> str | None:
-    """The YAML file that a command line names."""
+    """Returns the YAML file that a command line names with --config."""
     return _command_line(arguments).get("config")
 
 
-def _of_recipe(name: str, chosen: str | None) -> dict[str, Any]:
-    """A recipe's options. Where another loss was chosen, those of the recipe's loss are left out, with a note: `beta` of one loss
-    is not `beta` of another."""
+def _recipe_options(name: str, chosen: str | None) -> dict[str, Any]:
+    """Returns a recipe's options. If the user chose another loss, options of the recipe's own loss are left out, with a note:
+    `beta` of one loss is not `beta` of another."""
     values = read_recipe(name)
     own = values["loss_type"]
-    left_out = [option for option in values if option in OF_A_LOSS] if chosen not in (None, own) else []
+    left_out = [option for option in values if option in LOSS_SPECIFIC] if chosen not in (None, own) else []
     if left_out:
         say(
             f"note: {', '.join(left_out)} of recipe {name} belong to its loss {own} and are left out: loss_type={chosen}"
@@ -75,8 +75,8 @@ def _of_recipe(name: str, chosen: str | None) -> dict[str, Any]:
     return {option: value for option, value in values.items() if option not in left_out}
 
 
-def _by_our_names(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Aliases of other trainers replaced."""
+def _with_our_names(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces the option names of other trainers by ours."""
     renamed: dict[str, Any] = {}
     for name, value in values.items():
         ours = ALIASES.get(name, name) if name not in OPTIONS else name
@@ -87,7 +87,7 @@ def _by_our_names(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's name is one of the hub's unless there is such a folder."""
+    """Makes relative paths absolute. A model name without a folder of that name is a hub name and stays as it is."""
     absolute = dict(values)
     for name, value in values.items():
         if not value or not facts_of(OPTIONS[name]).is_path or (name == "resume" and value == "auto"):
@@ -99,6 +99,7 @@ def _with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
+    """Returns the options of a packaged recipe. Raises UserError for an unknown name."""
     file = RECIPES / f"{name}.yaml"
     if not file.exists():
         raise UserError(f"unknown recipe {name!r}, expected one of {', '.join(recipe_names())}")
@@ -110,25 +111,26 @@ def recipe_names() -> list[str]:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
+    """Returns the options in a YAML file. Raises UserError if it cannot be read, is not a mapping, or gives an option twice."""
     import yaml
 
     if not file.is_file():
         raise UserError(f"config {str(file)!r} is not a file")
     try:
         text = file.read_text(encoding="utf-8")
-        _refuse_twice(file, yaml.compose(text, Loader=yaml.SafeLoader))
+        _refuse_duplicates(file, yaml.compose(text, Loader=yaml.SafeLoader))
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"config {str(file)!r} is not YAML: {' '.join(str(error).split())}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {str(file)!r} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"config {str(file)!r} must map options to values, it holds {type(content).__name__}")
+        raise UserError(f"config {str(file)!r} must map options to values, but holds {type(content).__name__}")
     return content
 
 
-def _refuse_twice(file: Path, node: Any) -> None:
-    """YAML itself takes the last of two entries, in silence."""
+def _refuse_duplicates(file: Path, node: Any) -> None:
+    """Raises UserError for a key that is given twice: YAML itself silently keeps the last one."""
     if not hasattr(node, "value") or isinstance(node.value, str):
         return
     lines: dict[str, int] = {}
@@ -141,20 +143,23 @@ def _refuse_twice(file: Path, node: Any) -> None:
                     f"config {str(file)!r}: {key.value} is given twice, in line {lines[str(key.value)]} and in line {line}"
                 )
             lines[str(key.value)] = line
-        _refuse_twice(file, value)
+        _refuse_duplicates(file, value)
 
 
 def dump_config(config: TrainConfig) -> str:
-    """YAML that resolves to the same config."""
+    """Returns YAML that resolves to the same config."""
     import yaml
 
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
-    del values["local_rank"]  # the launcher's, different on every process
+    del values["local_rank"]  # set by the launcher, different in every process
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def typed(name: str, value: Any, source: str) -> Any:
-    """A value from YAML or, as text, from the command line, in the type of its option."""
+def converted_option(name: str, value: Any, source: str) -> Any:
+    """Converts a value, from YAML or as text from the command line, to the type of its option.
+
+    source: the place it came from, for the error message. Raises UserError for an unknown option or a wrong type.
+    """
     if name not in OPTIONS:
         near = difflib.get_close_matches(name, OPTIONS, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; --help lists the options"
@@ -168,24 +173,24 @@ def typed(name: str, value: Any, source: str) -> Any:
         raise UserError(f"{source}: {name} needs a value")
     kind = next(kind for kind in kinds if kind is not type(None))
     try:
-        return _as(typing.get_origin(kind) or kind, value)
+        return _converted(typing.get_origin(kind) or kind, value)
     except (TypeError, ValueError) as error:
-        expected = {tuple: "a list, or words with commas between", dict: "a mapping, or key=value,key=value"}
+        expected = {tuple: "a list, or words separated by commas", dict: "a mapping, or key=value,key=value"}
         wanted = expected.get(typing.get_origin(kind) or kind, f"{getattr(kind, '__name__', kind)}")
         raise UserError(f"{source}: {name} must be {wanted}, got {value!r}") from error
 
 
-def _as(kind: type, value: Any) -> Any:
+def _converted(kind: type, value: Any) -> Any:
     if kind is bool:
         if isinstance(value, bool):
             return value
-        return WORDS[value.lower()] if isinstance(value, str) and value.lower() in WORDS else _refuse()
+        return BOOLEANS[value.lower()] if isinstance(value, str) and value.lower() in BOOLEANS else _refuse()
     if isinstance(value, bool):
         return _refuse()
     if kind is int:
         return int(value) if isinstance(value, (int, str)) else _refuse()
     if kind is float:
-        return float(value) if isinstance(value, (int, float, str)) else _refuse()  # YAML reads 5e-6 as a text
+        return float(value) if isinstance(value, (int, float, str)) else _refuse()  # YAML reads 5e-6 as text
     if kind is str:
         return str(value) if isinstance(value, (str, int, float)) else _refuse()
     if kind is tuple:
@@ -194,11 +199,11 @@ def _as(kind: type, value: Any) -> Any:
         return tuple(str(word) for word in value) if isinstance(value, (list, tuple)) else _refuse()
     assert kind is dict, kind
     if isinstance(value, str):
-        value = _pairs(value)
+        value = _key_values(value)
     return dict(value) if isinstance(value, Mapping) else _refuse()
 
 
-def _pairs(text: str) -> dict[str, Any]:
+def _key_values(text: str) -> dict[str, Any]:
     import yaml
 
     pairs = [part.split("=", 1) for part in text.split(",") if part.strip()]
@@ -221,7 +226,7 @@ def _command_line(arguments: Sequence[str]) -> dict[str, str]:
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if not equals:
-            # A value may begin with a dash if it is a number.
+            # A word with a dash in front is the next option, unless it is a negative number.
             flag = not rest or (rest[0].startswith("-") and not _is_number(rest[0]))
             value = "true" if flag else rest.pop(0)
         if name in given:

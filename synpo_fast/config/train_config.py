@@ -1,7 +1,7 @@
-"""The config of a training run: its options, checked, and what follows from them.
+"""The config of a training run: its checked options, and values derived from them.
 
-A run is described by, in this order: the defaults in options.py, a packaged recipe (`--recipe NAME`), a YAML file
-(`--config FILE`), and options of the command line. sources.py reads those. All of it is checked before a model is loaded.
+Options come from, in this order: the defaults in options.py, a packaged recipe (`--recipe NAME`), a YAML file
+(`--config FILE`), and the command line. sources.py reads them. Everything is checked before a model is loaded.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from synpo_fast.losses import LOSSES
 
 @dataclass(frozen=True)
 class TrainConfig(TrainOptions):
-    """The options of a training run, by their names and checked; model_name_or_path, train_file and output_dir must be given.
+    """The checked options of a training run, by name; model_name_or_path, train_file and output_dir must be given.
 
-    Raises UserError that says what to do, for a value out of range and for options that contradict each other.
+    Raises UserError, which says what to change, for a value out of range and for options that contradict each other.
     """
 
     def __post_init__(self) -> None:
@@ -28,43 +28,44 @@ class TrainConfig(TrainOptions):
 
     @property
     def loss_options(self) -> dict[str, Any]:
-        """What was set of the loss's options; the loss knows the defaults of the others."""
+        """The loss's options that were set; the loss has defaults for the others."""
         return {name: getattr(self, name) for name in LOSS_OPTIONS if getattr(self, name) is not None}
 
     @property
     def num_reading_processes(self) -> int:
-        """They see no GPU."""
+        """The number of worker processes that decode videos: 0 when videos are decoded on the GPU, which workers do not see."""
         return self.dataloader_num_workers if self.video_device == "cpu" else 0
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether videos are decoded while a step is computed: in processes, or for a GPU in a thread."""
+        """True if videos are decoded while a step is computed: in worker processes, or in a thread when decoded on a GPU."""
         return self.num_reading_processes > 0 or self.video_device == "cuda"
 
     @property
     def compares_evaluations(self) -> str:
-        """The option because of which evaluations are compared with each other, or "" where they are not."""
+        """The name of the option that makes evaluations be compared with each other; "" if they are not compared."""
         if self.load_best_model_at_end:
             return "load_best_model_at_end"
         return "early_stopping_patience" if self.early_stopping_patience is not None else ""
 
     @property
     def best_metric(self) -> str:
-        """`metric_for_best_model` as evaluation writes it."""
+        """The name of `metric_for_best_model` as an evaluation writes it, with eval_ in front."""
         return f"eval_{(self.metric_for_best_model or 'loss').removeprefix('eval_')}"
 
     @property
     def best_is_greater(self) -> bool:
-        """`greater_is_better` with its default resolved, by Hugging Face's rule."""
+        """The value of `greater_is_better`, its default resolved by Hugging Face's rule."""
         return not self.best_metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
 
     @property
     def needs_reference(self) -> bool:
+        """True if the loss uses a reference's log-probs."""
         return self.loss_type in LOSSES and LOSSES[self.loss_type].reads_reference(self.loss_options)
 
     @property
     def reference_kind(self) -> str:
-        """`reference` with auto resolved."""
+        """The value of `reference`, with auto resolved."""
         if self.reference != "auto":
             return self.reference
         return "adapter_off" if self.use_peft else "frozen_copy"

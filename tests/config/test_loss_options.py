@@ -30,7 +30,7 @@ def of_the_trainer(config):
 
 
 def of_the_loss(loss, **options):
-    """The same from the loss itself. The trainer takes the NLL inside a loss pair by pair unless it is told otherwise."""
+    """The losses of the same two pairs, from the loss itself. The trainer takes an inner NLL pair by pair by default."""
     spec = LOSSES[loss]
     if spec.has_nll:
         options = {"nll_reduce": "token_mean", **options}

@@ -46,7 +46,7 @@ def never_started(monkeypatch):
 
 
 def told(capsys, values):
-    """What the command says last, after exit status 2 and without a traceback."""
+    """The last line that the command prints, after exit status 2 and without a traceback."""
     assert main(command_line(values)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[:-1] == ["synpo-fast train: loading libraries"]

@@ -35,7 +35,7 @@ def config(**values):
 
 
 def refused_for_its_bounds(name, value):
-    """Whether the one-line error names the option, its value and what was expected, and no other rule was in the way."""
+    """True if the one-line error names the option, its value and the expected range, and no other rule refused it first."""
     try:
         config(**{name: value})
     except ValueError as error:

@@ -72,7 +72,7 @@ def test_words_become_values_of_the_right_type(words, expected):
         (["--loss_type", "simpo", "--alpha", "3"], "loss_type=simpo has no option alpha; it has beta, gamma"),
         (["--loss_type", "sft", "--nll_weight", "1"], "loss_type=sft has no option nll_weight; it has none"),
         (["--loss_type", "cpo", "--nll_reduce", "mean"], "loss_type=cpo: nll_reduce is 'mean', expected one of 'token_mean'"),
-        (["--loss_type", "dpo", "--reference_free", "--reference", "frozen_copy"], "reference_free=true reads no reference"),
+        (["--loss_type", "dpo", "--reference_free", "--reference", "frozen_copy"], "reference_free=true uses no reference"),
         (["--loss_type", "dpo", "--reference_free", "--profile", "2"], "leave reference_free unset"),
         (["--loss_type", "sft", "--auxiliary_nll", "1"], "leave auxiliary_nll at 0"),
         (["--auxiliary_target", "ground_truth"], "has no effect while auxiliary_nll is 0"),

@@ -1,4 +1,4 @@
-"""Options that say how videos are fed: their size, what is kept of them, and how much is read ahead."""
+"""Options of the video input: frame size, kept features, and how much is read ahead."""
 
 import json
 from itertools import pairwise
@@ -42,7 +42,7 @@ def test_bounds_that_cross_are_refused_before_a_model_is_loaded(tmp_path):
 def test_copies_of_the_next_micro_batch_begin_between_forward_and_backward(
     world, tmp_path, in_one_process, monkeypatch
 ):
-    """On a GPU they then run beside the backward. Here the calls are watched."""
+    """On a GPU they then run during the backward. This test watches the calls."""
     calls = []
 
     def noted(owner, name, what):
