@@ -105,7 +105,7 @@ def _check_reference(config: TrainConfig) -> None:
     if config.reference != "auto" and not config.needs_reference:
         why = " with reference_free=true" if config.reference_free else ""
         raise UserError(
-            f"loss_type={config.loss_type}{why} uses no reference: leave reference at auto, got {config.reference}"
+            f"loss_type={config.loss_type}{why} reads no reference: leave reference at auto, got {config.reference}"
         )
     if not config.needs_reference:
         return
