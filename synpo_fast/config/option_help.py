@@ -61,7 +61,7 @@ def _text(item: Field[Any]) -> str:
     facts = facts_of(item)
     if facts.of_loss:
         return _loss_option_text(item.name, facts.text)
-    return facts.text + (f" ({', '.join(facts.choices)})" if facts.choices else "")
+    return facts.text + (f". One of: {', '.join(facts.choices)}" if facts.choices else "")
 
 
 def _loss_option_text(name: str, text: str) -> str:

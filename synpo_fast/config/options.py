@@ -144,12 +144,14 @@ class TrainOptions:
     )
 
     loss_type: str = _loss("synpo", "the loss; sft is the NLL of the chosen response", (*LOSSES, "sft"))
-    alpha: float | None = _of_loss()
-    beta: float | None = _of_loss()
-    gamma: float | None = _of_loss()
-    link: str | None = _of_loss()
-    variant: str | None = _of_loss()
-    label_smoothing: float | None = _of_loss()
+    alpha: float | None = _of_loss("scale of the difference of the two rewards")
+    beta: float | None = _of_loss(
+        "for synpo the weight of the chosen response's likelihood, else the scale of the rewards"
+    )
+    gamma: float | None = _of_loss("margin by which the chosen reward should be greater")
+    link: str | None = _of_loss("applied to the scaled difference of the rewards")
+    variant: str | None = _of_loss("form of the loss")
+    label_smoothing: float | None = _of_loss("assumed probability that chosen and rejected are swapped")
     reference_free: bool | None = _of_loss("take the reference's log-probs as 0 and compute none")
     nll_weight: float | None = _of_loss("weight of the NLL of the chosen response")
     nll_reduce: str | None = _of_loss(
