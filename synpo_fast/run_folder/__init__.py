@@ -1,1 +1,1 @@
-"""The files of a run: checkpoints, the best model, locks, and the rules for overwriting and resuming."""
+"""The files of a run: checkpoints, the best model, the lock, and the rules for overwriting and resuming."""

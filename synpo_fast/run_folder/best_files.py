@@ -1,8 +1,8 @@
-"""The model files of a run's best checkpoint at the top of its output folder, where Hugging Face's tools look for a model.
+"""Copies the model files of a run's best checkpoint to the top of its output folder, where Hugging Face's tools look for a model.
 
-They are copies: the checkpoint stays as it is, and resuming never reads them. best_model.json, which is written last, names
-them, so that a later run of the same folder may replace these files, and no others. A model that would be lost that way is
-moved into `superseded/` first, as a folder that loads.
+The checkpoint stays as it is, and resuming never reads the copies. best_model.json is written last and lists the copied
+files, so that a later run in the same folder may replace these files and no others. If that would lose a model, the model is
+moved into `superseded/` first, as a folder that can be loaded.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ from pathlib import Path
 from typing import Any
 
 from synpo_fast.errors import UserError
-from synpo_fast.run_folder.checkpoint import COMPLETE, CheckpointError, has_bytes, sealed_model, what_is_broken
+from synpo_fast.run_folder.checkpoint import COMPLETE, CheckpointError, has_digests, model_digests, what_is_broken
 from synpo_fast.run_folder.superseded import FOLDER, set_aside
 
 NAME = "best_model.json"
-LEAVING = f"{NAME}.earlier"  # a folder: an earlier best model on its way into superseded/
-RULE = ("metric", "greater_is_better")
-LEFT_OUT = {COMPLETE, "README.md"}  # a model card of peft's, which says nothing of this run
-# What makes transformers or peft take a folder for a model.
+MOVING = f"{NAME}.earlier"  # a folder that holds an earlier best model while it is moved into superseded/
+SELECTION_KEYS = ("metric", "greater_is_better")
+NOT_COPIED = {COMPLETE, "README.md"}  # README.md is peft's model card, which says nothing about this run
+# transformers and peft take a folder for a model if it holds one of these files.
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "pytorch_model*.bin")
 
 
 def put_best(output_dir: Path, checkpoint: Path, facts: Mapping[str, Any]) -> Path | None:
-    """Copies the checkpoint's model files to the top of output_dir; does nothing where they are there already.
+    """Copies the checkpoint's model files to the top of output_dir, unless they are there already.
 
-    facts go into best_model.json: step, metric, greater_is_better, value. An earlier best model there is moved into superseded/
-    if it was chosen under another rule, or if no checkpoint holds it any more; returns where it lies now.
+    facts go into best_model.json: step, metric, greater_is_better, value. An earlier best model is moved into superseded/ if it
+    was chosen by another metric or direction, or if no checkpoint holds it any more. Returns its new path, or None.
 
-    Raises CheckpointError if the checkpoint is not whole, if a file of somebody else's is in the way, and where the copies
-    cannot be written; the checkpoint itself is whole in the latter two.
+    Raises CheckpointError if the checkpoint is not whole, if a file that no run wrote has one of the names, or if the copies
+    cannot be written. In the last two cases the checkpoint itself is whole.
     """
     if vouches(output_dir, facts):
         return None
     problem = what_is_broken(checkpoint) if checkpoint.is_dir() else "there is no such folder"
     if problem is not None:
         raise CheckpointError(
-            f"the best model cannot be taken from {checkpoint}: {problem}. Put back what is missing and start again "
-            "with --resume auto; without it, that start compares evaluations anew"
+            f"the best model cannot be taken from {checkpoint}: {problem}. Restore what is missing and start again "
+            "with --resume auto; if it is not restored, that start compares evaluations from the beginning"
         )
-    names = sorted(file.name for file in checkpoint.iterdir() if file.is_file() and file.name not in LEFT_OUT)
-    earlier = _files_of(output_dir)
+    names = sorted(file.name for file in checkpoint.iterdir() if file.is_file() and file.name not in NOT_COPIED)
+    earlier = listed_files(output_dir)
     foreign = [name for name in names if name not in earlier and os.path.lexists(output_dir / name)]
     if foreign:
         raise CheckpointError(
             f"{output_dir} holds {', '.join(foreign)}, which this run did not write: the best model stays in {checkpoint}. Move "
-            "them away and start again with --resume auto"
+            "these files away and start again with --resume auto"
         )
     partial = output_dir / f"{NAME}.partial"
     try:
@@ -57,11 +57,11 @@ def put_best(output_dir: Path, checkpoint: Path, facts: Mapping[str, Any]) -> Pa
         partial.mkdir()
         for name in names:
             shutil.copyfile(checkpoint / name, partial / name)
-        written = {**facts, "checkpoint": checkpoint.name, "files": names, "sealed": sealed_model(checkpoint)}
+        written = {**facts, "checkpoint": checkpoint.name, "files": names, "sealed": model_digests(checkpoint)}
         (partial / NAME).write_text(json.dumps(written, indent=1) + "\n")
         aside = _set_earlier_aside(output_dir, facts)
-        earlier = _files_of(output_dir)
-        _write_names(output_dir, {*earlier, *names})  # both, until all is in its place
+        earlier = listed_files(output_dir)
+        _write_names(output_dir, {*earlier, *names})  # lists old and new files until all are replaced
         for name in names:
             (partial / name).replace(output_dir / name)
         for name in set(earlier) - set(names):
@@ -71,14 +71,14 @@ def put_best(output_dir: Path, checkpoint: Path, facts: Mapping[str, Any]) -> Pa
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"the best model, {checkpoint}, could not be copied to {output_dir}: {error}. Mend that and start again with "
+            f"the best model, {checkpoint}, could not be copied to {output_dir}: {error}. Fix that and start again with "
             "--resume auto"
         ) from error
     return aside
 
 
 def vouches(output_dir: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether best_model.json says that the model at the top is the one of these facts, and it has the bytes that were copied."""
+    """True if best_model.json describes the model at the top by these facts, and its files have the bytes that were copied."""
     found = _read(output_dir)
     sealed = found.get("sealed")
     if not isinstance(sealed, dict) or not sealed or any(found.get(name) != value for name, value in facts.items()):
@@ -87,71 +87,74 @@ def vouches(output_dir: Path, facts: Mapping[str, Any]) -> bool:
         digests = {name: (size, digest) for name, (size, digest) in sealed.items()}
     except (TypeError, ValueError):
         return False
-    return has_bytes(output_dir, digests) and all((output_dir / name).is_file() for name in _files_of(output_dir))
+    return has_digests(output_dir, digests) and all((output_dir / name).is_file() for name in listed_files(output_dir))
 
 
 def lies_elsewhere(output_dir: Path, checkpoint: Path) -> bool:
-    """Whether the checkpoint's model lies at the top of output_dir or in superseded/, too. Reads it there."""
-    sealed = sealed_model(checkpoint)
+    """True if a copy of the checkpoint's model lies at the top of output_dir or in superseded/. Reads the files there."""
+    sealed = model_digests(checkpoint)
     places = [output_dir, *sorted((output_dir / FOLDER).glob("best_model-*"))]
-    return bool(sealed) and any((place / NAME).is_file() and has_bytes(place, sealed) for place in places)
+    return bool(sealed) and any((place / NAME).is_file() and has_digests(place, sealed) for place in places)
 
 
 def check_place(output_dir: Path, *, may_replace: bool) -> None:
-    """Raises UserError where the top of output_dir holds a model that this run would have to overwrite at its end.
+    """Raises UserError if the top of output_dir holds a model that this run would overwrite at its end.
 
-    may_replace: the files that best_model.json names are this run's, or are to be deleted.
+    may_replace: the files that best_model.json lists belong to this run, or will be deleted.
     """
-    ours = _files_of(output_dir)
+    ours = listed_files(output_dir)
     if ours and not may_replace:
         raise UserError(
-            f"output_dir={str(output_dir)!r} holds the best model of an earlier run ({NAME}): start anew with "
-            "--overwrite_output_dir, or take another folder"
+            f"output_dir={str(output_dir)!r} holds the best model of an earlier run ({NAME}): start over with "
+            "--overwrite_output_dir, or give another folder"
         )
     found = sorted({file.name for pattern in MODEL_FILES for file in output_dir.glob(pattern)} - set(ours))
     if found:
         raise UserError(
-            f"output_dir={str(output_dir)!r} holds a model ({', '.join(found)}), and load_best_model_at_end puts one there: "
-            "take another folder"
+            f"output_dir={str(output_dir)!r} holds a model ({', '.join(found)}), and load_best_model_at_end writes one there: "
+            "give another folder"
         )
 
 
 def check_names(output_dir: Path, names: Iterable[str]) -> None:
-    """Raises UserError where a file of somebody else's has one of the names that the best model's files will have."""
+    """Raises UserError if a file that no run wrote has one of the names that the best model's files will have."""
     foreign = sorted(
-        {name for name in names if os.path.lexists(output_dir / name)} - {*_files_of(output_dir), *LEFT_OUT}
+        {name for name in names if os.path.lexists(output_dir / name)} - {*listed_files(output_dir), *NOT_COPIED}
     )
     if foreign:
         raise UserError(
             f"output_dir={str(output_dir)!r} holds {', '.join(foreign)}, and load_best_model_at_end puts files of that name "
-            "there: move them away, or take another folder"
+            "there: move them away, or give another folder"
         )
 
 
 def remove_best(output_dir: Path) -> None:
-    """Deletes the copies that best_model.json names, and it."""
-    for name in _files_of(output_dir):
+    """Deletes the copies that best_model.json lists, and best_model.json."""
+    for name in listed_files(output_dir):
         (output_dir / name).unlink(missing_ok=True)
     (output_dir / NAME).unlink(missing_ok=True)
-    for left_over in (f"{NAME}.partial", LEAVING):
+    for left_over in (f"{NAME}.partial", MOVING):
         shutil.rmtree(output_dir / left_over, ignore_errors=True)
 
 
 def _set_earlier_aside(output_dir: Path, facts: Mapping[str, Any]) -> Path | None:
-    """Moves the best model that lies at the top into superseded/ if it would be lost otherwise. File by file into a folder
-    beside, its best_model.json last, and then the folder: a start after a kill goes on where this one was."""
-    leaving, found = output_dir / LEAVING, _read(output_dir)
-    if not leaving.exists():
-        same_rule = all(found.get(name) == facts.get(name) for name in RULE)
+    """Moves the best model at the top into superseded/ if it would be lost otherwise; returns its new path, or None.
+
+    The files are moved one by one into a temporary folder, best_model.json last, and then the folder is moved. If the process
+    is killed in between, the next start continues from there.
+    """
+    moving, found = output_dir / MOVING, _read(output_dir)
+    if not moving.exists():
+        same_rule = all(found.get(name) == facts.get(name) for name in SELECTION_KEYS)
         if "step" not in found or (same_rule and _is_in_a_checkpoint(output_dir, found)):
             return None
-        leaving.mkdir()
-    if not (leaving / NAME).exists():
-        for name in [*_files_of(output_dir), NAME]:
+        moving.mkdir()
+    if not (moving / NAME).exists():
+        for name in [*listed_files(output_dir), NAME]:
             if os.path.lexists(output_dir / name):
-                (output_dir / name).replace(leaving / name)
-    step = _read(leaving).get("step")
-    return set_aside(leaving, name=f"best_model-{step if isinstance(step, int) else 0:06d}")
+                (output_dir / name).replace(moving / name)
+    step = _read(moving).get("step")
+    return set_aside(moving, name=f"best_model-{step if isinstance(step, int) else 0:06d}")
 
 
 def _is_in_a_checkpoint(output_dir: Path, found: Mapping[str, Any]) -> bool:
@@ -159,10 +162,10 @@ def _is_in_a_checkpoint(output_dir: Path, found: Mapping[str, Any]) -> bool:
     checkpoint = output_dir / name if isinstance(name, str) else None
     if checkpoint is None or not checkpoint.is_dir() or what_is_broken(checkpoint) is not None:
         return False
-    return has_bytes(output_dir, sealed_model(checkpoint))
+    return has_digests(output_dir, model_digests(checkpoint))
 
 
-def _files_of(output_dir: Path) -> list[str]:
+def listed_files(output_dir: Path) -> list[str]:
     files = _read(output_dir).get("files")
     names = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
     return [name for name in names if name not in ("", ".", "..") and Path(name).name == name]

@@ -1,17 +1,17 @@
-"""Checkpoints that are either whole or not there.
+"""Writes and reads checkpoints. A checkpoint is whole or does not exist.
 
-A checkpoint is written into `checkpoint-N.partial`; every file is flushed to the disk, sizes and digests go into
-complete.json, the folder is renamed to `checkpoint-N`, and only then older ones are deleted. So a process killed at any
-moment, or a disk that fills up, leaves the last good one as it was. A run deletes checkpoints that it wrote itself and no others.
+A checkpoint is written to the folder `checkpoint-N.partial`. Every file is fsynced, sizes and digests are written to
+complete.json, and the folder is renamed to `checkpoint-N`; only then older checkpoints are deleted. So if the process is
+killed at any moment, or the disk fills up, the last good checkpoint is untouched. A run deletes only checkpoints that it wrote.
 
     checkpoint-000100/
-      adapter_model.safetensors, adapter_config.json      what peft loads; or model.safetensors, config.json, ...
+      adapter_model.safetensors, adapter_config.json      loaded by peft; without an adapter model.safetensors, config.json, ...
       tokenizer and processor files
-      state/optimizer.safetensors                         whole tensors by name: they load under another number of
-      state/trainer.json                                  processes or another ZeRO stage, too
-      complete.json                                       sizes, and digests of what resuming reads
+      state/optimizer.safetensors                         whole tensors by name, which also load with another number of
+      state/trainer.json                                  processes or another ZeRO stage
+      complete.json                                       sizes and digests of the files that resuming reads
 
-Tokenizer, processor files and README are for others: they may be edited or missing, and the run goes on.
+Resuming does not read tokenizer, processor files and README: they may be edited or missing.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from synpo_fast.run_folder.superseded import delete, set_aside
 NAME = re.compile(r"checkpoint-(\d+)")
 COMPLETE, STATE, CONFIG = "complete.json", "state", "config.json"
 STATE_FILES = ("optimizer.safetensors", "trainer.json")
-REMOVED = ".removed"  # ends the name of a folder that is being deleted
+REMOVED = ".removed"  # suffix of a folder that is being deleted
 LEFT_OVER = re.compile(rf"checkpoint-\d+(\.partial|(\.partial)?{re.escape(REMOVED)})")
 logger = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or read. The good ones that were there still are."""
+    """A checkpoint could not be written or read. Good checkpoints that existed before still exist."""
 
 
 def write_checkpoint(
@@ -57,10 +57,12 @@ def write_checkpoint(
     best: int | None = None,
     earlier_bests: Sequence[int] = (),
 ) -> Path:
-    """One process writes. save_model puts the files others load into the folder it is given. best: the step of a checkpoint
-    that is not deleted while its files are there. earlier_bests: of checkpoints that are never deleted.
+    """Writes a checkpoint, deletes older ones beyond `keep`, and returns its folder. Only one process calls it.
 
-    Raises CheckpointError, with the partial folder removed, if anything can not be written.
+    save_model writes the model files into the folder that it is given. best: the step of a checkpoint that is not deleted
+    while its files are there. earlier_bests: steps of checkpoints that are never deleted.
+
+    Raises CheckpointError if anything cannot be written; the partial folder is then removed.
     """
     final = folder_of(output_dir, step)
     partial = output_dir / f"{final.name}.partial"
@@ -70,16 +72,16 @@ def write_checkpoint(
         save_model(partial)
         _save_tensors(partial / STATE / "optimizer.safetensors", optimizer_state)
         (partial / STATE / "trainer.json").write_text(json.dumps(trainer_state, indent=1))
-        _seal(partial)
-        if os.path.lexists(final):  # somebody else's: what an earlier attempt left was moved away when this run began
-            logger.warning("%s was there already: it is now %s", final, set_aside(final))
+        _write_digests(partial)
+        if os.path.lexists(final):  # not ours: leftovers of an earlier attempt were moved away when this run began
+            logger.warning("%s already existed and was moved to %s", final, set_aside(final))
         partial.rename(final)
         _sync(output_dir)
-    except Exception as error:  # safetensors and peft wrap errors of the disk in types of their own
+    except Exception as error:  # safetensors and peft wrap disk errors in types of their own
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"could not write {final}: {error}") from error
     kept = {final, *(folder_of(output_dir, each) for each in earlier_bests)}
-    if best is not None and _has_all_bytes(folder_of(output_dir, best)):
+    if best is not None and _has_all_sizes(folder_of(output_dir, best)):
         kept.add(folder_of(output_dir, best))
     _prune(output_dir, keep, kept=kept, run=trainer_state.get("run"))
     return final
@@ -90,15 +92,15 @@ def folder_of(output_dir: Path, step: int) -> Path:
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole; broken ones are named in a warning and passed over."""
+    """Returns the newest whole checkpoint. Broken ones are skipped with a warning."""
     newest, broken = newest_and_broken(output_dir)
     for folder, problem in broken:
-        logger.warning("passing over %s: %s", folder, problem)
+        logger.warning("skipping %s: %s", folder, problem)
     return newest
 
 
 def newest_and_broken(output_dir: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest whole checkpoint, and those after it with what is wrong with each, the newest first."""
+    """Returns the newest whole checkpoint, and the broken ones after it with their problems, newest first."""
     broken: list[tuple[Path, str]] = []
     for folder in reversed(list_checkpoints(output_dir)):
         problem = what_is_broken(folder)
@@ -109,9 +111,10 @@ def newest_and_broken(output_dir: Path) -> tuple[Path | None, list[tuple[Path, s
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """By step, the oldest first. Half-written ones have another name and are not among them.
+    """Returns the checkpoint-N folders, oldest step first.
 
-    Links that lead nowhere are: what they stand for may be on a disk that is not mounted.
+    Half-written checkpoints have another name and are left out. Broken links are included: they may lead to a disk that is
+    not mounted.
     """
     if not output_dir.is_dir():
         return []
@@ -119,7 +122,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def why_no_folder(path: Path) -> str | None:
-    """Says what stands in the place of a folder: nothing, a file, a link that leads nowhere. None for a folder."""
+    """Returns the reason why path is not a folder (missing, a file, a broken link), or None if it is one."""
     if path.is_dir():
         return None
     if path.is_symlink() and not path.exists():
@@ -128,14 +131,14 @@ def why_no_folder(path: Path) -> str | None:
 
 
 def what_is_broken(folder: Path) -> str | None:
-    """None for a checkpoint that a run can go on from. Reads weights and state once."""
+    """Returns the problem with a checkpoint, or None if a run can resume from it. Reads weights and state once."""
     if (instead := why_no_folder(folder)) is not None:
         return instead
     if not is_ours(folder):
         return f"was not written by this trainer (it has no {COMPLETE} and no {STATE}/)"
     try:
         files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
-        sealed = {name: (size, digest) for name, (size, digest) in files.items() if is_needed(name)}
+        recorded = {name: (size, digest) for name, (size, digest) in files.items() if is_read_on_resume(name)}
     except FileNotFoundError:
         return f"{COMPLETE} is missing"
     except OSError as error:
@@ -144,10 +147,10 @@ def what_is_broken(folder: Path) -> str | None:
         return f"{COMPLETE} is empty or cut off"
     except (ValueError, TypeError, AttributeError, RecursionError):
         return f"{COMPLETE} cannot be read: it does not list files with their sizes and digests"
-    missing = {f"{STATE}/{name}" for name in STATE_FILES} - set(sealed)
-    if missing or not any(name.endswith(".safetensors") and not name.startswith(STATE) for name in sealed):
+    missing = {f"{STATE}/{name}" for name in STATE_FILES} - set(recorded)
+    if missing or not any(name.endswith(".safetensors") and not name.startswith(STATE) for name in recorded):
         return f"{COMPLETE} names no {', '.join(sorted(missing)) or 'weights'}"
-    for name, (size, digest) in sealed.items():
+    for name, (size, digest) in recorded.items():
         try:
             if (folder / name).stat().st_size != size:
                 return (
@@ -159,9 +162,9 @@ def what_is_broken(folder: Path) -> str | None:
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        except ValueError:  # no name of a file: it holds NUL
+        except ValueError:  # not a file name: it holds NUL
             return f"{COMPLETE} cannot be read: it names a file {name!r}"
-    named, step = NAME.fullmatch(folder.name), step_in(folder)
+    named, step = NAME.fullmatch(folder.name), step_of_checkpoint(folder)
     if step is None:
         return f"its state cannot be read: {STATE}/trainer.json names no step"
     if named is not None and step != int(named.group(1)):
@@ -169,59 +172,61 @@ def what_is_broken(folder: Path) -> str | None:
     return None
 
 
-def is_needed(name: str) -> bool:
-    """Whether resuming reads this file of a checkpoint: weights, state, and a whole model's config. An adapter is made anew from
-    the run's options, so its config is for others."""
+def is_read_on_resume(name: str) -> bool:
+    """True if resuming reads this file of a checkpoint: weights, state, and a whole model's config.
+
+    An adapter is rebuilt from the run's options, so resuming does not read its config.
+    """
     return name.startswith(f"{STATE}/") or name.endswith((".safetensors", ".safetensors.index.json")) or name == CONFIG
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether this trainer wrote it, as far as names tell: Hugging Face's trainers call theirs checkpoint-N, too."""
+    """True if this trainer wrote the checkpoint, judged by file names: Hugging Face's trainers use the name checkpoint-N too."""
     return any(os.path.lexists(folder / name) for name in (COMPLETE, STATE))
 
 
-def step_in(folder: Path) -> int | None:
-    """The optimiser steps that a checkpoint's state has behind it, whatever the folder is called."""
+def step_of_checkpoint(folder: Path) -> int | None:
+    """Returns the optimiser step that a checkpoint's state was saved at, whatever the folder is called; None if unknown."""
     state = _trainer_state(folder).get("state")
     step = state.get("step") if isinstance(state, dict) else None
     return step if isinstance(step, int) else None
 
 
-def sealed_model(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and digest of each model file (weights, a whole model's config) as the checkpoint was written; {} if not known."""
-    return {name: facts for name, facts in _sealed(folder).items() if "/" not in name}
+def model_digests(folder: Path) -> dict[str, tuple[int, str]]:
+    """Returns size and digest of each model file (weights, a whole model's config) when it was written; {} if unknown."""
+    return {name: facts for name, facts in _recorded_digests(folder).items() if "/" not in name}
 
 
-def has_bytes(folder: Path, sealed: Mapping[str, tuple[int, str]]) -> bool:
-    """Whether the folder holds these files with these bytes. Reads each once."""
+def has_digests(folder: Path, recorded: Mapping[str, tuple[int, str]]) -> bool:
+    """True if the folder holds these files with these sizes and digests. Reads each file once."""
     try:
         return all(
             (folder / name).stat().st_size == size and _digest(folder / name) == digest
-            for name, (size, digest) in sealed.items()
+            for name, (size, digest) in recorded.items()
         )
     except OSError:
         return False
 
 
-def _has_all_bytes(folder: Path) -> bool:
-    """Whether every sealed file has its size: a quick look, at each save, which reads no weights."""
-    sealed = _sealed(folder)
+def _has_all_sizes(folder: Path) -> bool:
+    """True if every recorded file has its recorded size. A quick check at each save, which reads no weights."""
+    recorded = _recorded_digests(folder)
     try:
-        return bool(sealed) and all((folder / name).stat().st_size == size for name, (size, _) in sealed.items())
+        return bool(recorded) and all((folder / name).stat().st_size == size for name, (size, _) in recorded.items())
     except OSError:
         return False
 
 
-def _sealed(folder: Path) -> dict[str, tuple[int, str]]:
+def _recorded_digests(folder: Path) -> dict[str, tuple[int, str]]:
     try:
         files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
-        return {name: (size, digest) for name, (size, digest) in files.items() if is_needed(name)}
+        return {name: (size, digest) for name, (size, digest) in files.items() if is_read_on_resume(name)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
 def _trainer_state(folder: Path) -> dict[str, Any]:
-    """{} if it can not be read."""
+    """Returns the content of state/trainer.json, {} if it cannot be read."""
     try:
         found = json.loads((folder / STATE / "trainer.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -230,18 +235,18 @@ def _trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Optimiser and trainer state. Raises CheckpointError if the checkpoint is not whole."""
+    """Returns optimiser state and trainer state. Raises CheckpointError if the checkpoint is not whole."""
     from safetensors.torch import load_file
 
     problem = what_is_broken(folder)
     if problem is not None:
-        raise CheckpointError(f"can not resume from {folder}: {problem}")
+        raise CheckpointError(f"cannot resume from {folder}: {problem}")
     state = load_file(folder / STATE / "optimizer.safetensors")
     return state, json.loads((folder / STATE / "trainer.json").read_text())
 
 
 def remove_checkpoints(output_dir: Path) -> None:
-    """All that this trainer wrote, half-written and half-deleted ones too."""
+    """Deletes all checkpoints that this trainer wrote, half-written and half-deleted ones too."""
     checkpoints, left_over = removed_checkpoints(output_dir)
     for folder in checkpoints:
         _remove(folder)
@@ -250,7 +255,7 @@ def remove_checkpoints(output_dir: Path) -> None:
 
 
 def removed_checkpoints(output_dir: Path) -> tuple[list[Path], list[Path]]:
-    """The checkpoints and the leftovers that remove_checkpoints deletes: of links just the link, also where it leads nowhere."""
+    """Returns the checkpoints and the leftovers that remove_checkpoints deletes. Of a link, only the link itself is deleted."""
     checkpoints = [path for path in list_checkpoints(output_dir) if is_ours(path) or _leads_nowhere(path)]
     return checkpoints, [path for path in output_dir.glob("checkpoint-*") if LEFT_OVER.fullmatch(path.name)]
 
@@ -260,9 +265,9 @@ def _leads_nowhere(path: Path) -> bool:
 
 
 def check_writable(output_dir: Path) -> None:
-    """Raises ValueError now rather than after the first hundred steps."""
+    """Raises UserError if output_dir cannot be created or written, before training rather than at the first checkpoint."""
     if os.path.lexists(output_dir) and (instead := why_no_folder(output_dir)) is not None:
-        raise UserError(f"output_dir={str(output_dir)!r} {instead}: give another one, or move that away")
+        raise UserError(f"output_dir={str(output_dir)!r} {instead}: give another folder, or move it away")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=output_dir, prefix=".writable") as probe:
@@ -278,12 +283,14 @@ def _save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     save_file({name: torch.as_tensor(tensor).contiguous() for name, tensor in tensors.items()}, file)
 
 
-def _seal(folder: Path) -> None:
+def _write_digests(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for file in files:
         _sync(file)
     names = [file.relative_to(folder).as_posix() for file in files]
-    facts = {name: ((folder / name).stat().st_size, _digest(folder / name)) for name in names if is_needed(name)}
+    facts = {
+        name: ((folder / name).stat().st_size, _digest(folder / name)) for name in names if is_read_on_resume(name)
+    }
     (folder / COMPLETE).write_text(json.dumps({"files": facts}, indent=1))
     for path in (folder / COMPLETE, folder / STATE, folder):
         _sync(path)
@@ -299,10 +306,12 @@ def _sync(path: Path) -> None:
 
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "blake2b").hexdigest() if hasattr(hashlib, "file_digest") else _slow(stream)
+        return (
+            hashlib.file_digest(stream, "blake2b").hexdigest() if hasattr(hashlib, "file_digest") else _blake2b(stream)
+        )
 
 
-def _slow(stream: Any) -> str:
+def _blake2b(stream: Any) -> str:
     digest = hashlib.blake2b()  # Python 3.10
     while block := stream.read(1 << 20):
         digest.update(block)
@@ -310,30 +319,32 @@ def _slow(stream: Any) -> str:
 
 
 def _prune(output_dir: Path, keep: int | None, *, kept: set[Path], run: str | None) -> None:
-    """Deletes the oldest checkpoints that this run wrote, under the names it gave them, until `keep` are left. Those in `kept`
-    are never deleted, and count."""
-    for folder in output_dir.glob(f"checkpoint-*{REMOVED}"):  # of a run that was killed meanwhile
+    """Deletes the oldest checkpoints that this run wrote and that still have their names, until `keep` are left.
+
+    Checkpoints in `kept` are never deleted, but count.
+    """
+    for folder in output_dir.glob(f"checkpoint-*{REMOVED}"):  # left by a run that was killed while it deleted
         if LEFT_OVER.fullmatch(folder.name):
             with suppress(OSError):
                 delete(folder)
     if keep is None:
         return
-    found = [each for each in list_checkpoints(output_dir) if _is_of(each, run)]
-    others = [folder for folder in found if folder not in kept]
-    for folder in others[: max(0, len(found) - keep)]:
-        with suppress(OSError):  # a checkpoint too many is no reason to stop
+    saved = [each for each in list_checkpoints(output_dir) if _was_saved_by(each, run)]
+    others = [folder for folder in saved if folder not in kept]
+    for folder in others[: max(0, len(saved) - keep)]:
+        with suppress(OSError):  # one checkpoint too many must not end the run
             _remove(folder)
 
 
-def _is_of(folder: Path, run: str | None) -> bool:
+def _was_saved_by(folder: Path, run: str | None) -> bool:
     saved = _trainer_state(folder)
-    named = folder.name == f"checkpoint-{step_in(folder) or 0:06d}" and not folder.is_symlink()
+    named = folder.name == f"checkpoint-{step_of_checkpoint(folder) or 0:06d}" and not folder.is_symlink()
     return named and is_ours(folder) and saved.get("run") == run
 
 
 def _remove(folder: Path) -> None:
-    """In one move: a kill leaves a checkpoint that is whole, or none."""
-    if folder.is_symlink() or not folder.is_dir():  # what a link points to is not this folder's
+    """Deletes a checkpoint after renaming it, so that a kill leaves a whole checkpoint or none."""
+    if folder.is_symlink() or not folder.is_dir():  # the target of a link is not part of this folder
         delete(folder)
         return
     removed = folder.with_name(folder.name + REMOVED)

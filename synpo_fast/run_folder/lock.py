@@ -1,7 +1,7 @@
-"""A lock that keeps two runs out of one output folder.
+"""A lock that prevents two runs from using one output folder.
 
-It is the kernel's lock on `run.lock` (flock): it goes with the process that holds it, whatever that one died of, so a file
-that a killed run left behind bars nobody. The file names process, machine and time for whoever is turned away.
+It is the kernel's lock on the file `run.lock` (flock). The kernel releases it when the process that holds it ends for any reason,
+so a file left by a killed run blocks no other run. The file holds process, machine and time for the error message of another run.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 class RunLock:
-    """Held from its making until release(). Raises ValueError, naming the other process, where another run holds it."""
+    """Holds the lock from its creation until release(). Raises UserError, naming the other process, if another run holds it."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / LOCK
-        self._descriptor: int | None = self._take()
+        self._descriptor: int | None = self._acquire()
 
-    def _take(self) -> int:
+    def _acquire(self) -> int:
         while True:
             descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -38,23 +38,25 @@ class RunLock:
                 holder = _holder(descriptor)
                 os.close(descriptor)
                 raise UserError(
-                    f"output_dir={str(self.file.parent)!r} is in use by another run{holder}: wait for it or end it, or give "
-                    "another output_dir"
+                    f"output_dir={str(self.file.parent)!r} is in use by another run{holder}: wait for that run, end it, "
+                    "or give another output_dir"
                 ) from None
             except OSError as error:
                 if error.errno not in UNSUPPORTED:
                     os.close(descriptor)
                     raise
-                logger.warning("%s cannot be locked on this file system (%s): start one run only", self.file, error)
-            if self._is_still_there(descriptor):
+                logger.warning(
+                    "%s cannot be locked on this file system (%s): start only one run in this folder", self.file, error
+                )
+            if self._is_the_locked_file(descriptor):
                 break
-            os.close(descriptor)  # its last holder removed it meanwhile: this lock would keep nobody out
+            os.close(descriptor)  # its last holder has deleted the file, so this lock would not block another run
         facts = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, (json.dumps(facts) + "\n").encode(), 0)
         return descriptor
 
-    def _is_still_there(self, descriptor: int) -> bool:
+    def _is_the_locked_file(self, descriptor: int) -> bool:
         try:
             there = self.file.stat()
         except FileNotFoundError:
@@ -63,8 +65,9 @@ class RunLock:
         return (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)
 
     def release(self) -> None:
+        """Deletes the file and releases the lock. Does nothing the second time."""
         if self._descriptor is not None:
-            if self._is_still_there(self._descriptor):
+            if self._is_the_locked_file(self._descriptor):
                 self.file.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
@@ -74,5 +77,5 @@ def _holder(descriptor: int) -> str:
     try:
         facts = json.loads(os.pread(descriptor, 4096, 0))
         return f" (process {facts['pid']} on {facts['host']}, since {facts['since']})"
-    except (OSError, ValueError, KeyError, TypeError):  # it is being written this moment
+    except (OSError, ValueError, KeyError, TypeError):  # the other process is writing it at this moment
         return ""

@@ -1,4 +1,4 @@
-"""`synpo-fast merge ADAPTER OUT`: base model + adapter -> one model folder."""
+"""`synpo-fast merge ADAPTER OUT`: adds an adapter to its base model and saves the result as one model folder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from synpo_fast.terminal.printable import printable
 
 
 def main(argv: Sequence[str]) -> int:
-    """0: OUT is there, and whole. 1: it could not be written. 2: a mistake in the call."""
+    """Returns the exit status: 0 if OUT was written, 1 if it could not be written, 2 for a mistake in the call."""
     parser = argparse.ArgumentParser(prog="synpo-fast merge", description=__doc__)
     parser.add_argument("adapter", type=Path, help="a checkpoint folder of a run with use_peft=true")
-    parser.add_argument("out", type=Path, help="where the merged model goes: a new folder, or an empty one")
-    parser.add_argument("--model_name_or_path", help="the base model; default: the one the adapter names")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 of the saved weights; the sum is done in float32")
+    parser.add_argument("out", type=Path, help="folder for the merged model: a new or an empty one")
+    parser.add_argument("--model_name_or_path", help="the base model; default: the one that the adapter names")
+    parser.add_argument(
+        "--dtype", help="type of the saved weights: float32 (default), bfloat16 or float16; merging is done in float32"
+    )
     arguments = parser.parse_args(argv)
     try:
         if not (arguments.adapter / "adapter_config.json").is_file():
@@ -47,7 +49,10 @@ def main(argv: Sequence[str]) -> int:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes it at the end: a merge that fails leaves nothing. Tried before a model is loaded."""
+    """Yields a temporary folder beside `out`, which is renamed to `out` at the end, so a merge that fails leaves nothing.
+
+    Raises UserError, before a model is loaded, if `out` is not new or cannot be written.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give a new folder")
     if out.is_dir() and any(out.iterdir()):
@@ -59,7 +64,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         (partial / ".writable").unlink()
     except FileExistsError as error:
         raise UserError(
-            f"{partial} is left over from a merge that was cut off, or still at work: delete it first"
+            f"{partial} belongs to a merge that was interrupted or is still running: delete it once no merge is running"
         ) from error
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror} ({error.filename})") from error

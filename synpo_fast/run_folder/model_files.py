@@ -1,4 +1,4 @@
-"""The files of a checkpoint that others load: an adapter for peft, or a whole model for transformers, and what goes with it."""
+"""The files of a checkpoint that other tools load: an adapter for peft or a whole model for transformers, and its processor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from synpo_fast.models.lora import load_adapter_model, save_adapter
 from synpo_fast.models.low_precision import cast_as_loaded
 from synpo_fast.models.policy import Policy
 
-# What transformers' processors are made of, besides the tokenizer: copied as they are, since loading one needs torchvision.
+# Files of transformers' processors besides the tokenizer. They are copied unread, since loading a processor needs torchvision.
 PROCESSOR_FILES = (
     "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.jinja",
     "chat_template.json", "generation_config.json",
@@ -25,15 +25,17 @@ PROCESSOR_FILES = (
 
 
 def fp32_weights(optimizer_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All that trains, from what Engine.optimizer_state returned: the optimiser's own weights, not rounded to 16 bits."""
+    """Returns the optimiser's fp32 copy of each trained weight, by name, from the result of Engine.optimizer_state."""
     suffix = ".master"
     return {name.removesuffix(suffix): value for name, value in optimizer_state.items() if name.endswith(suffix)}
 
 
 def save_model_files(policy: Policy, folder: Path, weights: dict[str, Tensor], *, adapter: bool, source: str) -> None:
-    """Writes adapter or model, tokenizer and processor files. weights: from Engine.whole_weights, or for an adapter fp32_weights.
+    """Writes adapter or model, tokenizer and processor files.
 
-    source: the model's folder or hub name, whose processor files are copied."""
+    weights: from Engine.whole_weights, or from fp32_weights for an adapter. source: the model's folder or hub name, whose
+    processor files are copied.
+    """
     if adapter:
         save_adapter(policy, folder, weights)
     else:
@@ -47,7 +49,7 @@ def save_model_files(policy: Policy, folder: Path, weights: dict[str, Tensor], *
 
 
 def names_beside_weights(policy: Policy, *, adapter: bool, source: str) -> set[str]:
-    """The names of the files that save_model_files writes beside weights."""
+    """Returns the names of the files that save_model_files writes besides the weights."""
     model: Any = policy.model
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -60,12 +62,13 @@ def names_beside_weights(policy: Policy, *, adapter: bool, source: str) -> set[s
 
 
 def fetch_processor_files(source: str) -> None:
-    """Asks the hub once, when a run starts: a checkpoint is to wait for no network."""
+    """Downloads the processor files into the hub's cache when a run starts, so that no checkpoint waits for the network."""
     for name in PROCESSOR_FILES:
         _processor_file(source, name, local_only=False)
 
 
 def copy_processor_files(source: str, folder: Path) -> None:
+    """Copies the source model's processor files into the folder, except those that are there already."""
     for name in PROCESSOR_FILES:
         found = None if (folder / name).exists() else _processor_file(source, name, local_only=True)
         if found is not None:
@@ -87,7 +90,11 @@ def _processor_file(source: str, name: str, *, local_only: bool) -> str | None:
 
 
 def merge_adapter(adapter: Path, out: Path, *, model_name_or_path: str | None = None, dtype: str | None = None) -> None:
-    """Base model + adapter -> one model in `out`, the sum done in fp32: in bf16 a small update would vanish in rounding."""
+    """Adds the adapter to its base model and saves the result in `out`.
+
+    The sum is computed in fp32, since a small update would be rounded away in bf16. dtype: type of the saved weights; None: fp32.
+    Raises UserError for an unknown dtype.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     model, tokenizer, base = load_adapter_model(adapter, model_name_or_path, torch.float32)

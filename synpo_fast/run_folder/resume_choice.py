@@ -1,4 +1,4 @@
-"""`--resume FOLDER` for the folder of a run: its newest checkpoint that is whole."""
+"""Resolves `--resume FOLDER`, where FOLDER is the folder of a run, to that run's newest whole checkpoint."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 def at_checkpoint(config: TrainConfig) -> TrainConfig:
-    """The config with `resume` None, auto or a checkpoint, where it named a run's folder. One process calls it.
+    """Returns the config with `resume` set to None, auto or a checkpoint if it named a run's folder. Only one process calls it.
 
-    The run's own folder is auto, which knows what to do with checkpoints that are not whole. Raises UserError for a folder
-    that holds no checkpoint, or none that is whole.
+    output_dir itself becomes auto, which handles checkpoints that are not whole. Raises UserError for a folder that holds no
+    checkpoint, or none that is whole.
     """
     if config.resume in (None, "auto"):
         return config
@@ -38,7 +38,7 @@ def at_checkpoint(config: TrainConfig) -> TrainConfig:
         problem = what_is_broken(checkpoint)
         if problem is None:
             if problems:
-                logger.warning("passing over %s", "; ".join(problems))
+                logger.warning("skipping %s", "; ".join(problems))
             return replace(config, resume=str(checkpoint))
         problems.append(f"{checkpoint.name}: {problem}")
     raise UserError(

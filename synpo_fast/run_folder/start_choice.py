@@ -1,10 +1,10 @@
-"""The folder of a run: where a run starts from, and what becomes of that which an earlier one left there.
+"""Chooses the checkpoint that a run starts from, and prepares an output folder that an earlier run used.
 
-Nothing of an earlier run is deleted or overwritten, except with `--overwrite_output_dir`, and then only what runs write. A
-start that replaces something moves it into `superseded/` first: checkpoints that are not whole, metrics and skipped pairs of
-steps that are to be run again, the page of another run. The config of an earlier start stays beside the new one. All of
-this is done by the process that holds the folder's lock, when model and data are there, so that a mistake in the options
-changes nothing.
+No file of an earlier run is deleted or overwritten, except with `--overwrite_output_dir`, which deletes only files that runs
+write. A start that replaces something moves it into `superseded/` first: checkpoints that are not whole, metrics and skipped
+pairs of steps that will be run again, the report of another run. The config of an earlier start is kept beside the new one.
+The process that holds the folder's lock does this after model and data are loaded, so a mistake in the options changes
+nothing.
 """
 
 from __future__ import annotations
@@ -24,57 +24,65 @@ from synpo_fast.run_folder.checkpoint import (
     is_ours,
     list_checkpoints,
     newest_and_broken,
-    step_in,
+    step_of_checkpoint,
     what_is_broken,
     why_no_folder,
 )
 from synpo_fast.run_folder.overwriting import (
-    CAME_FROM,
     CONFIG,
+    FILES_OF_ONE_RUN,
     METRICS,
-    OF_ONE_RUN,
+    RESUMED_FROM,
     SKIPPED,
     check_inputs_stay,
     remove_earlier_run,
 )
 from synpo_fast.run_folder.superseded import FOLDER, free_name, set_aside, set_aside_lines
 
-PLACES = ("output_dir", "run_name")  # where a run lies and what it is called is no change of it
-ANEW = "start anew with --overwrite_output_dir (which deletes that run) or in another output_dir"
+LOCATION_OPTIONS = ("output_dir", "run_name")  # a run that is moved or renamed is still the same run
+START_OVER = "start over with --overwrite_output_dir (which deletes that run) or in another output_dir"
 
 
 @dataclass(frozen=True)
 class Start:
-    """checkpoint: to go on from, None to begin at step 0. broken: later checkpoints, each with what is wrong with it.
-    notes: how it was chosen, in lines for the user."""
+    """The start of a run.
+
+    checkpoint: to resume from; None: begin at step 0. broken: later checkpoints that are not whole, each with its problem.
+    notes: lines that tell the user how the checkpoint was chosen.
+    """
 
     checkpoint: Path | None = None
     broken: list[tuple[Path, str]] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
     def in_folder_of(self, config: TrainConfig) -> bool:
-        """Whether the run of that very folder goes on."""
+        """True if the checkpoint is from output_dir itself, so that the run of that folder continues."""
         return self.checkpoint is not None and _lies_in(self.checkpoint, Path(config.output_dir))
 
 
 def choose_start(config: TrainConfig) -> Start:
-    """Reads only. Raises ValueError where going on or starting anew would cost an earlier run something."""
+    """Returns the start that the options ask for; changes no file.
+
+    Raises UserError or CheckpointError if the checkpoint cannot be used, or if an earlier run would lose something.
+    """
     check_inputs_stay(config)
     folder = Path(config.output_dir)
     start = Start()
     if config.resume == "auto":
-        start = _newest(folder)
+        start = _newest_start(folder)
     elif config.resume is not None:
-        start = _given(config, folder, Path(config.resume))
+        start = _named_start(config, folder, Path(config.resume))
     elif (found := list_checkpoints(folder)) and not config.overwrite_output_dir:
         _refuse_others(folder, found)
-        raise UserError(f"output_dir={config.output_dir!r} holds checkpoints: go on with --resume auto, or {ANEW}")
+        raise UserError(
+            f"output_dir={config.output_dir!r} holds checkpoints: continue with --resume auto, or {START_OVER}"
+        )
     if config.load_best_model_at_end:
         check_place(folder, may_replace=config.overwrite_output_dir or start.in_folder_of(config))
     return start
 
 
-def _newest(folder: Path) -> Start:
+def _newest_start(folder: Path) -> Start:
     newest, broken = newest_and_broken(folder)
     if newest is None and broken:
         _refuse_others(folder, [each for each, _ in broken])
@@ -82,17 +90,17 @@ def _newest(folder: Path) -> Start:
         count = "its only checkpoint" if len(broken) == 1 else f"none of its {len(broken)} checkpoints"
         raise UserError(
             f"resume=auto: output_dir={str(folder)!r} holds a run, but {count} "
-            f"{'is not whole' if len(broken) == 1 else 'is whole'} ({reasons}). Put back what is missing, or {ANEW}"
+            f"{'is not whole' if len(broken) == 1 else 'is whole'} ({reasons}). Restore what is missing, or {START_OVER}"
         )
     if newest is None:
-        return _came_from(folder) or Start(notes=(_begins_anew(folder),))
+        return _start_from_origin(folder) or Start(notes=(_note_for_step_0(folder),))
     return Start(newest, broken)
 
 
-def _begins_anew(folder: Path) -> str:
+def _note_for_step_0(folder: Path) -> str:
     last = max((step for step in _steps_of(folder / METRICS) if step < math.inf), default=None)
-    lines = "" if last is None else f"; {METRICS} has lines up to step {last:g} of a run that saved none: they are kept"
-    return f"no checkpoint in {folder}: starting at step 0{lines}"
+    kept = "" if last is None else f"; {METRICS} has lines up to step {last:g}, which are kept"
+    return f"no checkpoint in {folder}: starting at step 0{kept}"
 
 
 def _steps_of(file: Path) -> Iterator[float]:
@@ -101,104 +109,107 @@ def _steps_of(file: Path) -> Iterator[float]:
             yield from map(step_of_line, stream)
 
 
-def _came_from(folder: Path) -> Start | None:
-    """The checkpoint in another folder that a run went on from which has none of its own yet. Raises UserError if it is lost."""
+def _start_from_origin(folder: Path) -> Start | None:
+    """Returns a start from the checkpoint in another folder that this folder's run was resumed from, or None.
+
+    It is used while this folder has no checkpoint of its own. Raises UserError if that checkpoint is lost.
+    """
     try:
-        name = json.loads((folder / CAME_FROM).read_text(encoding="utf-8"))["checkpoint"]
+        name = json.loads((folder / RESUMED_FROM).read_text(encoding="utf-8"))["checkpoint"]
         problem = what_is_broken(Path(name))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
-            f"resume=auto: {folder / CAME_FROM} cannot be read, so the checkpoint that this folder's run went on from is not "
-            f"known: name it with --resume, or {ANEW}"
+            f"resume=auto: {folder / RESUMED_FROM} cannot be read, so the checkpoint that this folder's run was resumed from is "
+            f"unknown: name it with --resume, or {START_OVER}"
         ) from None
     if problem is not None:
         raise UserError(
-            f"resume=auto: output_dir={str(folder)!r} holds no checkpoint of its own, and its run went on from {name} "
-            f"({problem}): put that back, name another with --resume, or {ANEW}"
+            f"resume=auto: output_dir={str(folder)!r} holds no checkpoint of its own, and its run was resumed from "
+            f"{name}, which cannot be used ({problem}): restore it, name another with --resume, or {START_OVER}"
         )
-    return Start(Path(name), notes=(f"no checkpoint in {folder} yet: going on from {name} once more",))
+    return Start(Path(name), notes=(f"no checkpoint in {folder} yet: resuming from {name} again",))
 
 
 def note_origin(folder: Path, start: Start) -> None:
-    """Keeps which checkpoint of another folder a run goes on from, so that `auto` finds it until there is a checkpoint here."""
+    """Records which checkpoint of another folder a run resumes from, so that `auto` finds it until this folder has its own."""
     assert start.checkpoint is not None
-    partial = folder / f"{CAME_FROM}.partial"
+    partial = folder / f"{RESUMED_FROM}.partial"
     partial.write_text(json.dumps({"checkpoint": str(start.checkpoint.absolute())}) + "\n", encoding="utf-8")
-    partial.replace(folder / CAME_FROM)
+    partial.replace(folder / RESUMED_FROM)
 
 
 def _refuse_others(folder: Path, found: list[Path]) -> None:
-    """Raises UserError where no checkpoint is one of this trainer's: Hugging Face's has checkpoint-N folders, too."""
+    """Raises UserError if no checkpoint was written by this trainer: Hugging Face's writes checkpoint-N folders too."""
     if all(each.is_dir() and not is_ours(each) for each in found):
         what = "which was" if len(found) == 1 else "which were"
         raise UserError(
             f"output_dir={str(folder)!r} holds {', '.join(each.name for each in found)}, {what} not written by this trainer: "
-            "give another output_dir, or move that away; --overwrite_output_dir starts beside it and leaves it as it is"
+            "give another output_dir, or move them away; --overwrite_output_dir starts here and leaves them unchanged"
         )
 
 
 def _lies_in(checkpoint: Path, folder: Path) -> bool:
-    """Under any name, and where the folder holds just a link to it."""
+    """True if the checkpoint is in the folder, by whatever path, or if the folder holds a link to it."""
     return folder.resolve() in (checkpoint.resolve().parent, checkpoint.parent.resolve())
 
 
-def _given(config: TrainConfig, folder: Path, found: Path) -> Start:
+def _named_start(config: TrainConfig, folder: Path, found: Path) -> Start:
     if (instead := why_no_folder(found)) is not None:
         raise UserError(f"resume={config.resume!r} {instead}: give a checkpoint-N folder, or auto")
     problem = what_is_broken(found)
     if problem is not None:
-        raise CheckpointError(f"can not resume from {found}: {problem}")
+        raise CheckpointError(f"cannot resume from {found}: {problem}")
     if not _lies_in(found, folder):
         if list_checkpoints(folder):
             raise UserError(
-                f"resume={config.resume!r} is of another folder, and output_dir={config.output_dir!r} holds checkpoints of "
-                f"its own: go on from those with --resume auto, or {ANEW}"
+                f"resume={config.resume!r} is in another folder, and output_dir={config.output_dir!r} holds checkpoints of "
+                f"its own: continue from those with --resume auto, or {START_OVER}"
             )
         return Start(found)
-    later = [each for each in list_checkpoints(folder) if _name_step(each) > (step_in(found) or 0)]
+    later = [each for each in list_checkpoints(folder) if _step_in_name(each) > (step_of_checkpoint(found) or 0)]
     problems = [(each, what_is_broken(each)) for each in reversed(later)]
     whole = [each.name for each, problem in problems if problem is None]
     if whole:
         raise UserError(
             f"resume={config.resume!r}: {config.output_dir!r} holds later checkpoints, {whole[0]} the last, which would be "
-            "taken for this run's. Move them away, or give another output_dir"
+            "mixed up with this run's. Move them away, or give another output_dir"
         )
     return Start(found, [(each, problem) for each, problem in problems if problem is not None])
 
 
 def take_over(config: TrainConfig, start: Start, *, steps_done: int, config_text: str) -> list[str]:
-    """Makes the folder this run's, which has `steps_done` steps behind it. Returns what to tell the user, a line each.
+    """Prepares the output folder for this run, which has done `steps_done` steps. Returns lines that tell the user what changed.
 
-    One process calls it, before any writes metrics into the folder.
+    Only one process calls it, before any process writes metrics into the folder.
     """
     folder = Path(config.output_dir)
     if config.overwrite_output_dir:
         remove_earlier_run(folder, keep_reference=config.needs_reference and config.reference_kind == "precomputed")
     broken = [each for each, _ in start.broken if is_ours(each)]
-    said = [f"{each.name} was not whole and is now {_in(folder, set_aside(each))}" for each in broken]
-    goes_on = start.in_folder_of(config)
-    if start.checkpoint is not None and not goes_on:
+    notes = [f"{each.name} was not whole and was moved to {_relative(folder, set_aside(each))}" for each in broken]
+    continues = start.in_folder_of(config)
+    if start.checkpoint is not None and not continues:
         note_origin(folder, start)
-    said += _set_aside_steps(folder, steps_done + 1 if goes_on else 0)
-    if not goes_on:
-        said += [
-            f"{name} of an earlier run is now {_in(folder, set_aside(folder / name))}"
-            for name in (*OF_ONE_RUN, *((CAME_FROM,) if start.checkpoint is None else ()))
+    notes += _set_aside_steps(folder, steps_done + 1 if continues else 0)
+    if not continues:
+        notes += [
+            f"{name} of an earlier run was moved to {_relative(folder, set_aside(folder / name))}"
+            for name in (*FILES_OF_ONE_RUN, *((RESUMED_FROM,) if start.checkpoint is None else ()))
             if (folder / name).exists()
         ]
-    said += _keep_config(folder, start, steps_done, config_text, keeps=not config.overwrite_output_dir)
-    return said
+    notes += _keep_config(folder, start, steps_done, config_text, keeps=not config.overwrite_output_dir)
+    return notes
 
 
 def what_changed(earlier: Path, new: Path) -> list[str]:
-    """A line for each option that differs between the config.yaml of an earlier start and that of this one."""
+    """Returns a line for each option that differs between the config.yaml of an earlier start and that of this start."""
     try:
         was, now = read_yaml(earlier), read_yaml(new)
     except (ValueError, OSError) as error:
-        return [f"what changed since the earlier start is not known: {error}"]
-    names = [name for name in now if name in was and was[name] != now[name] and name not in PLACES]
+        return [f"the options that changed since the earlier start are unknown: {error}"]
+    names = [name for name in now if name in was and was[name] != now[name] and name not in LOCATION_OPTIONS]
     return [f"changed: {name} was {_shown(was[name])}, is {_shown(now[name])}" for name in names]
 
 
@@ -207,20 +218,20 @@ def _shown(value: object) -> str:
 
 
 def _set_aside_steps(folder: Path, first_step: int) -> list[str]:
-    """Sets aside what was noted of steps that are to be run again, on any number of ranks."""
-    said = []
+    """Moves lines about steps that will be run again into superseded/, those of all ranks. Returns lines for the user."""
+    notes = []
     for file in [folder / METRICS, *sorted(folder.glob(SKIPPED))]:
         count = set_aside_lines(file, lambda line: step_of_line(line) < first_step)
         if count:
             plural = "s" if count > 1 else ""
-            said.append(f"{count} line{plural} of {file.name} from step {first_step} on now in {FOLDER}/{file.name}")
-    if said and (folder / "report.html").exists():  # it shows those steps
-        said.append(f"report.html is now {_in(folder, set_aside(folder / 'report.html'))}")
-    return said
+            notes.append(f"{count} line{plural} of {file.name} from step {first_step} on moved to {FOLDER}/{file.name}")
+    if notes and (folder / "report.html").exists():  # it shows the steps that will be run again
+        notes.append(f"report.html was moved to {_relative(folder, set_aside(folder / 'report.html'))}")
+    return notes
 
 
 def step_of_line(line: str) -> float:
-    """A line that a kill has cut off is of no step that is to be kept."""
+    """Returns the step of a line of metrics; infinity if the line is cut off, so that it is not kept."""
     try:
         return int(json.loads(line).get("step", 0))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -228,23 +239,23 @@ def step_of_line(line: str) -> float:
 
 
 def _keep_config(folder: Path, start: Start, step: int, text: str, *, keeps: bool) -> list[str]:
-    """Writes config.yaml; the one that was there until now, if it says something else, keeps a name of its own."""
-    file, said = folder / CONFIG, []
+    """Writes config.yaml. An earlier config.yaml with other content is renamed first. Returns lines for the user."""
+    file, notes = folder / CONFIG, []
     partial = folder / f"{CONFIG}.partial"
     partial.write_text(text, encoding="utf-8")
     if start.checkpoint is not None:
-        said += what_changed(start.checkpoint.parent / CONFIG, partial)
+        notes += what_changed(start.checkpoint.parent / CONFIG, partial)
     if keeps and file.exists() and file.read_bytes() != text.encode():
         kept = free_name(folder / f"config.until-step-{step}.yaml")
         file.rename(kept)
-        said.append(f"the earlier config.yaml is now {kept.name}")
+        notes.append(f"the earlier config.yaml is now {kept.name}")
     partial.replace(file)
-    return said
+    return notes
 
 
-def _name_step(checkpoint: Path) -> int:
+def _step_in_name(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _in(folder: Path, path: Path) -> str:
+def _relative(folder: Path, path: Path) -> str:
     return path.relative_to(folder).as_posix()

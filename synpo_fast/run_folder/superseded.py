@@ -1,4 +1,4 @@
-"""A run's folder `superseded/`: what a later start replaced is moved here, so that no start loses an earlier run's work."""
+"""The folder `superseded/` of a run: files that a later start replaces are moved here, so that no earlier work is lost."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ FOLDER = "superseded"
 
 
 def set_aside(path: Path, *, name: str | None = None) -> Path:
-    """Moves a file or folder from a run's folder into `superseded/`; returns where it lies now. One rename: all or nothing.
+    """Moves a file or folder from a run's folder into `superseded/`, in one rename; returns its new path.
 
-    name: there; default: its own. Where the name is taken a number is added. A link still leads where it led.
+    name: its name there; default: unchanged. A number is added if the name is taken. A link keeps its target.
     """
-    target = free_name(_place(path.parent) / (name or path.name))
+    target = free_name(_superseded_folder(path.parent) / (name or path.name))
     if path.is_symlink() and not os.path.isabs(leads_to := os.readlink(path)):
         target.symlink_to(path.parent.absolute() / leads_to)
         path.unlink()
@@ -29,7 +29,7 @@ def set_aside(path: Path, *, name: str | None = None) -> Path:
 
 
 def delete(path: Path) -> None:
-    """A file, a folder with all in it, or a link without what it leads to. Does nothing where there is none."""
+    """Deletes a file, a folder with its contents, or a link but not its target. Does nothing if the path does not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -37,21 +37,21 @@ def delete(path: Path) -> None:
 
 
 def set_aside_lines(file: Path, keeps: Callable[[str], bool]) -> int:
-    """Moves the lines that `keeps` refuses to the end of the file of the same name in `superseded/`; returns their number.
+    """Moves the lines for which `keeps` is false to the end of the file of the same name in `superseded/`; returns their number.
 
-    They are on the disk there before they go here: a kill in between leaves them in both.
+    They are written there before they are removed here, so a kill in between leaves them in both files.
     """
     if not file.exists():
         return 0
     with file.open(encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
         lines = list(stream)
-    ended = [line if line.endswith("\n") else f"{line}\n" for line in lines]  # more lines are to follow the last one
+    ended = [line if line.endswith("\n") else f"{line}\n" for line in lines]  # the last line may lack its end
     kept = [line for line in ended if keeps(line)]
     if kept == lines:
         return 0
     taken = [line for line in ended if not keeps(line)]
     if taken:
-        _append(_place(file.parent) / file.name, taken)
+        _append(_superseded_folder(file.parent) / file.name, taken)
     partial = file.with_name(f"{file.name}.partial")
     try:
         _write(partial, kept, mode="w")
@@ -63,25 +63,25 @@ def set_aside_lines(file: Path, keeps: Callable[[str], bool]) -> int:
 
 
 def free_name(path: Path) -> Path:
-    """The path, or with a number before its suffix the first one that is not taken."""
+    """Returns the path if it does not exist yet, otherwise the first free path with a number before the suffix."""
     if not os.path.lexists(path):
         return path
     numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(2))
     return next(each for each in numbered if not os.path.lexists(each))
 
 
-def _place(folder: Path) -> Path:
+def _superseded_folder(folder: Path) -> Path:
     place = folder / FOLDER
     try:
         place.mkdir(exist_ok=True)
     except FileExistsError:
         what = "a link that leads nowhere" if place.is_symlink() else "a file"
-        raise UserError(f"{place} is {what}, and earlier work is kept in a folder of that name: move it away") from None
+        raise UserError(f"{place} is {what}, but earlier work is kept in a folder of that name: move it away") from None
     return place
 
 
 def _append(file: Path, lines: list[str]) -> None:
-    """All or nothing. Begins a line of its own where the last one was cut off."""
+    """Appends all lines or none. Starts a new line if the file's last line was cut off."""
     size = file.stat().st_size if file.exists() else None
     begun = False
     if size:
@@ -91,7 +91,7 @@ def _append(file: Path, lines: list[str]) -> None:
     try:
         _write(file, ["\n" if begun else "", *lines], mode="a")
     except OSError:
-        with suppress(OSError):  # the first error is the one to tell
+        with suppress(OSError):  # the first error is the one to report
             if size is None:
                 file.unlink(missing_ok=True)
             else:
@@ -105,5 +105,5 @@ def _write(file: Path, lines: list[str], *, mode: str) -> None:
             stream.writelines(lines)
             stream.flush()
             os.fsync(stream.fileno())
-    except OSError as error:  # of a write it names no file
+    except OSError as error:  # an error of write() names no file
         raise OSError(error.errno, error.strerror, str(file)) from error

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there: half-written ones, broken ones, full disks and folders that can not be written."""
+"""Checkpoints are whole or not there: half-written ones, broken ones, full disks and folders that cannot be written."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_a_broken_checkpoint_is_passed_over_for_the_one_before(tmp_path, name, d
     damage(broken / name)
     assert newest_checkpoint(tmp_path) == good
     assert str(broken) in caplog.text and name in caplog.text
-    with pytest.raises(CheckpointError, match="can not resume"):
+    with pytest.raises(CheckpointError, match="cannot resume"):
         read_state(broken)
 
 
@@ -142,7 +142,7 @@ def test_a_disk_that_fills_up(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_folder_that_can_not_be_written_is_found_at_the_start(tmp_path):
+def test_a_folder_that_cannot_be_written_is_found_at_the_start(tmp_path):
     (tmp_path / "file").write_text("x")
     for path, said in (
         (tmp_path / "file", "is a file, not a folder"),

@@ -1,4 +1,4 @@
-"""What a run leaves is what transformers and peft load, with no synpo_fast imported; and it says the same."""
+"""The model files of a run load in transformers and peft without synpo_fast, and give the same results."""
 
 import json
 import sys

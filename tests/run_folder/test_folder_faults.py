@@ -1,4 +1,4 @@
-"""Folders in which something is broken: dangling links, wrong files, a full disk. Nothing is lost or begun anew unseen."""
+"""Folders with something broken: dangling links, wrong files, a full disk. Nothing is lost, and no run silently starts over."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def start_of(folder, **more):
 
 
 def reseal(folder, name, text):
-    """Another content of a file, with the digest that belongs to it."""
+    """Writes another content of a file, and the digest that belongs to it."""
     from synpo_fast.run_folder.checkpoint import _digest
 
     (folder / name).write_text(text)
@@ -58,7 +58,7 @@ def reseal(folder, name, text):
     (folder / COMPLETE).write_text(json.dumps(facts))
 
 
-def test_checkpoints_that_are_links_to_what_is_gone_are_no_reason_to_begin_anew(tmp_path, caplog):
+def test_checkpoints_that_are_links_to_what_is_gone_are_no_reason_to_start_over(tmp_path, caplog):
     run, store = tmp_path / "run", tmp_path / "store"
     for step in (2, 4):
         write(store, step)
@@ -76,7 +76,7 @@ def test_checkpoints_that_are_links_to_what_is_gone_are_no_reason_to_begin_anew(
     assert start_of(run, resume="auto").checkpoint == run / "checkpoint-000004"
     (store / "checkpoint-000004").rename(tmp_path / "away")
     assert newest_checkpoint(run) == run / "checkpoint-000002"
-    assert "passing over" in caplog.text and "which is not there" in caplog.text
+    assert "skipping" in caplog.text and "which is not there" in caplog.text
 
 
 def test_a_file_in_the_place_of_a_checkpoint_is_said(tmp_path):
@@ -236,16 +236,18 @@ def test_a_run_that_went_on_from_another_folder_does_so_again(tmp_path):
     take_over(config_of(run, resume=str(other)), start, steps_done=4, config_text="a: 1\n")
     (run / "metrics.jsonl").write_text('{"step": 5}\n')  # and killed before its first checkpoint
     again = start_of(run, resume="auto")
-    assert again.checkpoint == other and "going on from" in again.notes[0] and str(other) in again.notes[0]
+    assert again.checkpoint == other and "resuming from" in again.notes[0] and str(other) in again.notes[0]
     take_over(config_of(run, resume="auto"), again, steps_done=4, config_text="a: 1\n")
     assert start_of(run, resume="auto").checkpoint == other
     assert (run / "superseded" / "metrics.jsonl").read_text() == '{"step": 5}\n'
     other.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"went on from .*other/checkpoint-000004 \(is not there\)") as raised:
+    with pytest.raises(
+        UserError, match=r"resumed from .*other/checkpoint-\d+, which cannot be used \(is not there\)"
+    ) as raised:
         start_of(run, resume="auto")
     assert "--overwrite_output_dir" in str(raised.value)
     assert start_of(run, resume="auto", output_dir=str(tmp_path / "new")).checkpoint is None
-    take_over(config_of(run), Start(), steps_done=0, config_text="a: 1\n")  # anew: it is nobody's start any more
+    take_over(config_of(run), Start(), steps_done=0, config_text="a: 1\n")  # a new run: resumed_from.json is gone
     assert start_of(run, resume="auto").checkpoint is None
     write(run, 1)
     assert start_of(run, resume="auto").checkpoint == run / "checkpoint-000001"
@@ -254,7 +256,7 @@ def test_a_run_that_went_on_from_another_folder_does_so_again(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", '{"checkpoint": 3}', '{"checkpoint": "a\\u0000"}', "[" * 100000])
 def test_a_broken_note_of_where_a_run_came_from_stops_it(tmp_path, text):
     (tmp_path / "resumed_from.json").write_text(text)
-    with pytest.raises(UserError, match=r"resumed_from\.json|went on from a"):
+    with pytest.raises(UserError, match=r"resumed_from\.json|was resumed from a"):
         start_of(tmp_path, resume="auto")
 
 

@@ -1,4 +1,4 @@
-"""A run that goes on with other options: what changed is said, another dtype and stage go on from the same fp32 weights."""
+"""A run that continues with other options: changes are printed; another dtype or stage continues from the same fp32 weights."""
 
 import pytest
 import torch
@@ -36,9 +36,9 @@ def test_what_changed_is_said_in_a_line_each(world, tmp_path, in_one_process, ca
     assert not [line for line in capfd.readouterr().err.splitlines() if line.startswith("changed: ")]
 
 
-def test_an_earlier_config_that_can_not_be_read_is_said(tmp_path):
+def test_an_earlier_config_that_cannot_be_read_is_said(tmp_path):
     (tmp_path / "new.yaml").write_text("beta: 1\nalpha: 2\n")
-    assert what_changed(tmp_path / "none.yaml", tmp_path / "new.yaml")[0].startswith("what changed")
+    assert what_changed(tmp_path / "none.yaml", tmp_path / "new.yaml")[0].startswith("the options that changed")
     (tmp_path / "old.yaml").write_text("beta: 1\nalpha: 3\ngone: 5\n")
     assert what_changed(tmp_path / "old.yaml", tmp_path / "new.yaml") == ["changed: alpha was 3, is 2"]
 
@@ -81,10 +81,10 @@ def test_what_must_not_change_is_refused(world, tmp_path, in_one_process):
         in_one_process({**values, "model_options": {"hidden_size": 32}, "resume": "auto"})
 
 
-def test_a_checkpoint_of_an_earlier_version_says_why_it_can_not_go_on_in_bf16(world, tmp_path, in_one_process):
+def test_a_checkpoint_of_an_earlier_version_says_why_it_cannot_go_on_in_bf16(world, tmp_path, in_one_process):
     from safetensors.torch import save_file
 
-    from synpo_fast.run_folder.checkpoint import _seal
+    from synpo_fast.run_folder.checkpoint import _write_digests
 
     values = options(world, tmp_path / "run", **SMALL)
     in_one_process(values)
@@ -92,7 +92,7 @@ def test_a_checkpoint_of_an_earlier_version_says_why_it_can_not_go_on_in_bf16(wo
     file = checkpoint / "state" / "optimizer.safetensors"
     save_file({name: value for name, value in load_file(file).items() if not name.endswith(".master")}, file)
     (checkpoint / "complete.json").unlink()
-    _seal(checkpoint)
+    _write_digests(checkpoint)
     with pytest.raises(ValueError, match=r"holds no fp32 weights .* resume in fp32"):
         in_one_process({**values, "bf16": True, "resume": "auto", "max_steps": 4})
     assert in_one_process({**values, "resume": "auto", "max_steps": 4}).step == 4

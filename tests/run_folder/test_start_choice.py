@@ -1,4 +1,4 @@
-"""A folder that holds an earlier run: what a start goes on from, what it refuses, and that nothing of that run is lost."""
+"""A folder that holds an earlier run: the checkpoint a start resumes from, refusals, and that nothing of that run is lost."""
 
 import json
 import shutil

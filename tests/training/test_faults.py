@@ -244,7 +244,7 @@ def test_such_steps_in_a_row_stop_the_run_and_one_good_one_between_does_not(
 def test_resuming_another_run_is_refused(world, tmp_path, in_one_process):
     values = options(world, tmp_path / "out", max_steps=2, save_steps=1)
     in_one_process(values)
-    with pytest.raises(ValueError, match="holds checkpoints: go on with --resume auto"):
+    with pytest.raises(ValueError, match="holds checkpoints: continue with --resume auto"):
         in_one_process(values)
     for change, message in (
         ({"seed": 7}, "seed was 42, now 7"),
@@ -253,7 +253,7 @@ def test_resuming_another_run_is_refused(world, tmp_path, in_one_process):
     ):
         with pytest.raises(ValueError, match=message):
             in_one_process({**values, **change, "resume": "auto"})
-    with pytest.raises(CheckpointError, match="can not resume"):
+    with pytest.raises(CheckpointError, match="cannot resume"):
         shutil.rmtree(tmp_path / "out" / "checkpoint-000002" / "state")
         in_one_process({**values, "resume": str(tmp_path / "out" / "checkpoint-000002")})
     state = in_one_process({**values, "resume": "auto", "max_steps": 3})
