@@ -1,1 +1,1 @@
-"""What a command prints: progress, notices and text that is safe to print."""
+"""Output of the commands: progress, messages, events, and text made safe to print. Also signals that stop a run."""

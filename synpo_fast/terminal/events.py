@@ -1,9 +1,10 @@
-"""What a run tells a program that started it: a JSON line for each thing said, with its kind, in a file that the program names.
+"""Events of a run for the program that started it: each message, with its kind, as a JSON line in a file that the program names.
 
     {"kind": "step", "text": "step 10/500  loss -0.61  ..."}
 
-The text is that of the terminal, and may change its wording; kinds stay. A line is written before it is printed, so who has
-read the print finds the event. Steps are events as often as they are lines, also where a terminal has a bar in their place.
+The text is the one printed to the terminal, and its wording may change; kinds do not change. An event is written before its
+text is printed, so a program that has read the printed line finds the event. Steps are events every `logging_steps` steps, even
+if the terminal shows a progress bar instead of lines.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ VARIABLE = "SYNPO_FAST_EVENTS"
 Kind = Literal[
     "start",  # loading, reading, building
     "warning",
-    "run",  # what is trained, on what, how
+    "run",  # the model, the data and the settings of the run
     "resuming",
     "reference",
     "step",
@@ -32,26 +33,30 @@ Kind = Literal[
     "nothing_to_do",
     "finished",
     "stopped",
-    "profile",  # what is profiled
+    "profile",  # the settings of a profile
     "round",  # of a profile
     "note",
 ]
 
 
 class Event(NamedTuple):
+    """One message of a run."""
+
     kind: str
     text: str
 
 
 def emit(kind: Kind, text: str) -> None:
-    """Appends a line, from the first process of all, if the variable names a file. A write that fails stops nobody: a full disk,
-    or a pipe that nobody reads."""
+    """Appends an event to the file that the variable names, if it is set; only rank 0 does.
+
+    A failed write (a full disk, a pipe without a reader) is ignored, so that it does not end the run.
+    """
     file = os.environ.get(VARIABLE)
     if not file or rank_of(os.environ) != 0:
         return
     line = json.dumps({"kind": kind, "text": printable(text)}) + "\n"
     with suppress(OSError):
-        # Without O_NONBLOCK a named pipe would be waited for.
+        # Without O_NONBLOCK, opening a named pipe would wait for a reader.
         place = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
         try:
             os.write(place, line.encode())
@@ -60,13 +65,14 @@ def emit(kind: Kind, text: str) -> None:
 
 
 class EventReader:
-    """Reads a file of events as it grows."""
+    """Reads a file of events while it grows."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.position = file, 0
 
     def new(self) -> list[Event]:
-        """Events since the last call. A line that has no end yet is left for the next one, and what is no event is skipped."""
+        """Returns the events since the last call. An unfinished line is left for the next call; lines that are no events are
+        skipped."""
         if not self.file.exists():
             return []
         with self.file.open("rb") as stream:

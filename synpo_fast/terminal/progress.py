@@ -1,4 +1,4 @@
-"""A progress bar for people, one line a logged step for files."""
+"""Shows the progress of a run: a bar in a terminal, otherwise one line per logged step."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from synpo_fast.terminal.events import Kind, emit
 from synpo_fast.terminal.printable import printable, printable_line
 
 SHOWN = ("loss", "rewards/margins", "grad_norm", "learning_rate", "pairs_per_s", "skipped_pairs")
-BAR = "{n_fmt}/{total_fmt} |{bar:24}|{postfix}"  # a fixed width: numbers change their length with every step
-STEPS_BEHIND_ETA = 50
+BAR = "{n_fmt}/{total_fmt} |{bar:24}|{postfix}"  # fixed width, since the numbers beside it change their length with every step
+STEPS_FOR_TIME_LEFT = 50
 
 
 class Progress:
-    """Shows on one rank. A terminal gets a bar (unless told not to), anything else a line every `every` steps; who reads events
-    (events.py) gets the lines in either case.
+    """Shows progress on one rank: a bar in a terminal (if `bar`), otherwise a line every `every` steps.
 
-    The time left is that of the last steps alone, times the steps that are left: evaluations and checkpoints are not in it,
-    nor is this process's first step, which waits for its first videos and compiles what is compiled.
+    The lines are emitted as events (events.py) in either case. The time left is the mean time of the last steps times the number
+    of remaining steps. It includes no evaluations and checkpoints. This process's first step is not part of the mean, because it
+    waits for the first videos and for compilation.
     """
 
     def __init__(self, *, shows: bool, bar: bool, first_step: int, num_steps: int, every: int) -> None:
         self.tells, self.num_steps, self.every = shows, num_steps, every
-        self.shows = shows  # until nobody reads it
+        self.shows = shows  # becomes False when the terminal or the pipe's reader is gone
         self.first_step = first_step
-        self._seconds: deque[float] = deque(maxlen=STEPS_BEHIND_ETA)
+        self._seconds: deque[float] = deque(maxlen=STEPS_FOR_TIME_LEFT)
         self._bar: Any = None
         if shows and bar and sys.stderr.isatty():
             from tqdm import tqdm
@@ -37,6 +37,7 @@ class Progress:
             self._bar = tqdm(total=num_steps, initial=first_step, dynamic_ncols=True, bar_format=BAR)
 
     def show(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Shows the numbers of a step."""
         if not self.tells:
             return
         if step > self.first_step + 1 and "step_s" in numbers:
@@ -50,13 +51,13 @@ class Progress:
         if self._bar is None:
             self._print(line)
         elif self.shows:
-            with self._until_nobody_reads():
+            with self._while_readable():
                 self._bar.set_postfix_str(self._fitting(step, shown), refresh=False)
                 self._bar.update(step - self._bar.n)
                 self._bar.refresh()
 
     def note(self, numbers: Mapping[str, Any]) -> None:
-        """An evaluation's numbers and captions."""
+        """Shows an evaluation's numbers and captions."""
         if not self.tells:
             return
         facts = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, float))
@@ -65,17 +66,17 @@ class Progress:
             self.say(f"  {printable_line(row['id'])}: {printable_line(row['caption'][:300])}", "caption")
 
     def say(self, text: str, kind: Kind = "note") -> None:
-        """A line, or several."""
+        """Prints one or more lines and emits them as an event."""
         if self.tells:
             emit(kind, text)
             self._print(text)
 
     def _print(self, text: str | None) -> None:
-        """Names and captions in it are other people's: what would steer the terminal is spelt out."""
+        """Prints a line with control characters escaped, since names and captions in it are not ours."""
         if text is None or not self.shows:
             return
         text = printable(text)
-        with self._until_nobody_reads():
+        with self._while_readable():
             if self._bar is not None:
                 self._bar.write(text, file=sys.stderr)
             else:
@@ -83,19 +84,19 @@ class Progress:
 
     def close(self) -> None:
         if self._bar is not None:
-            with self._until_nobody_reads():
+            with self._while_readable():
                 self._bar.close()
 
     @contextmanager
-    def _until_nobody_reads(self) -> Iterator[None]:
-        """A terminal that was closed, or a pipe whose reader ended, is no reason to lose a checkpoint."""
+    def _while_readable(self) -> Iterator[None]:
+        """Stops printing at the first OSError: a closed terminal, or a pipe without a reader, must not end the run."""
         try:
             yield
         except OSError:
             self.shows = False
 
     def _fitting(self, step: int, shown: Mapping[str, str]) -> str:
-        """The time left, and as many of the numbers as the terminal's width has room for, the first ones first."""
+        """Returns the time left and as many of the numbers, from the first on, as fit the terminal's width."""
         columns = os.get_terminal_size(sys.stderr.fileno()).columns
         counts = f"{step}/{self.num_steps} |{'':24}|, "
         text = f"{self._left(step)} left"

@@ -1,16 +1,16 @@
-"""The number that a launcher gave this process, known before torch is loaded."""
+"""The rank that a launcher gave this process, read from the environment before torch is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# Where launchers put it: torch's and DeepSpeed's, Slurm's, Open MPI's. On its machine, then over all.
+# The variables of torch and DeepSpeed, of Slurm, and of Open MPI: the rank on its machine, and the global rank.
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
 RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 
 
 def rank_of(environment: Mapping[str, str], names: tuple[str, ...] = RANKS) -> int:
-    """This process's number, 0 where no launcher has given it one."""
+    """Returns this process's rank, 0 if no launcher has set one."""
     for name in names:
         if environment.get(name, "").isdigit():
             return int(environment[name])

@@ -1,4 +1,4 @@
-"""One line on the screen for a mistake that every process of a run has found."""
+"""Prints a mistake that every process of a run has found only once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WAIT_SECONDS = 5.0
 
 
 class SaidByAnotherProcess(Exception):
-    """In place of an error that another process of this run shows; `error` is that error."""
+    """Raised in place of an error that another process of this run prints; `error` is that error."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -20,19 +20,20 @@ class SaidByAnotherProcess(Exception):
 
 
 def first_to_say(text: str) -> bool:
-    """Whether no other process of the group has come with the same text. It needs no collective: others may be stuck in one.
+    """True if no other process of the group has asked with the same text before.
 
-    The first process holds the store that the others ask, so it stays until they have asked, or WAIT_SECONDS have passed.
+    It uses no collective, since other processes may be stuck in one. Rank 0 holds the store that the others ask, so it waits
+    until all have asked or WAIT_SECONDS have passed.
     """
     try:
         store = dist.distributed_c10d._get_default_store()
         return first_in(store, text, rank=dist.get_rank(), world_size=dist.get_world_size())
-    except RuntimeError:  # the first process is gone: rather a line twice than not at all
+    except RuntimeError:  # rank 0 is gone: print the line twice rather than not at all
         return True
 
 
 def lost_another_process(error: Exception) -> bool:
-    """Whether a collective failed because a process at the other end is gone: gloo, NCCL and their store say it in words only."""
+    """True if a collective failed because another process is gone. gloo, NCCL and their store report it in the message only."""
     words = (
         "Connection closed by peer",
         "Connection reset by peer",
@@ -45,6 +46,7 @@ def lost_another_process(error: Exception) -> bool:
 
 
 def first_in(store: dist.Store, text: str, *, rank: int, world_size: int) -> bool:
+    """True if this is the first process that asks the store with this text."""
     key = f"synpo_fast said {hashlib.sha256(text.encode()).hexdigest()}"
     first = bool(store.add(key, 1) == 1)
     deadline = time.monotonic() + WAIT_SECONDS

@@ -1,11 +1,11 @@
-"""How a training process is told to end, and by whom.
+"""Stops a training process on a signal, or when its launcher ends.
 
-While steps are trained SIGTERM, SIGINT (Ctrl-C), SIGHUP and the end of the launcher are noted; the loop finishes its step, all
-ranks agree, and a checkpoint is saved. At any other time there is nothing to save, and the process ends. A second Ctrl-C ends
-it at once; checkpoints are whole or not there, so that harms none.
+During training, SIGTERM, SIGINT (Ctrl-C), SIGHUP and the end of the launcher only set a flag: the loop finishes its step, all
+ranks agree, and a checkpoint is saved. At any other time there is nothing to save and the process ends. A second Ctrl-C ends it
+immediately; that damages no checkpoint, since a checkpoint is either whole or does not exist.
 
-The `deepspeed` command does not pass a signal on to the process that started the ranks. So each rank looks at that chain: its
-own parent, if that is a launcher, and the launcher's parent, if that is the `deepspeed` command.
+The `deepspeed` command does not pass a signal on to the process that started the ranks. So each rank watches this chain of
+processes: its own parent, if that is a launcher, and the launcher's parent, if that is the `deepspeed` command.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed/launcher/launch.py", "torchrun", "torch.distributed.")
-COMMANDS = ("deepspeed.launcher.runner", "/deepspeed ", "/ds ")  # what starts deepspeed's launcher
+COMMANDS = ("deepspeed.launcher.runner", "/deepspeed ", "/ds ")  # commands that start deepspeed's launcher
 LOOK_EVERY_S = 1.0
-PATIENCE_S = 10.0  # for a process that is to end but does not come out of a library's call
+PATIENCE_S = 10.0  # time for a process to end that is inside a library's call
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ends a process that has nothing to save; the message names what asked for it."""
+    """Raised to end a process that has nothing to save; the message names the cause."""
 
 
 class Stopper:
-    """reason: what asked this process to stop, None if nothing has."""
+    """Handles signals and watches the launcher. reason: the cause of the stop, None if nothing has asked to stop."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -45,12 +45,15 @@ class Stopper:
 
     @property
     def status(self) -> int:
-        """Exit status of a run that was stopped and saved: 0, as schedulers like it, but 130 after Ctrl-C."""
+        """The exit status of a run that was stopped and saved: 130 after Ctrl-C, otherwise 0, which schedulers expect."""
         return 130 if self.reason == "SIGINT" else 0
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handles signals and watches the launcher inside; from the main thread. A signal that is ignored stays so."""
+        """Handles signals and watches the launcher while the context is active. Call it from the main thread.
+
+        A signal that is already ignored stays ignored.
+        """
         reads, writes = self._ends = os.pipe()
         os.set_blocking(writes, False)
         wakeup = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
@@ -65,11 +68,11 @@ class Stopper:
             for each, handler in self._before.items():
                 signal.signal(each, handler)
             self._before.clear()
-            os.close(writes)  # the thread reads to the end, and closes its own
+            os.close(writes)  # the thread then reads end of file and closes its end
 
     @contextmanager
     def saves_at_the_end_of_a_step(self) -> Iterator[None]:
-        """Inside, whoever asks is only noted: the caller looks at `reason` and saves."""
+        """While the context is active, a request to stop only sets `reason`; the caller checks it and saves."""
         self._saves = True
         try:
             yield
@@ -77,7 +80,7 @@ class Stopper:
             self._saves = False
 
     def goes_on(self) -> None:
-        """Something was given up because of Interrupted, but the process ends in its own time."""
+        """Cancels the forced end after Interrupted: the caller has abandoned some work and will end the process itself."""
         self._must_end_at = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -88,7 +91,7 @@ class Stopper:
             raise Interrupted(f"stopped by {self.reason}")
 
     def _watch(self, reads: int) -> None:
-        """In a thread: it runs on where the main thread waits in a collective, or for a model to be read."""
+        """Runs in a thread, which continues while the main thread waits in a collective or reads a model."""
         links, interrupts = launcher_links(), 0
         while True:
             if select.select([reads], [], [], LOOK_EVERY_S)[0]:
@@ -109,13 +112,13 @@ class Stopper:
 
 
 def _end_now(reason: str, status: int) -> None:
-    os.write(2, f"\nsynpo-fast train: ended by {reason}; checkpoints are as they were\n".encode())
+    os.write(2, f"\nsynpo-fast train: ended by {reason}; checkpoints are unchanged\n".encode())
     os._exit(status)
 
 
 def launcher_links() -> list[tuple[int, int]]:
-    """(process, its parent) pairs that must stay as they are: this process and its launcher, and that one and the `deepspeed`
-    command. Without a launcher there are none: a run may outlive the shell that started it."""
+    """Returns the (process, parent) pairs that must not change: this process and its launcher, the launcher and the `deepspeed`
+    command. Returns none without a launcher, since a run may outlive the shell that started it."""
     own, parent = os.getpid(), os.getppid()
     if not _runs(parent, LAUNCHERS):
         return []
@@ -124,18 +127,19 @@ def launcher_links() -> list[tuple[int, int]]:
     if above is not None and _runs(above, COMMANDS):
         links.append((parent, above))
     elif above == 1 and _runs(parent, LAUNCHERS[:2]):
-        links.append((parent, -1))  # adopted by init: the command ended before this process had begun
+        links.append((parent, -1))  # adopted by init: the command ended before this process started
     return links
 
 
 def is_broken(links: list[tuple[int, int]]) -> bool:
+    """True if a process of a pair now has another parent, or is gone."""
     return any(_parent_of(process) != parent for process, parent in links)
 
 
 def _runs(process: int, names: tuple[str, ...]) -> bool:
     try:
         words = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:  # it is gone, or this is no Linux
+    except OSError:  # the process is gone, or this is not Linux
         return False
     return any(name in words for name in names)
 

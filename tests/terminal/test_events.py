@@ -1,4 +1,4 @@
-"""What a run tells the program that started it: kinds, in order, whatever becomes of file and terminal."""
+"""The events of a run, for the program that started it: their kinds and order, even if file or terminal fail."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What others wrote does not steer the terminal it is printed on."""
+"""Text of other people cannot steer the terminal it is printed on."""
 
 import json
 import logging

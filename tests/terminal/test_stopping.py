@@ -61,7 +61,7 @@ def steps_in(folder):
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(world, tmp_path):
-    """As a terminal sends it: to the reading workers, too. Then the run goes on, and is interrupted twice."""
+    """A terminal sends Ctrl-C to the worker processes too. Then the run is resumed, and interrupted twice."""
     values = options(world, tmp_path / "out", **LONG, dataloader_num_workers=1, resume="auto")
     with started(train_command(values)) as process:
         wait_for(lambda: steps_in(tmp_path / "out") > 2)
