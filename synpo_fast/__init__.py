@@ -1,7 +1,7 @@
 """Fast, reference-free preference training of video-language models.
 
-Importing this package loads nothing: each name is resolved when it is first asked for, so that a command says its first line
-before torch is there. The losses and the fused op need torch alone, score_pairs needs transformers.
+Importing this package loads nothing: each name is resolved when it is first used, so that a command can print its first line
+before torch is loaded. The losses and the fused op need only torch; score_pairs needs transformers.
 """
 
 import importlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-_PLACES = {
+_MODULES = {
     "FusedLinearDPOLoss": "synpo_fast.fused",
     "FusedLinearPreferenceLoss": "synpo_fast.fused",
     "FusedLinearSimPOLoss": "synpo_fast.fused",
@@ -32,15 +32,15 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'synpo_fast' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PLACES[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES})
+    return sorted({*globals(), *_MODULES})
 
 
 __all__ = [

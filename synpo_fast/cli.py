@@ -1,35 +1,41 @@
-"""The command `synpo-fast`: each subcommand is a function in a module that is imported when it is called for."""
+"""The command `synpo-fast`. Each subcommand is a function in a module that is imported only when the subcommand is used."""
 
 import importlib
 import sys
 from collections.abc import Sequence
 
-# name -> (what it does, module, function); the function takes the arguments after the name and returns the exit status
+# name -> (description, module, function); the function takes the arguments after the name and returns the exit status
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "demo": ("train a tiny model with SynPO, beside DPO, in a few minutes", "synpo_fast.demo.run", "main"),
+    "demo": ("train a tiny model with SynPO and with DPO, in a few minutes", "synpo_fast.demo.run", "main"),
     "train": (
-        "train on preference pairs, in one process (`deepspeed synpo_fast/train.py` for more)",
+        "train on preference pairs in one process (for several: `deepspeed synpo_fast/train.py`)",
         "synpo_fast.train",
         "main",
     ),
-    "merge": ("add a trained adapter to its model, and save the sum", "synpo_fast.run_folder.merge", "main"),
+    "merge": (
+        "add a trained adapter to its base model and save the merged model",
+        "synpo_fast.run_folder.merge",
+        "main",
+    ),
     "report": (
-        "one page of charts, captions and numbers of a run, or of several",
+        "write one page with charts, captions and numbers of one or several runs",
         "synpo_fast.report.write",
         "main",
     ),
-    "pairs": ("bring preference pairs into a manifest, and check one", "synpo_fast.pairs.cli", "main"),
+    "pairs": ("import preference pairs into a manifest, and check a manifest", "synpo_fast.pairs.cli", "main"),
 }
 
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, (what, _, _) in COMMANDS.items()]
-    return "\n".join(["usage: synpo-fast COMMAND ...", "", *lines, "", "synpo-fast COMMAND --help tells more."])
+    return "\n".join(
+        ["usage: synpo-fast COMMAND ...", "", *lines, "", "synpo-fast COMMAND --help shows the options of a command."]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0 for success, 2 for a mistake in the call, otherwise as the subcommand says."""
+    """Runs a subcommand and returns the exit status: 2 for an unknown command, otherwise the subcommand's."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in ("-h", "--help"):
         print(usage())

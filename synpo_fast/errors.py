@@ -1,11 +1,11 @@
-"""Mistakes that a user can mend: command lines show them as one line, where any other error shows its traceback."""
+"""Errors that a user can fix. Command lines print them as one line; any other error shows its traceback."""
 
 
 class UserError(ValueError):
-    """A mistake in options, data or files. The message is one line: what is wrong, with the value, and the way out.
+    """A mistake in options, data or files. The message is one line: the problem, with the value, and the way out.
 
-    A ValueError so that callers of the library need not know it. Where only code of this package can pass a wrong value, a
-    plain ValueError or an assertion is right: a traceback is what helps there.
+    It is a ValueError, so that callers of the library need not know it. If only this package's own code can pass a wrong
+    value, raise a plain ValueError or use an assertion: there the traceback helps.
     """
 
 

@@ -1,7 +1,7 @@
 """Preference training: `deepspeed synpo_fast/train.py --config FILE [--name value ...]`.
 
-Also `python -m synpo_fast.train` and `synpo-fast train`, which run one process. --help lists every option, --print_config shows
-what a run would use.
+`python -m synpo_fast.train` and `synpo-fast train` do the same in one process. --help lists every option, --print_config prints
+the resolved options.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if not __package__:
-    # Started by its path: Python has put this folder first on sys.path, where our own modules would be found as top-level
-    # ones. What is wanted there is the folder above it.
+    # Started by path: Python has put this folder first on sys.path, so our modules would be imported as top-level modules.
+    # The folder above belongs there.
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     sys.path.insert(0, str(here.parent))
@@ -32,24 +32,27 @@ if TYPE_CHECKING:
     from synpo_fast.training.run_state import RunState
 
 FAILED, MISTAKE = 1, 2
-UNEXPECTED = (
-    "synpo-fast train: an error that is none of the mistakes this program knows; the lines above say where it arose. A run's "
-    "last checkpoint is as it was: --resume auto goes on from it."
+UNEXPECTED_ERROR = (
+    "synpo-fast train: unexpected error; the traceback above shows where it arose. The run's last checkpoint is unchanged: "
+    "--resume auto resumes from it."
 )
 
-LOST = (
-    "synpo-fast train: another process of this launch has ended, so this one cannot go on; what that one said, or the launcher, "
-    "tells why. The last checkpoint is as it was: --resume auto goes on from it."
+LOST_PROCESS = (
+    "synpo-fast train: another process of this launch has ended, so this one cannot continue; the output of that process or of "
+    "the launcher gives the reason. The last checkpoint is unchanged: --resume auto resumes from it."
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: done, or stopped by SIGTERM with a checkpoint. 1: the run could not go on. 2: a mistake in options, data or files.
-    130: stopped by Ctrl-C. 143: stopped when there was nothing to save."""
+    """Runs the command and returns its exit status.
+
+    0: done, or stopped by SIGTERM with a checkpoint. 1: the run could not continue. 2: a mistake in options, data or files.
+    130: stopped by Ctrl-C. 143: stopped when there was nothing to save.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     asks_for_help, only_print = bool({"-h", "--help"} & set(arguments)), "--print_config" in arguments
     if not asks_for_help and not only_print:
-        say("synpo-fast train: loading libraries")  # which takes seconds: torch first
+        say("synpo-fast train: loading libraries")  # importing torch takes seconds
     stopper = Stopper()
     try:
         with stopper.installed():
@@ -99,23 +102,23 @@ def _main(arguments: list[str], stopper: Stopper, asks_for_help: bool, only_prin
         told = "synpo-fast train: error:" if _status(error) == MISTAKE else "synpo-fast train:"
         print(f"{told} {printable(error)}", file=sys.stderr)
         return _status(error)
-    except Exception as error:  # shown whole: nothing is known of it
+    except Exception as error:  # unexpected: the traceback is printed
         if lost_another_process(error):
             if config.verbose:
                 traceback.print_exc()
-            print(LOST, file=sys.stderr)
+            print(LOST_PROCESS, file=sys.stderr)
             return FAILED
         traceback.print_exc()
-        print(UNEXPECTED, file=sys.stderr)
+        print(UNEXPECTED_ERROR, file=sys.stderr)
         return FAILED
     return stopper.status if state.stopped_early else 0
 
 
 def run_training(config: TrainConfig, stopper: Stopper | None = None) -> RunState:
-    """Trains, writes the report, and returns where the run stands at its end; with config.profile it measures instead.
+    """Trains, writes the report, and returns the run's final state; with config.profile it measures steps instead.
 
-    Every process of a launch calls it. Raises UserError, MissingPackage, TrainingStopped or CheckpointError with one line that
-    says all, or SaidByAnotherProcess in place of an error that another process of the launch raises, too.
+    Every process of a launch calls it. Raises UserError, MissingPackage, TrainingStopped or CheckpointError with a message of
+    one line, or SaidByAnotherProcess in place of an error that another process of the launch also raises.
     """
     from synpo_fast.training.start import process_group
 
@@ -124,9 +127,9 @@ def run_training(config: TrainConfig, stopper: Stopper | None = None) -> RunStat
 
 
 def run_in_group(config: TrainConfig, device: torch.device, stopper: Stopper | None = None) -> RunState:
-    """run_training in a process group that is there already."""
+    """Does the same as run_training, in a process group that exists already."""
     if config.profile:
-        # Imported only here, because torch's FLOP counter imports triton, which training on a CPU does without.
+        # Imported only here, because torch's FLOP counter imports triton, which training on a CPU does not need.
         from synpo_fast.profiling.profile import profile_in_group
         from synpo_fast.training.run_state import RunState
 
