@@ -55,7 +55,8 @@ class TrainOptions:
         "more forward pass (about a third more time per step). Default: true on a GPU",
     )
     liger_kernels: bool = _model(
-        False, "use Liger's norms, rotary embeddings and gated MLPs (GPU only); the start of a run prints how many"
+        False,
+        "use Liger's norms, rotary embeddings and gated MLPs (GPU only); a run prints at its start how many it uses",
     )
     bf16: bool | None = _model(
         None, "train in bfloat16 with fp32 master weights. Default: true on a GPU unless fp16 is set"
