@@ -235,7 +235,7 @@ NEEDED = {"model_name_or_path": "tiny:text", "train_file": "pairs.jsonl", "outpu
     [
         ({"load_best_model_at_end": True}, "load_best_model_at_end compares evaluations, which need held-out pairs"),
         ({"early_stopping_patience": 2}, "early_stopping_patience .* held-out pairs: give eval_file or"),
-        ({"load_best_model_at_end": True, "eval_split": 0.1}, "eval_steps=0 makes one, at the end: set eval_steps"),
+        ({"load_best_model_at_end": True, "eval_split": 0.1}, "eval_steps=0 evaluates only at the end: set eval_steps"),
         ({"early_stopping_patience": 0}, "early_stopping_patience is 0, expected"),
         ({"metric_for_best_model": "loss"}, "metric_for_best_model has no effect without load_best_model_at_end or"),
         ({"greater_is_better": False}, "greater_is_better has no effect without"),
