@@ -20,7 +20,7 @@ INPUT_OPTIONS = ("model_name_or_path", "train_file", "eval_file", "video_root", 
 CONFIG, METRICS, SKIPPED, REFERENCE = "config.yaml", "metrics.jsonl", "skipped_pairs.rank*.jsonl", "reference.pt"
 RESUMED_FROM = "resumed_from.json"  # names the checkpoint in another folder that this folder's run was resumed from
 FILES_OF_ONE_RUN = ("report.html", "tensorboard", "wandb_run_id")  # a new run writes its own
-DELETED_PATTERNS = (
+DELETED = (
     "config.until-step-*.yaml",
     METRICS,
     SKIPPED,
@@ -44,9 +44,7 @@ def check_inputs_stay(config: TrainConfig, *, config_file: str | None = None) ->
             continue
         path = Path(named_split(value)[0]) if option.endswith("_file") else Path(value)
         paths = [path]
-        if (
-            option == "model_name_or_path"
-        ):  # weights may be deleted although their folder stays, such as those of a best model
+        if option == "model_name_or_path":  # weights may be deleted although their folder stays, as a best model's are
             paths += [file for pattern in MODEL_FILES for file in path.glob(pattern)]
         for each in paths:
             gone = next((deleted[place] for place in _names_and_parents(each) if place in deleted), None)
@@ -81,7 +79,7 @@ def remove_earlier_run(folder: Path, *, keep_reference: bool) -> None:
 def _to_delete(folder: Path, *, keep_reference: bool) -> list[Path]:
     checkpoints, left_over = removed_checkpoints(folder)
     best = [folder / name for name in listed_files(folder)]
-    patterns = (*DELETED_PATTERNS, *(() if keep_reference else (REFERENCE,)))
+    patterns = (*DELETED, *(() if keep_reference else (REFERENCE,)))
     found = [path for pattern in patterns for path in folder.glob(pattern)]
     return [*checkpoints, *left_over, *(path for path in best if os.path.lexists(path)), *found]
 

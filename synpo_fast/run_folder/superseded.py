@@ -45,7 +45,7 @@ def set_aside_lines(file: Path, keeps: Callable[[str], bool]) -> int:
         return 0
     with file.open(encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
         lines = list(stream)
-    ended = [line if line.endswith("\n") else f"{line}\n" for line in lines]  # the last line may lack its end
+    ended = [line if line.endswith("\n") else f"{line}\n" for line in lines]  # the last line may have no line feed
     kept = [line for line in ended if keeps(line)]
     if kept == lines:
         return 0

@@ -13,7 +13,7 @@ from synpo_fast.terminal.events import Kind, emit
 from synpo_fast.terminal.printable import printable, printable_line
 
 SHOWN = ("loss", "rewards/margins", "grad_norm", "learning_rate", "pairs_per_s", "skipped_pairs")
-BAR = "{n_fmt}/{total_fmt} |{bar:24}|{postfix}"  # fixed width, since the numbers beside it change their length with every step
+BAR = "{n_fmt}/{total_fmt} |{bar:24}|{postfix}"  # fixed width: the length of the numbers changes with every step
 STEPS_FOR_TIME_LEFT = 50
 
 
