@@ -166,7 +166,7 @@ def ordered_loader(
 def _loader_settings(
     config: TrainConfig, rank: int, world_size: int, started: Sequence[WorkerProcess]
 ) -> dict[str, Any]:
-    """What every loader of a run has in common."""
+    """The arguments that every loader of a run has in common."""
     return {
         "sampling": sampling_of(config),
         "rank": rank,
