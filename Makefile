@@ -48,7 +48,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	else $(PIP) install --quiet --constraint constraints.txt torch; fi
 	@echo "Compiling csrc/ and installing the package"
 	@$(PIP) install --quiet --no-build-isolation --constraint constraints.txt --editable '$(PACKAGES)'
-	@$(BIN)/python -c "from synpo_fast.ops import native_library as n; print('native CPU backend:', n.why_unavailable() or 'ready')"
+	@$(BIN)/python -c "from synpo_fast.ops import native_library as n; print('native CPU backend:', n.reason_unavailable() or 'ready')"
 	@touch $(READY)
 
 test: $(READY)

@@ -71,7 +71,7 @@ PUBLIC = (
     Section(
         "synpo_fast.scoring",
         "From pairs to tokens, and to the log-probs of their responses.",
-        ("score_pairs", "encode_pairs", "encode_pair", "EncodedPairs", "TooLong"),
+        ("score_pairs", "encode_pairs", "encode_pair", "EncodedPairs", "PairTooLong"),
     ),
     Section(
         "synpo_fast.losses",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synpo_fast.data.encoded import EncodedPair, TooLong
+from synpo_fast.data.encoded import EncodedPair, PairTooLong
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.pair_frames import pair_frames
 from synpo_fast.data.text_markers import marked_pairs, special_tokens
@@ -61,7 +61,7 @@ class PairEncoder:
     def __call__(self, pair: Pair, frames: Tensor | None, seconds_per_frame: float | None = None) -> EncodedPair:
         """Encodes a pair. frames: uint8 [T, H, W, 3], None for a text pair; seconds_per_frame: the time between two of them.
 
-        Nothing is ever cut, because a cut response or video would be a different one. Raises TooLong for a pair that is too
+        Nothing is ever cut, because a cut response or video would be a different one. Raises PairTooLong for a pair that is too
         long, and ValueError for one whose responses have the same tokens or whose texts contain special tokens.
         """
         return self.with_video(pair, None if frames is None else self.video_inputs(pair, frames, seconds_per_frame))
@@ -132,7 +132,7 @@ class PairEncoder:
 
     def _check_length(self, pair: Pair, prompt: int, response: int) -> None:
         if self.max_tokens is not None and prompt + response > self.max_tokens:
-            raise TooLong(
+            raise PairTooLong(
                 f"pair {pair.id!r} needs {prompt + response} tokens ({prompt} of them for prompt and video), "
                 f"more than {self.bound_name}={self.max_tokens}; raise it, sample fewer frames, or drop such pairs"
             )
@@ -162,7 +162,7 @@ def encode_pairs(
         video_root: the folder that video paths are relative to and may not leave.
         sampling: the frames to take from a video.
         max_tokens: maximum number of tokens of a prompt and its longest response together.
-        drop_too_long: skip pairs above max_tokens and list them in `dropped`; otherwise they raise TooLong.
+        drop_too_long: skip pairs above max_tokens and list them in `dropped`; otherwise they raise PairTooLong.
     """
     for index, pair in enumerate(pairs):
         if not isinstance(pair, Pair):
@@ -172,7 +172,7 @@ def encode_pairs(
     for index, pair in enumerate(pairs):
         try:
             encoded = encoder(pair, *pair_frames(pair, sampling, video_root=video_root))
-        except TooLong:
+        except PairTooLong:
             if not drop_too_long:
                 raise
             dropped.append(index)

@@ -86,8 +86,8 @@ def _main(arguments: list[str], stopper: Stopper, asks_for_help: bool, only_prin
     if not config.verbose:
         hide_notes_to_developers()
     from synpo_fast.run_folder.overwriting import check_inputs_stay
-    from synpo_fast.terminal.said_once import SaidByAnotherProcess, lost_another_process
-    from synpo_fast.training.start import FORESEEN
+    from synpo_fast.terminal.report_once import ReportedByAnotherProcess, lost_another_process
+    from synpo_fast.training.start import EXPECTED_ERRORS
 
     try:
         check_inputs_stay(config, config_file=file_of_config(arguments))
@@ -96,9 +96,9 @@ def _main(arguments: list[str], stopper: Stopper, asks_for_help: bool, only_prin
         return MISTAKE
     try:
         state = run_training(config, stopper)
-    except SaidByAnotherProcess as said:
+    except ReportedByAnotherProcess as said:
         return _status(said.error)
-    except FORESEEN as error:
+    except EXPECTED_ERRORS as error:
         told = "synpo-fast train: error:" if _status(error) == MISTAKE else "synpo-fast train:"
         print(f"{told} {printable(error)}", file=sys.stderr)
         return _status(error)
@@ -118,7 +118,7 @@ def run_training(config: TrainConfig, stopper: Stopper | None = None) -> RunStat
     """Trains, writes the report, and returns the run's final state; with config.profile it measures steps instead.
 
     Every process of a launch calls it. Raises UserError, MissingPackage, TrainingStopped or CheckpointError with a message of
-    one line, or SaidByAnotherProcess in place of an error that another process of the launch also raises.
+    one line, or ReportedByAnotherProcess in place of an error that another process of the launch also raises.
     """
     from synpo_fast.training.start import process_group
 

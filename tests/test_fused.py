@@ -171,7 +171,7 @@ def flops(module, weight, hidden, target):
 def test_flops(backend):
     """4NDV with a frozen head, 6NDV with a trainable one whatever the groups, 8NDV where a pair does not fit."""
     if backend == "native" and not native_library.is_available():
-        pytest.skip(str(native_library.why_unavailable()))
+        pytest.skip(str(native_library.reason_unavailable()))
     weight, hidden, target, _ = batch()
     valid = int((target != -100).sum())
     unit = valid * D * V

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_the_native_library_is_there_where_there_is_a_compiler():
     if shutil.which("g++") is None:
         pytest.skip("no g++ here")
-    assert native_library.why_unavailable() is None
+    assert native_library.reason_unavailable() is None
 
 
 def test_installs_without_a_compiler(tmp_path):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from synpo_fast.data.encoded import TooLong
+from synpo_fast.data.encoded import PairTooLong
 from synpo_fast.data.pair import Clip, Pair
 from synpo_fast.data.video.decode import decode_frames
 from synpo_fast.data.video.sampling import FrameSampling
@@ -73,7 +73,7 @@ def test_the_longest_response_counts(policy):
     for with_truth, longest in ((False, 5), (True, 51)):
         PairEncoder.of(policy, max_tokens=prompt + longest, with_ground_truth=with_truth)(pair, None)
         short = PairEncoder.of(policy, max_tokens=prompt + longest - 1, with_ground_truth=with_truth)
-        with pytest.raises(TooLong, match=rf"pair 'p' needs {prompt + longest} tokens \({prompt} of them"):
+        with pytest.raises(PairTooLong, match=rf"pair 'p' needs {prompt + longest} tokens \({prompt} of them"):
             short(pair, None)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from synpo_fast.data.pair import Pair
 
 
-class TooLong(ValueError):
+class PairTooLong(ValueError):
     """Raised for a pair that has more tokens than the encoder allows."""
 
 
@@ -43,7 +43,7 @@ class Encoder(Protocol):
     """Turns a pair and its frames into an EncodedPair. scoring.PairEncoder is the implementation in use."""
 
     def __call__(self, pair: Pair, frames: Tensor | None, seconds_per_frame: float | None = None) -> EncodedPair:
-        """Encodes the pair. frames: uint8 [T, H, W, 3], None for a text pair. Raises TooLong or another ValueError."""
+        """Encodes the pair. frames: uint8 [T, H, W, 3], None for a text pair. Raises PairTooLong or another ValueError."""
         ...
 
     def video_inputs(self, pair: Pair, frames: Tensor, seconds_per_frame: float | None) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from synpo_fast.data.encoded import EncodedPair, Encoder, FindStored, TooLong
+from synpo_fast.data.encoded import EncodedPair, Encoder, FindStored, PairTooLong
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.pair_frames import pair_frames
 from synpo_fast.data.video.sampling import FrameSampling
@@ -55,7 +55,7 @@ class PairReader:
         for last in (False, True):
             try:
                 return self._read(pair, deadline)
-            except TooLong as error:
+            except PairTooLong as error:
                 return BadPair(pair.id, str(error))
             except (ValueError, OSError, MemoryError) as error:
                 if last or time.monotonic() > deadline:

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from synpo_fast.data.foreign_rows import import_hint
+from synpo_fast.data.format_hints import import_hint
 from synpo_fast.data.pair import Clip, Pair
 from synpo_fast.data.row_files import read_rows
 from synpo_fast.errors import UserError

@@ -35,7 +35,7 @@ def reading_facts(encoder: Encoder, sampling: FrameSampling, backend: str, devic
         FORMAT,
         repr(sampling),
         [backend, available_backends() if backend == "auto" else []],
-        [device.type, native_library.why_unavailable() is None],
+        [device.type, native_library.reason_unavailable() is None],
         encoder.video_facts(),
     )
 

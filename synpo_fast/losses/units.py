@@ -12,14 +12,14 @@ from typing import Any
 
 from synpo_fast.losses import LOSSES
 
-LOGPS_UNITS = {"mean": "nats a token", "sum": "nats a response"}  # by what the loss reads
+LOGPS_UNITS = {"mean": "nats per token", "sum": "nats per response"}  # by what the loss reads
 DEFAULT_FORMS = ("sigmoid", None)  # values of `link` and `variant` that a unit does not mention
 SFT = "sft"  # the trainer's name for the NLL of the chosen response alone
 Options = Mapping[str, Any]
 
 
 def loss_unit(name: str, options: Options | None = None, *, auxiliary_nll: float = 0.0) -> str:
-    """The unit of the loss: nats a token for an NLL; otherwise the loss's name, its form if not the default, and added terms."""
+    """The unit of the loss: nats per token for an NLL, else the loss's name with its form if not the default, and added terms."""
     if name == SFT:
         return LOGPS_UNITS["mean"]
     own = {**_spec(name).options, **{key: value for key, value in (options or {}).items() if value is not None}}
@@ -46,7 +46,7 @@ def logps_unit(name: str) -> str:
     return LOGPS_UNITS[_spec(name).reads]
 
 
-def said(name: str, options: Options | None = None) -> str:
+def describe_units(name: str, options: Options | None = None) -> str:
     """One line for the user that describes this loss's rewards and log-probs."""
     if name == SFT:
         return f"loss in {LOGPS_UNITS['mean']}"

@@ -19,10 +19,12 @@ from synpo_fast.models.rope_length import fresh_frequencies
 
 
 @torch.no_grad()
-def greedy_tokens(policy: Policy, sample: Sample, *, max_new_tokens: int, run_to_the_end: bool = False) -> list[int]:
+def greedy_tokens(
+    policy: Policy, sample: Sample, *, max_new_tokens: int, continue_after_eos: bool = False
+) -> list[int]:
     """Generates the tokens of a response, without EOS.
 
-    run_to_the_end: continue computing after EOS up to max_new_tokens, so that all ranks of a sharded model call it equally often.
+    continue_after_eos: computes on after EOS up to max_new_tokens, so that all ranks of a sharded model call it equally often.
     """
     from transformers import DynamicCache
 
@@ -42,7 +44,7 @@ def greedy_tokens(policy: Policy, sample: Sample, *, max_new_tokens: int, run_to
                 )
                 token = int(_logits(policy, output.last_hidden_state[:, -1]).argmax())
                 ended = ended or token == eos
-                if ended and not run_to_the_end:
+                if ended and not continue_after_eos:
                     break
                 if not ended:
                     tokens.append(token)
@@ -54,9 +56,9 @@ def greedy_tokens(policy: Policy, sample: Sample, *, max_new_tokens: int, run_to
         policy.train(was_training)
 
 
-def greedy_text(policy: Policy, sample: Sample, *, max_new_tokens: int, run_to_the_end: bool = False) -> str:
+def greedy_text(policy: Policy, sample: Sample, *, max_new_tokens: int, continue_after_eos: bool = False) -> str:
     """Generates a response as text, without special tokens; see greedy_tokens."""
-    tokens = greedy_tokens(policy, sample, max_new_tokens=max_new_tokens, run_to_the_end=run_to_the_end)
+    tokens = greedy_tokens(policy, sample, max_new_tokens=max_new_tokens, continue_after_eos=continue_after_eos)
     return policy.tokenizer.decode(tokens, skip_special_tokens=True)
 
 

@@ -189,21 +189,19 @@ def _set_attention(policy: Policy, wanted: str, device: torch.device, dtype: tor
     Responses that run in rows of their own need no layout, so there auto keeps transformers' choice.
     """
     config: Any = policy.family.language_model(policy.base).config
-    why_apart = policy.why_apart
-    if why_apart is None:
+    reason_for_own_rows = policy.reason_for_own_rows
+    if reason_for_own_rows is None:
         _check_layers(policy.base.config, policy.family.name)
         policy.attn_implementation, reason = attention.choose(wanted, device, dtype, policy.base.config)
     elif wanted in (attention.SEGMENTS, attention.VARLEN):
         raise UserError(
-            f"attn_implementation={wanted!r} is for rows that several responses share, and {policy.family.name} {why_apart}: "
-            "take auto, sdpa or eager"
+            f"attn_implementation={wanted!r} is for rows that several responses share, and {policy.family.name} "
+            f"{reason_for_own_rows}: take auto, sdpa or eager"
         )
     else:
         before = config._attn_implementation
         policy.attn_implementation = before if wanted == "auto" else attention.choose(wanted, device, dtype, config)[0]
-        reason = (
-            f"{policy.attn_implementation}, each response in a row of its own, because {policy.family.name} {why_apart}"
-        )
+        reason = f"{policy.attn_implementation}, each response in a row of its own, because {policy.family.name} {reason_for_own_rows}"
     config._attn_implementation = policy.attn_implementation
     policy.notes.append(f"attention: {reason}")
 

@@ -94,17 +94,17 @@ class Policy(nn.Module):
         return self.base.get_input_embeddings().weight.device
 
     @property
-    def why_apart(self) -> str | None:
+    def reason_for_own_rows(self) -> str | None:
         """The reason each response runs in a row of its own, or None if rows are shared.
 
         The reason continues a sentence that starts with the family's name.
         """
-        return self.family.why_apart(self.base.config)
+        return self.family.reason_for_own_rows(self.base.config)
 
     @property
     def can_share(self) -> bool:
         """True if responses and samples may share a row without affecting each other."""
-        return self.why_apart is None
+        return self.reason_for_own_rows is None
 
     def head(self) -> Head:
         return head_of(self.model)
@@ -124,9 +124,9 @@ class Policy(nn.Module):
             share_prefix: run a sample's video and prompt once for all its responses.
             pack: put several samples into one row, up to row_tokens.
         """
-        why_apart = self.why_apart
-        if why_apart is not None and (share_prefix or pack):
-            _warn_once_that_nothing_is_shared(self.family.name, why_apart)
+        reason_for_own_rows = self.reason_for_own_rows
+        if reason_for_own_rows is not None and (share_prefix or pack):
+            _warn_once_that_nothing_is_shared(self.family.name, reason_for_own_rows)
             share_prefix = pack = False
         features = self.encode_videos(samples)
         plan = plan_rows(

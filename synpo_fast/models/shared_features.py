@@ -10,7 +10,7 @@ from synpo_fast.models.policy import FeatureStore, Policy
 
 
 @contextmanager
-def videos_encoded_once(policies: Sequence[Policy]) -> Iterator[None]:
+def shared_video_features(policies: Sequence[Policy]) -> Iterator[None]:
     """Shares the features that one of `policies` encodes with the others, inside the context.
 
     A policy whose tower trains takes no part.

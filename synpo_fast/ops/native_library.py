@@ -13,7 +13,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 @functools.cache
-def why_unavailable() -> str | None:
+def reason_unavailable() -> str | None:
     """Loads the library. Returns None on success, otherwise the reason it cannot be loaded."""
     capability = torch.backends.cpu.get_cpu_capability()
     names = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}.get(capability, ("default",))
@@ -31,4 +31,4 @@ def why_unavailable() -> str | None:
 
 
 def is_available() -> bool:
-    return why_unavailable() is None
+    return reason_unavailable() is None

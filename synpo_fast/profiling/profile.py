@@ -34,7 +34,7 @@ from synpo_fast.terminal.progress import Progress
 from synpo_fast.training.run_data import RunData, read_data, train_loader
 from synpo_fast.training.run_model import build_engine, build_model, checkpoints_activations
 from synpo_fast.training.run_state import versions
-from synpo_fast.training.start import check_options_on
+from synpo_fast.training.start import check_options_for_device
 
 FILE = "profile.json"
 
@@ -46,7 +46,7 @@ def profile_in_group(config: TrainConfig, device: torch.device) -> None:
     work, and their times cannot be compared.
     """
     folder, rank = Path(config.output_dir), dist.get_rank()
-    check_options_on(device, config)
+    check_options_for_device(device, config)
     _check_folder(folder)
     # The automatic setting is resolved here, since the predicted ratios depend on it.
     config = replace(config, gradient_checkpointing=checkpoints_activations(config, device))

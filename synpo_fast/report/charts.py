@@ -56,14 +56,14 @@ OUTCOME = (  # the result of preference training; the page begins with it
     Chart("Reward of each response", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}, quantity=REWARD),
 )
 LOSS_CHART = Chart("Loss", {"loss": "loss"}, quantity=LOSS)
-NLL_CHART = Chart("NLL of the chosen response", {"nll_loss": "NLL"}, axis="nats a token")
+NLL_CHART = Chart("NLL of the chosen response", {"nll_loss": "NLL"}, axis="nats per token")
 CHARTS = (
     LOSS_CHART,
     Chart("Log-prob of each response", {"logps/chosen": "chosen", "logps/rejected": "rejected"}, quantity=LOGPS),
     Chart(
         "Mean log-prob of a token",
         {"diagnostics/logps_mean/chosen": "chosen", "diagnostics/logps_mean/rejected": "rejected"},
-        axis="nats a token",
+        axis="nats per token",
     ),
     NLL_CHART,
     Chart("Gradient norm, before clipping", {"grad_norm": "norm"}, floor=0, median=True, quantity=GRADIENT),

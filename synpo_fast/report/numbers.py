@@ -37,7 +37,7 @@ MEASURES = {
     "loss": Measure("loss", LOSS),
     "logps/chosen": Measure("log-prob, chosen", LOGPS),
     "logps/rejected": Measure("log-prob, rejected", LOGPS),
-    "nll_loss": Measure("NLL of chosen, nats a token"),
+    "nll_loss": Measure("NLL of chosen, nats per token"),
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from synpo_fast.errors import UserError
-from synpo_fast.run_folder.checkpoint import COMPLETE, CheckpointError, has_digests, model_digests, what_is_broken
+from synpo_fast.run_folder.checkpoint import COMPLETE, CheckpointError, checkpoint_problem, has_digests, model_digests
 from synpo_fast.run_folder.superseded import FOLDER, set_aside
 
 NAME = "best_model.json"
@@ -26,7 +26,7 @@ NOT_COPIED = {COMPLETE, "README.md"}  # README.md is peft's model card, which sa
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "pytorch_model*.bin")
 
 
-def put_best(output_dir: Path, checkpoint: Path, facts: Mapping[str, Any]) -> Path | None:
+def copy_best(output_dir: Path, checkpoint: Path, facts: Mapping[str, Any]) -> Path | None:
     """Copies the checkpoint's model files to the top of output_dir, unless they are there already.
 
     facts go into best_model.json: step, metric, greater_is_better, value. An earlier best model is moved into superseded/ if it
@@ -35,9 +35,9 @@ def put_best(output_dir: Path, checkpoint: Path, facts: Mapping[str, Any]) -> Pa
     Raises CheckpointError if the checkpoint is not whole, if a file that no run wrote has one of the names, or if the copies
     cannot be written. In the last two cases the checkpoint itself is whole.
     """
-    if vouches(output_dir, facts):
+    if copies_are_intact(output_dir, facts):
         return None
-    problem = what_is_broken(checkpoint) if checkpoint.is_dir() else "there is no such folder"
+    problem = checkpoint_problem(checkpoint) if checkpoint.is_dir() else "there is no such folder"
     if problem is not None:
         raise CheckpointError(
             f"the best model cannot be taken from {checkpoint}: {problem}. Restore what is missing and start again "
@@ -77,7 +77,7 @@ def put_best(output_dir: Path, checkpoint: Path, facts: Mapping[str, Any]) -> Pa
     return aside
 
 
-def vouches(output_dir: Path, facts: Mapping[str, Any]) -> bool:
+def copies_are_intact(output_dir: Path, facts: Mapping[str, Any]) -> bool:
     """True if best_model.json describes the model at the top by these facts, and its files have the bytes that were copied."""
     found = _read(output_dir)
     sealed = found.get("sealed")
@@ -90,14 +90,14 @@ def vouches(output_dir: Path, facts: Mapping[str, Any]) -> bool:
     return has_digests(output_dir, digests) and all((output_dir / name).is_file() for name in listed_files(output_dir))
 
 
-def lies_elsewhere(output_dir: Path, checkpoint: Path) -> bool:
+def is_stored_elsewhere(output_dir: Path, checkpoint: Path) -> bool:
     """True if a copy of the checkpoint's model lies at the top of output_dir or in superseded/. Reads the files there."""
     sealed = model_digests(checkpoint)
     places = [output_dir, *sorted((output_dir / FOLDER).glob("best_model-*"))]
     return bool(sealed) and any((place / NAME).is_file() and has_digests(place, sealed) for place in places)
 
 
-def check_place(output_dir: Path, *, may_replace: bool) -> None:
+def check_top_is_free(output_dir: Path, *, may_replace: bool) -> None:
     """Raises UserError if the top of output_dir holds a model that this run would overwrite at its end.
 
     may_replace: the files that best_model.json lists belong to this run, or will be deleted.
@@ -116,7 +116,7 @@ def check_place(output_dir: Path, *, may_replace: bool) -> None:
         )
 
 
-def check_names(output_dir: Path, names: Iterable[str]) -> None:
+def check_names_are_free(output_dir: Path, names: Iterable[str]) -> None:
     """Raises UserError if a file that no run wrote has one of the names that the best model's files will have."""
     foreign = sorted(
         {name for name in names if os.path.lexists(output_dir / name)} - {*listed_files(output_dir), *NOT_COPIED}
@@ -160,7 +160,7 @@ def _set_earlier_aside(output_dir: Path, facts: Mapping[str, Any]) -> Path | Non
 def _is_in_a_checkpoint(output_dir: Path, found: Mapping[str, Any]) -> bool:
     name = found.get("checkpoint")
     checkpoint = output_dir / name if isinstance(name, str) else None
-    if checkpoint is None or not checkpoint.is_dir() or what_is_broken(checkpoint) is not None:
+    if checkpoint is None or not checkpoint.is_dir() or checkpoint_problem(checkpoint) is not None:
         return False
     return has_digests(output_dir, model_digests(checkpoint))
 

@@ -103,7 +103,7 @@ def newest_and_broken(output_dir: Path) -> tuple[Path | None, list[tuple[Path, s
     """Returns the newest whole checkpoint, and the broken ones after it with their problems, newest first."""
     broken: list[tuple[Path, str]] = []
     for folder in reversed(list_checkpoints(output_dir)):
-        problem = what_is_broken(folder)
+        problem = checkpoint_problem(folder)
         if problem is None:
             return folder, broken
         broken.append((folder, problem))
@@ -130,7 +130,7 @@ def why_no_folder(path: Path) -> str | None:
     return "is a file, not a folder" if path.exists() else "is not there"
 
 
-def what_is_broken(folder: Path) -> str | None:
+def checkpoint_problem(folder: Path) -> str | None:
     """Returns the problem with a checkpoint, or None if a run can resume from it. Reads weights and state once."""
     if (instead := why_no_folder(folder)) is not None:
         return instead
@@ -238,7 +238,7 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns optimiser state and trainer state. Raises CheckpointError if the checkpoint is not whole."""
     from safetensors.torch import load_file
 
-    problem = what_is_broken(folder)
+    problem = checkpoint_problem(folder)
     if problem is not None:
         raise CheckpointError(f"cannot resume from {folder}: {problem}")
     state = load_file(folder / STATE / "optimizer.safetensors")

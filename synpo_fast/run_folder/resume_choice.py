@@ -8,12 +8,12 @@ from pathlib import Path
 
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import UserError
-from synpo_fast.run_folder.checkpoint import COMPLETE, list_checkpoints, what_is_broken
+from synpo_fast.run_folder.checkpoint import COMPLETE, checkpoint_problem, list_checkpoints
 
 logger = logging.getLogger(__name__)
 
 
-def at_checkpoint(config: TrainConfig) -> TrainConfig:
+def resolve_resume(config: TrainConfig) -> TrainConfig:
     """Returns the config with `resume` set to None, auto or a checkpoint if it named a run's folder. Only one process calls it.
 
     output_dir itself becomes auto, which handles checkpoints that are not whole. Raises UserError for a folder that holds no
@@ -35,7 +35,7 @@ def at_checkpoint(config: TrainConfig) -> TrainConfig:
         return replace(config, resume="auto")
     problems: list[str] = []
     for checkpoint in reversed(checkpoints):
-        problem = what_is_broken(checkpoint)
+        problem = checkpoint_problem(checkpoint)
         if problem is None:
             if problems:
                 logger.warning("skipping %s", "; ".join(problems))

@@ -18,14 +18,14 @@ from pathlib import Path
 from synpo_fast.config.sources import read_yaml
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import UserError
-from synpo_fast.run_folder.best_files import check_place
+from synpo_fast.run_folder.best_files import check_top_is_free
 from synpo_fast.run_folder.checkpoint import (
     CheckpointError,
+    checkpoint_problem,
     is_ours,
     list_checkpoints,
     newest_and_broken,
     step_of_checkpoint,
-    what_is_broken,
     why_no_folder,
 )
 from synpo_fast.run_folder.overwriting import (
@@ -78,7 +78,7 @@ def choose_start(config: TrainConfig) -> Start:
             f"output_dir={config.output_dir!r} holds checkpoints: continue with --resume auto, or {START_OVER}"
         )
     if config.load_best_model_at_end:
-        check_place(folder, may_replace=config.overwrite_output_dir or start.in_folder_of(config))
+        check_top_is_free(folder, may_replace=config.overwrite_output_dir or start.in_folder_of(config))
     return start
 
 
@@ -116,7 +116,7 @@ def _start_from_origin(folder: Path) -> Start | None:
     """
     try:
         name = json.loads((folder / RESUMED_FROM).read_text(encoding="utf-8"))["checkpoint"]
-        problem = what_is_broken(Path(name))
+        problem = checkpoint_problem(Path(name))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -132,7 +132,7 @@ def _start_from_origin(folder: Path) -> Start | None:
     return Start(Path(name), notes=(f"no checkpoint in {folder} yet: resuming from {name} again",))
 
 
-def note_origin(folder: Path, start: Start) -> None:
+def record_origin(folder: Path, start: Start) -> None:
     """Records which checkpoint of another folder a run resumes from, so that `auto` finds it until this folder has its own."""
     assert start.checkpoint is not None
     partial = folder / f"{RESUMED_FROM}.partial"
@@ -158,7 +158,7 @@ def _lies_in(checkpoint: Path, folder: Path) -> bool:
 def _named_start(config: TrainConfig, folder: Path, found: Path) -> Start:
     if (instead := why_no_folder(found)) is not None:
         raise UserError(f"resume={config.resume!r} {instead}: give a checkpoint-N folder, or auto")
-    problem = what_is_broken(found)
+    problem = checkpoint_problem(found)
     if problem is not None:
         raise CheckpointError(f"cannot resume from {found}: {problem}")
     if not _lies_in(found, folder):
@@ -169,7 +169,7 @@ def _named_start(config: TrainConfig, folder: Path, found: Path) -> Start:
             )
         return Start(found)
     later = [each for each in list_checkpoints(folder) if _step_in_name(each) > (step_of_checkpoint(found) or 0)]
-    problems = [(each, what_is_broken(each)) for each in reversed(later)]
+    problems = [(each, checkpoint_problem(each)) for each in reversed(later)]
     whole = [each.name for each, problem in problems if problem is None]
     if whole:
         raise UserError(
@@ -179,7 +179,7 @@ def _named_start(config: TrainConfig, folder: Path, found: Path) -> Start:
     return Start(found, [(each, problem) for each, problem in problems if problem is not None])
 
 
-def take_over(config: TrainConfig, start: Start, *, steps_done: int, config_text: str) -> list[str]:
+def prepare_run_folder(config: TrainConfig, start: Start, *, steps_done: int, config_text: str) -> list[str]:
     """Prepares the output folder for this run, which has done `steps_done` steps. Returns lines that tell the user what changed.
 
     Only one process calls it, before any process writes metrics into the folder.
@@ -191,7 +191,7 @@ def take_over(config: TrainConfig, start: Start, *, steps_done: int, config_text
     notes = [f"{each.name} was not whole and was moved to {_relative(folder, set_aside(each))}" for each in broken]
     continues = start.in_folder_of(config)
     if start.checkpoint is not None and not continues:
-        note_origin(folder, start)
+        record_origin(folder, start)
     notes += _set_aside_steps(folder, steps_done + 1 if continues else 0)
     if not continues:
         notes += [

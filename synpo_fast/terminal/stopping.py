@@ -79,7 +79,7 @@ class Stopper:
         finally:
             self._saves = False
 
-    def goes_on(self) -> None:
+    def cancel_forced_end(self) -> None:
         """Cancels the forced end after Interrupted: the caller has abandoned some work and will end the process itself."""
         self._must_end_at = None
 

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.pair import Pair
 from synpo_fast.errors import UserError
-from synpo_fast.run_folder.best_files import lies_elsewhere, vouches
-from synpo_fast.run_folder.checkpoint import folder_of, what_is_broken
+from synpo_fast.run_folder.best_files import copies_are_intact, is_stored_elsewhere
+from synpo_fast.run_folder.checkpoint import checkpoint_problem, folder_of
 from synpo_fast.training.rank_zero import on_rank_zero
 
 
@@ -116,8 +116,8 @@ def resumed_best(saved: BestSoFar, config: TrainConfig) -> tuple[BestSoFar, list
         only_there = [step for step in bests if _is_only_copy(root, folder_of(root, step))]
         if not same_rule:
             return only_there, None, False
-        problem = what_is_broken(folder) if folder.is_dir() else "is not there"
-        return only_there, problem, problem is not None and vouches(root, saved.facts)
+        problem = checkpoint_problem(folder) if folder.is_dir() else "is not there"
+        return only_there, problem, problem is not None and copies_are_intact(root, saved.facts)
 
     earlier, problem, copied = on_rank_zero(look)
     if problem is not None:
@@ -137,8 +137,8 @@ def resumed_best(saved: BestSoFar, config: TrainConfig) -> tuple[BestSoFar, list
 
 
 def _is_only_copy(root: Path, checkpoint: Path) -> bool:
-    whole = checkpoint.is_dir() and what_is_broken(checkpoint) is None
-    return whole and not lies_elsewhere(root, checkpoint)
+    whole = checkpoint.is_dir() and checkpoint_problem(checkpoint) is None
+    return whole and not is_stored_elsewhere(root, checkpoint)
 
 
 def check_held_out(config: TrainConfig, pairs: Sequence[Pair]) -> None:

@@ -100,7 +100,7 @@ def sample_captions(
     rows = []
     with engine.gathered(head):
         for pair, encoded in chosen:
-            text = greedy_text(policy, encoded.sample, max_new_tokens=max_new_tokens, run_to_the_end=sharded)
+            text = greedy_text(policy, encoded.sample, max_new_tokens=max_new_tokens, continue_after_eos=sharded)
             rows.append(
                 {
                     "id": pair.id,

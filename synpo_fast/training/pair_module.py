@@ -23,7 +23,7 @@ from synpo_fast.errors import UserError
 from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss
 from synpo_fast.losses.metric_sums import metric_sums
 from synpo_fast.models.policy import Logps, Policy, Sample
-from synpo_fast.models.shared_features import videos_encoded_once
+from synpo_fast.models.shared_features import shared_video_features
 from synpo_fast.ops.host_copy import to_device
 from synpo_fast.references import Reference
 
@@ -67,7 +67,7 @@ class PairModule(nn.Module):
 
     def _one_pass_of_the_tower(self) -> AbstractContextManager[None]:
         other = None if self.reference is None else self.reference.same_tower
-        return videos_encoded_once([self.policy, other]) if self.encodes_once and other is not None else nullcontext()
+        return shared_video_features([self.policy, other]) if self.encodes_once and other is not None else nullcontext()
 
     def reference_logps(self, samples: Sequence[Sample]) -> Logps:
         """The reference's log-probs, on the policy's device: precomputed ones come from a file, on the CPU."""

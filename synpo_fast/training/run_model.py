@@ -30,7 +30,7 @@ from synpo_fast.references import (
     read_logps,
     write_logps,
 )
-from synpo_fast.run_folder.best_files import check_names
+from synpo_fast.run_folder.best_files import check_names_are_free
 from synpo_fast.run_folder.model_files import names_beside_weights
 from synpo_fast.run_folder.superseded import set_aside
 from synpo_fast.terminal.console import say
@@ -73,11 +73,11 @@ def build_model(config: TrainConfig, data: RunData, device: torch.device, checkp
     say(f"loading model {config.model_name_or_path}")
     policy = _load(config, config.model_name_or_path, device, dtype)
     if config.load_best_model_at_end:  # checked now: otherwise it would fail only at the end of the run
-        on_rank_zero(lambda: _check_names(config, policy))
-    if config.zero_stage == 3 and policy.why_apart is not None:
+        on_rank_zero(lambda: _check_names_are_free(config, policy))
+    if config.zero_stage == 3 and policy.reason_for_own_rows is not None:
         raise UserError(
-            f"{policy.family.name} {policy.why_apart}: each response runs as a row of its own, and zero_stage=3 needs the "
-            "same number of rows on every device; use zero_stage=2"
+            f"{policy.family.name} {policy.reason_for_own_rows}: each response runs as a row of its own, and zero_stage=3 needs "
+            "the same number of rows on every device; use zero_stage=2"
         )
     if config.use_peft:
         torch.manual_seed(config.seed)  # decides the adapter's initial weights
@@ -103,9 +103,9 @@ def build_model(config: TrainConfig, data: RunData, device: torch.device, checkp
     return RunModel(policy, module, dtype)
 
 
-def _check_names(config: TrainConfig, policy: Policy) -> None:
+def _check_names_are_free(config: TrainConfig, policy: Policy) -> None:
     names = names_beside_weights(policy, adapter=config.use_peft, source=config.model_name_or_path)
-    check_names(Path(config.output_dir), names)
+    check_names_are_free(Path(config.output_dir), names)
 
 
 def build_engine(config: TrainConfig, model: RunModel) -> Engine:

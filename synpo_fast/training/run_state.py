@@ -16,7 +16,7 @@ import torch.distributed as dist
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.encoding import BadPair
 from synpo_fast.errors import UserError
-from synpo_fast.run_folder.best_files import put_best
+from synpo_fast.run_folder.best_files import copy_best
 from synpo_fast.run_folder.checkpoint import CheckpointError, folder_of, write_checkpoint
 from synpo_fast.run_folder.model_files import fp32_weights, save_model_files
 from synpo_fast.run_folder.start_choice import step_of_line
@@ -117,10 +117,10 @@ class Saver:
         """True if this run's folder holds a checkpoint of the step. All ranks call it."""
         return on_rank_zero(folder_of(self.folder, step).is_dir)
 
-    def put_best(self, best: BestSoFar) -> Path | None:
+    def copy_best(self, best: BestSoFar) -> Path | None:
         """Copies the best checkpoint's model to the top of the folder. Returns the new path of an earlier best model if one was
         moved. All ranks call it. Raises CheckpointError on every rank if it fails."""
-        return on_rank_zero(lambda: put_best(self.folder, folder_of(self.folder, best.step), best.facts))
+        return on_rank_zero(lambda: copy_best(self.folder, folder_of(self.folder, best.step), best.facts))
 
     def note_bad(self, bad: BadPair, epoch: int, step: int) -> None:
         with self.bad_file.open("a", encoding="utf-8") as stream:

@@ -24,16 +24,16 @@ from synpo_fast.data.loader import PairLoader
 from synpo_fast.data.order import num_steps as steps_in_epoch
 from synpo_fast.data.workers.early_workers import EarlyWorkers
 from synpo_fast.errors import MissingPackage, UserError
-from synpo_fast.losses.units import said
+from synpo_fast.losses.units import describe_units
 from synpo_fast.models.feature_cache import FeatureCache
 from synpo_fast.run_folder.checkpoint import CheckpointError, check_writable, folder_of, read_state
 from synpo_fast.run_folder.lock import RunLock
 from synpo_fast.run_folder.model_files import fetch_processor_files
-from synpo_fast.run_folder.resume_choice import at_checkpoint
-from synpo_fast.run_folder.start_choice import Start, choose_start, note_origin, take_over
+from synpo_fast.run_folder.resume_choice import resolve_resume
+from synpo_fast.run_folder.start_choice import Start, choose_start, prepare_run_folder, record_origin
 from synpo_fast.terminal.console import hide_bars_of_libraries, say
 from synpo_fast.terminal.progress import Progress
-from synpo_fast.terminal.said_once import SaidByAnotherProcess, first_to_say
+from synpo_fast.terminal.report_once import ReportedByAnotherProcess, first_to_report
 from synpo_fast.terminal.stopping import Interrupted, Stopper
 from synpo_fast.training.best_model import check_held_out, resumed_best
 from synpo_fast.training.engine import Engine, restore_weights, start_distributed, stop_distributed
@@ -60,14 +60,14 @@ logger = logging.getLogger(__name__)
 
 
 # Errors whose message is complete without a traceback. Every process of a launch may raise the same one.
-FORESEEN = (UserError, MissingPackage, TrainingStopped, CheckpointError)
+EXPECTED_ERRORS = (UserError, MissingPackage, TrainingStopped, CheckpointError)
 
 
 @contextmanager
 def process_group(config: TrainConfig) -> Iterator[torch.device]:
     """Joins the process group of a launch and yields this process's device. Every process enters it.
 
-    If another process of the launch has already reported the same error, SaidByAnotherProcess is raised instead.
+    If another process of the launch has already reported the same error, ReportedByAnotherProcess is raised instead.
     """
     say("starting DeepSpeed")
     device = start_distributed(config)
@@ -75,15 +75,15 @@ def process_group(config: TrainConfig) -> Iterator[torch.device]:
         hide_bars_of_libraries()
     try:
         yield device
-    except FORESEEN as error:
-        if not first_to_say(str(error)):
-            raise SaidByAnotherProcess(error) from error
+    except EXPECTED_ERRORS as error:
+        if not first_to_report(str(error)):
+            raise ReportedByAnotherProcess(error) from error
         raise
     finally:
         stop_distributed()
 
 
-def check_options_on(device: torch.device, config: TrainConfig) -> None:
+def check_options_for_device(device: torch.device, config: TrainConfig) -> None:
     """Raises UserError for options that do not fit this device, and for DeepSpeed entries that are not allowed."""
     if config.video_device == "cuda" and device.type != "cuda":
         raise UserError("video_device=cuda, but this run is on the CPU: there is no GPU, or use_cpu is set")
@@ -102,7 +102,7 @@ def train_in_group(
     write_report: writes the HTML report of the run's folder and returns its file. Called at the end if config.report is set.
     """
     stopper = stopper or Stopper()
-    check_options_on(device, config)
+    check_options_for_device(device, config)
     loaders: list[PairLoader] = []
     try:
         with _lock_output_folder(config) as start:
@@ -120,7 +120,7 @@ def _lock_output_folder(config: TrainConfig) -> Iterator[Start]:
     def prepare() -> Start:
         check_writable(Path(config.output_dir))
         locks.append(RunLock(Path(config.output_dir)))
-        return choose_start(at_checkpoint(config))
+        return choose_start(resolve_resume(config))
 
     try:
         start = on_rank_zero(prepare)
@@ -155,8 +155,8 @@ def _train(
         if (nothing := _nothing_to_do(run)) is not None:
             run.progress.say(f"nothing to do: {nothing} at {start.checkpoint}", "nothing_to_do")
             if not start.in_folder_of(config):  # noted, so that a later start resumes it and does not begin a new run
-                on_rank_zero(lambda: note_origin(Path(config.output_dir), start))
-            if (problem := _put_best(run)) is not None:
+                on_rank_zero(lambda: record_origin(Path(config.output_dir), start))
+            if (problem := _copy_best(run)) is not None:
                 raise problem
             _check_pairs_were_used(run)
             return run.state
@@ -167,7 +167,7 @@ def _train(
     finally:
         run.progress.close()
         run.log.close()
-    problem = None if state.stopped_early else _put_best(run)
+    problem = None if state.stopped_early else _copy_best(run)
     if write_report is not None and config.report and dist.get_rank() == 0 and state.step:
         _write_report(run, write_report)
     store = run.engine.module.policy.feature_store
@@ -311,7 +311,7 @@ def _announce(
         f"{engine.world_size} process{'es' if engine.world_size > 1 else ''} on {policy.device.type}",
         "run",
     )
-    progress.say(f"{config.loss_type}: {said(config.loss_type, config.loss_options)}")
+    progress.say(f"{config.loss_type}: {describe_units(config.loss_type, config.loss_options)}")
     for note in policy.notes:
         progress.say(note)
     if checkpoint is not None:
@@ -350,7 +350,7 @@ def _take_over_folder(run: Run, start: Start) -> None:
     """Makes the output folder this run's own. Nothing in it changes before, so a start that fails earlier leaves it as it was."""
     config = run.config
     kept = dump_config(replace(config, resume=None, overwrite_output_dir=False))  # safe to start from again
-    for line in on_rank_zero(lambda: take_over(config, start, steps_done=run.state.step, config_text=kept)):
+    for line in on_rank_zero(lambda: prepare_run_folder(config, start, steps_done=run.state.step, config_text=kept)):
         run.progress.say(line)
     on_rank_zero(run.log.open)
 
@@ -359,7 +359,7 @@ def _evaluates_first(run: Run) -> bool:
     return run.evaluator is not None and run.config.eval_on_start and run.state.step == 0
 
 
-def _put_best(run: Run) -> CheckpointError | None:
+def _copy_best(run: Run) -> CheckpointError | None:
     """Copies the best model to the top of the folder. Returns an error instead of raising it, so that the report of the finished
     run is written first."""
     best = run.state.best
@@ -369,7 +369,7 @@ def _put_best(run: Run) -> CheckpointError | None:
     if not run.config.load_best_model_at_end or best.value is None:
         return None
     try:
-        earlier = run.saver.put_best(best)
+        earlier = run.saver.copy_best(best)
     except CheckpointError as error:
         return error
     name = folder_of(run.saver.folder, best.step).name
@@ -386,7 +386,7 @@ def _write_report(run: Run, write_report: Callable[[list[Path]], Path]) -> None:
     except (OSError, ValueError) as error:
         logger.warning("report.html could not be written: %s", error)
     except Interrupted as error:
-        run.stopper.goes_on()
+        run.stopper.cancel_forced_end()
         run.progress.say(f"report.html was not written: {error}; `synpo-fast report {run.config.output_dir}` writes it")
 
 

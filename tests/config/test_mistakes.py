@@ -20,7 +20,7 @@ from synpo_fast.models import load_policy
 from synpo_fast.models.lora import add_lora, load_adapter_model
 from synpo_fast.models.tiny import tiny_model
 from synpo_fast.run_folder.checkpoint import CheckpointError
-from synpo_fast.terminal import said_once
+from synpo_fast.terminal import report_once
 from synpo_fast.train import main
 from synpo_fast.training import start_checks
 from synpo_fast.training.run_data import read_data
@@ -161,11 +161,11 @@ def test_mistakes_before_the_processes_meet_are_said_by_the_first_of_a_machine(m
 
 def test_processes_that_met_say_a_mistake_once(monkeypatch):
     store, answers = dist.HashStore(), []
-    monkeypatch.setattr(said_once, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(report_once, "WAIT_SECONDS", 0.1)
 
     def process(rank):
-        same = said_once.first_in(store, "the same", rank=rank, world_size=3)
-        answers.append((same, said_once.first_in(store, f"{rank} alone", rank=rank, world_size=3)))
+        same = report_once.first_in(store, "the same", rank=rank, world_size=3)
+        answers.append((same, report_once.first_in(store, f"{rank} alone", rank=rank, world_size=3)))
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(3)]
     for thread in threads:
@@ -177,7 +177,7 @@ def test_processes_that_met_say_a_mistake_once(monkeypatch):
 
 
 def test_a_mistake_that_another_process_says_is_not_said_here(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "run_training", raises(said_once.SaidByAnotherProcess(UserError("so"))))
+    monkeypatch.setattr(train, "run_training", raises(report_once.ReportedByAnotherProcess(UserError("so"))))
     assert main(command_line(options(world, tmp_path / "out"))) == 2
     assert "so" not in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ from synpo_fast.config.sources import dump_config, resolve_config
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import UserError
 from synpo_fast.run_folder import checkpoint
-from synpo_fast.run_folder.resume_choice import at_checkpoint
+from synpo_fast.run_folder.resume_choice import resolve_resume
 from synpo_fast.training.run_data import read_data
 from synpo_fast.training.start import warn_of_schedule
 from tests.world import options
@@ -188,7 +188,7 @@ def make_checkpoints(folder, *steps):
 
 
 def resume(tmp_path, value):
-    return at_checkpoint(
+    return resolve_resume(
         TrainConfig(model_name_or_path="x", train_file="x", output_dir=str(tmp_path / "out"), resume=str(value))
     ).resume
 

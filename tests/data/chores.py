@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synpo_fast.data.encoded import EncodedPair, TooLong
+from synpo_fast.data.encoded import EncodedPair, PairTooLong
 from synpo_fast.data.pair import Pair
 from synpo_fast.models.families.registry import VideoInputs
 from synpo_fast.models.policy import Sample
@@ -79,7 +79,7 @@ class LightEncoder:
         if pair.chosen == "hang":
             _sleep_holding_the_lock(60)
         if pair.chosen == "too long":
-            raise TooLong(f"pair {pair.id!r} needs 100 tokens")
+            raise PairTooLong(f"pair {pair.id!r} needs 100 tokens")
         if pair.chosen == "bug":
             raise KeyError(pair.id)
         if pair.chosen.startswith("fail once "):

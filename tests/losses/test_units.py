@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from synpo_fast.losses import LOSSES, PairLogprobs, preference_loss
-from synpo_fast.losses.units import logps_unit, loss_unit, reward_unit, said
+from synpo_fast.losses.units import describe_units, logps_unit, loss_unit, reward_unit
 
 CHOSEN, REJECTED = torch.tensor([-0.5, -1.0, -0.3]), torch.tensor([-2.0, -0.7])
 
@@ -23,10 +23,10 @@ def numbers(name, *, repeat=1, beta=None, shift=0.0):
 def test_units_say_what_the_numbers_are(name):
     reward, logps = numbers(name)
     longer_reward, longer_logps = numbers(name, repeat=2)
-    scale = {"nats a token": 1, "nats a response": 2}[logps_unit(name)]
+    scale = {"nats per token": 1, "nats per response": 2}[logps_unit(name)]
     assert longer_logps == pytest.approx(scale * logps)
     unit = reward_unit(name)
-    per_token = "a token" in unit or unit == "probability"
+    per_token = "per token" in unit or unit == "probability"
     assert longer_reward == pytest.approx(reward if per_token else 2 * reward)
     assert (unit == "probability") == (reward > 0 and reward == pytest.approx(float(CHOSEN.mean().exp())))
     default = LOSSES[name].options["beta"]
@@ -39,20 +39,20 @@ def test_units_say_what_the_numbers_are(name):
 
 
 def test_a_loss_has_its_own_unit_and_an_nll_one_in_nats():
-    assert loss_unit("sft") == "nats a token"
+    assert loss_unit("sft") == "nats per token"
     assert loss_unit("synpo") == loss_unit("synpo", {"alpha": 20.0, "link": None}) != loss_unit("dpo")
     assert loss_unit("synpo", {"link": "logsigmoid"}) == "synpo logsigmoid loss"
     assert loss_unit("dpo", {"variant": "ipo"}, auxiliary_nll=0.5) == "dpo ipo loss + 0.5 NLL"
 
 
 def test_one_line_for_people():
-    assert said("synpo") == "rewards are G (probability), log-probs means (nats a token)"
-    assert said("dpo", {"beta": 0.5}) == (
-        "rewards are beta*r (beta·nats over the reference, beta=0.5), log-probs sums (nats a response)"
+    assert describe_units("synpo") == "rewards are G (probability), log-probs means (nats per token)"
+    assert describe_units("dpo", {"beta": 0.5}) == (
+        "rewards are beta*r (beta·nats over the reference, beta=0.5), log-probs sums (nats per response)"
     )
-    assert said("dpo", {"reference_free": True}) == (
-        "rewards are beta*r (beta·nats a response, beta=0.1), log-probs sums (nats a response)"
+    assert describe_units("dpo", {"reference_free": True}) == (
+        "rewards are beta*r (beta·nats per response, beta=0.1), log-probs sums (nats per response)"
     )
-    assert said("sft") == "loss in nats a token"
+    assert describe_units("sft") == "loss in nats per token"
     with pytest.raises(ValueError, match="unknown loss 'kto', expected one of synpo"):
-        said("kto")
+        describe_units("kto")

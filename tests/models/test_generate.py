@@ -68,7 +68,7 @@ def test_it_ends_at_eos_and_the_lockstep_form_says_the_same():
     policy.base.model.register_forward_hook(lambda *_: calls.append(1))
     assert greedy_tokens(policy, sample, max_new_tokens=STEPS) == cut
     stopped = len(calls)
-    assert greedy_tokens(policy, sample, max_new_tokens=STEPS, run_to_the_end=True) == cut
+    assert greedy_tokens(policy, sample, max_new_tokens=STEPS, continue_after_eos=True) == cut
     assert (stopped, len(calls) - stopped) == (len(cut) + 1, STEPS)
     assert isinstance(greedy_text(policy, sample, max_new_tokens=2), str)
 

@@ -88,13 +88,13 @@ def test_the_lengths_differ_enough_to_matter(folders, rope):
 def test_a_model_is_the_same_after_a_long_row(folders, rope):
     policy = load_policy(folders(rope), device="cpu")
     short = random_sample(LENGTH - 60, 30, seed=4)
-    key, written = weights_key(policy), greedy_tokens(policy, short, max_new_tokens=4, run_to_the_end=True)
+    key, written = weights_key(policy), greedy_tokens(policy, short, max_new_tokens=4, continue_after_eos=True)
     names = [name for name, _ in policy.named_buffers()]
     with torch.no_grad():
         policy([random_sample(2000, 30)])
     greedy_tokens(policy, random_sample(1500, 1), max_new_tokens=2)
     assert weights_key(policy) == key and [name for name, _ in policy.named_buffers()] == names
-    assert greedy_tokens(policy, short, max_new_tokens=4, run_to_the_end=True) == written
+    assert greedy_tokens(policy, short, max_new_tokens=4, continue_after_eos=True) == written
 
 
 @pytest.mark.parametrize("rope", BY_LENGTH)

@@ -76,7 +76,7 @@ def test_captions_are_written_with_capped_scores(tmp_path):
     with torch.no_grad():
         for _ in range(20):
             tokens.append(int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-    found = greedy_tokens(load_policy(folder, device="cpu"), sample, max_new_tokens=20, run_to_the_end=True)
+    found = greedy_tokens(load_policy(folder, device="cpu"), sample, max_new_tokens=20, continue_after_eos=True)
     assert found == tokens[len(sample.prompt) :][: len(found)] and len(found) > 5
 
 

@@ -410,7 +410,7 @@ def test_a_run_of_the_trainer_has_everything_the_page_wants(world, tmp_path, in_
     )
     in_one_process(values)
     said = capsys.readouterr().err
-    assert "synpo: rewards are G (probability), log-probs means (nats a token)\n" in said
+    assert "synpo: rewards are G (probability), log-probs means (nats per token)\n" in said
     page = report(tmp_path / "out")
     assert "Read this first" not in page.text and "before training" in page.text and "at step 2" in page.text
     assert len(page.all("img")) == 4 and "Gradient norm of each response's reward" in page.charts()

@@ -42,7 +42,7 @@ def test_series_of_different_units_have_axes_of_their_own(page):
     for (low, high, *_), (margin, _) in zip(found, SCALES.values(), strict=True):
         assert low <= margin <= high and high - low < 1.5 * abs(margin)
     labels = [label for *_, label in found]
-    assert "(probability)" in labels[0] and "(beta·nats a token, beta=2)" in labels[1]
+    assert "(probability)" in labels[0] and "(beta·nats per token, beta=2)" in labels[1]
     assert "(beta·nats over the reference, beta=0.1)" in labels[2]
     # Log-probs: two losses read means, one reads sums.
     logps = axes(page, "Log-prob of each response")
@@ -57,10 +57,10 @@ def test_series_of_different_units_have_axes_of_their_own(page):
 def test_a_table_row_names_the_units_of_its_cells(page):
     numbers = page.text[page.text.index("at the end") :]
     assert (
-        "reward margin 0.2 probability -3 beta·nats a token, beta=2 10.4 beta·nats over the reference, beta=0.1"
+        "reward margin 0.2 probability -3 beta·nats per token, beta=2 10.4 beta·nats over the reference, beta=0.1"
         in numbers
     )
-    assert "log-prob, chosen -1.5 nats a token -1.5 nats a token -255 nats a response" in numbers
+    assert "log-prob, chosen -1.5 nats per token -1.5 nats per token -255 nats per response" in numbers
     assert "pairs ranked correctly 90 % 90 % 90 %" in numbers
 
 
@@ -76,7 +76,7 @@ def test_one_run_names_its_units(tmp_path):
     page = report(run_of(tmp_path / "run", "dpo", beta=0.25))
     assert axes(page, "Reward margin")[0][3] == "Reward margin: chosen minus rejected"
     assert page.text.count("beta·nats over the reference, beta=0.25") == 5  # 3 rows of the table, 2 axes
-    assert "log-prob, chosen nats a response -255" in page.text
+    assert "log-prob, chosen nats per response -255" in page.text
 
 
 @pytest.mark.parametrize("content", [None, b"loss_type: kto\n", b"loss_type: [1]\n", b"beta: 0.1\n"])

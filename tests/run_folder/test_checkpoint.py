@@ -12,11 +12,11 @@ import torch
 from synpo_fast.run_folder.checkpoint import (
     CheckpointError,
     check_writable,
+    checkpoint_problem,
     list_checkpoints,
     newest_checkpoint,
     read_state,
     remove_checkpoints,
-    what_is_broken,
     write_checkpoint,
 )
 from tests.world import environment
@@ -64,7 +64,7 @@ def test_a_kill_while_one_is_deleted_leaves_none_that_is_broken(tmp_path, monkey
         with pytest.raises(SystemExit):
             write(tmp_path, 3, keep=1) if deleting == "prune" else remove_checkpoints(tmp_path)
     left = list_checkpoints(tmp_path)
-    assert left and [what_is_broken(folder) for folder in left] == [None] * len(left)
+    assert left and [checkpoint_problem(folder) for folder in left] == [None] * len(left)
     write(tmp_path, 4, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000004"]
 
@@ -105,7 +105,7 @@ def test_without_its_seal_a_checkpoint_does_not_count(tmp_path, content):
     (folder / "complete.json").unlink()
     if content is not None:
         (folder / "complete.json").write_text(content)
-    assert "complete.json" in what_is_broken(folder)
+    assert "complete.json" in checkpoint_problem(folder)
 
 
 def test_an_error_while_writing_leaves_the_last_one_and_no_rest(tmp_path):
@@ -118,7 +118,7 @@ def test_an_error_while_writing_leaves_the_last_one_and_no_rest(tmp_path):
     with pytest.raises(CheckpointError, match="No space left"):
         write_checkpoint(tmp_path, 2, save_model=save_model, optimizer_state=STATE, trainer_state={}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
-    assert what_is_broken(tmp_path / "checkpoint-000001") is None
+    assert checkpoint_problem(tmp_path / "checkpoint-000001") is None
 
 
 def test_a_disk_that_fills_up(tmp_path):

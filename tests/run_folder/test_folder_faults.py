@@ -15,17 +15,17 @@ from synpo_fast.run_folder import superseded
 from synpo_fast.run_folder.checkpoint import (
     COMPLETE,
     check_writable,
+    checkpoint_problem,
     list_checkpoints,
     newest_checkpoint,
     remove_checkpoints,
-    what_is_broken,
     write_checkpoint,
 )
 from synpo_fast.run_folder.overwriting import check_inputs_stay, remove_earlier_run
-from synpo_fast.run_folder.resume_choice import at_checkpoint
-from synpo_fast.run_folder.start_choice import Start, choose_start, step_of_line, take_over
+from synpo_fast.run_folder.resume_choice import resolve_resume
+from synpo_fast.run_folder.start_choice import Start, choose_start, prepare_run_folder, step_of_line
 from synpo_fast.run_folder.superseded import set_aside, set_aside_lines
-from synpo_fast.terminal.said_once import lost_another_process
+from synpo_fast.terminal.report_once import lost_another_process
 from synpo_fast.training.engine import _quiet
 from synpo_fast.training.rank_zero import on_rank_zero
 from tests.world import environment
@@ -45,7 +45,7 @@ def config_of(folder, **more):
 
 
 def start_of(folder, **more):
-    return choose_start(at_checkpoint(config_of(folder, **more)))
+    return choose_start(resolve_resume(config_of(folder, **more)))
 
 
 def reseal(folder, name, text):
@@ -82,7 +82,7 @@ def test_checkpoints_that_are_links_to_what_is_gone_are_no_reason_to_start_over(
 def test_a_file_in_the_place_of_a_checkpoint_is_said(tmp_path):
     (tmp_path / "checkpoint-000002").write_text("x")
     (only,) = list_checkpoints(tmp_path)
-    assert what_is_broken(only) == "is a file, not a folder"
+    assert checkpoint_problem(only) == "is a file, not a folder"
     with pytest.raises(UserError, match="is a file"):
         start_of(tmp_path, resume="auto")
 
@@ -125,7 +125,7 @@ def test_a_broken_file_of_a_checkpoint_is_told_in_words(tmp_path, name, text, re
         (folder / name).write_text(text)
     else:
         reseal(folder, name, text)
-    assert reason in what_is_broken(folder)
+    assert reason in checkpoint_problem(folder)
     with pytest.raises(UserError, match="its only checkpoint is not whole"):
         start_of(tmp_path, resume="auto")
 
@@ -135,7 +135,7 @@ def test_a_name_that_no_file_can_have_is_a_broken_checkpoint(tmp_path):
     facts = json.loads((folder / COMPLETE).read_text())
     facts["files"]["state/a\0b"] = [1, "x"]
     (folder / COMPLETE).write_text(json.dumps(facts))
-    assert "complete.json cannot be read" in what_is_broken(folder)
+    assert "complete.json cannot be read" in checkpoint_problem(folder)
 
 
 def test_a_line_of_no_step_that_a_run_can_have_is_not_kept():
@@ -163,7 +163,7 @@ def test_leftovers_that_are_links_or_files_do_not_stop_a_save(tmp_path):
     (tmp_path / "checkpoint-000002.partial").symlink_to(tmp_path / "mine")
     (tmp_path / "checkpoint-000003.partial").symlink_to("nowhere")
     for step in (1, 2, 3):
-        assert what_is_broken(write(tmp_path, step)) is None
+        assert checkpoint_problem(write(tmp_path, step)) is None
     assert list((tmp_path / "mine").iterdir()) == []
 
 
@@ -233,11 +233,11 @@ def test_a_run_that_went_on_from_another_folder_does_so_again(tmp_path):
     run, other = tmp_path / "run", write(tmp_path / "other", 4)
     run.mkdir()
     start = start_of(run, resume=str(other))
-    take_over(config_of(run, resume=str(other)), start, steps_done=4, config_text="a: 1\n")
+    prepare_run_folder(config_of(run, resume=str(other)), start, steps_done=4, config_text="a: 1\n")
     (run / "metrics.jsonl").write_text('{"step": 5}\n')  # and killed before its first checkpoint
     again = start_of(run, resume="auto")
     assert again.checkpoint == other and "resuming from" in again.notes[0] and str(other) in again.notes[0]
-    take_over(config_of(run, resume="auto"), again, steps_done=4, config_text="a: 1\n")
+    prepare_run_folder(config_of(run, resume="auto"), again, steps_done=4, config_text="a: 1\n")
     assert start_of(run, resume="auto").checkpoint == other
     assert (run / "superseded" / "metrics.jsonl").read_text() == '{"step": 5}\n'
     other.rename(tmp_path / "moved")
@@ -247,7 +247,9 @@ def test_a_run_that_went_on_from_another_folder_does_so_again(tmp_path):
         start_of(run, resume="auto")
     assert "--overwrite_output_dir" in str(raised.value)
     assert start_of(run, resume="auto", output_dir=str(tmp_path / "new")).checkpoint is None
-    take_over(config_of(run), Start(), steps_done=0, config_text="a: 1\n")  # a new run: resumed_from.json is gone
+    prepare_run_folder(
+        config_of(run), Start(), steps_done=0, config_text="a: 1\n"
+    )  # a new run: resumed_from.json is gone
     assert start_of(run, resume="auto").checkpoint is None
     write(run, 1)
     assert start_of(run, resume="auto").checkpoint == run / "checkpoint-000001"

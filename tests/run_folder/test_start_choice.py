@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from synpo_fast.run_folder.checkpoint import (
     CheckpointError,
+    checkpoint_problem,
     list_checkpoints,
     newest_checkpoint,
-    what_is_broken,
     write_checkpoint,
 )
 from synpo_fast.run_folder.lock import RunLock
@@ -75,7 +75,7 @@ def test_notes_in_a_readme_and_tokenizer_files_do_not_cost_a_run(values, in_one_
         touch_up("README.md", "tokenizer_config.json", "adapter_config.json")(checkpoint)
         (checkpoint / "tokenizer.json").unlink()
         (checkpoint / "notes.txt").write_text("mine")
-        assert what_is_broken(checkpoint) is None
+        assert checkpoint_problem(checkpoint) is None
     before = contents(folder)
     state = in_one_process({**values, "resume": "auto", "max_steps": 6})
     assert state.step == 6
@@ -94,10 +94,10 @@ def test_a_whole_model_goes_on_without_its_tokenizer_files(world, tmp_path, in_o
     for file in checkpoint.glob("*token*"):
         file.unlink()
     (checkpoint / "generation_config.json").write_text("{}")
-    assert what_is_broken(checkpoint) is None
+    assert checkpoint_problem(checkpoint) is None
     assert in_one_process({**values, "resume": "auto", "max_steps": 3}).step == 3
     touch_up("config.json")(newest_checkpoint(tmp_path / "run"))  # from this a whole model is built
-    assert "config.json" in what_is_broken(tmp_path / "run" / "checkpoint-000003")
+    assert "config.json" in checkpoint_problem(tmp_path / "run" / "checkpoint-000003")
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_done_and_each_is_explained(values, in_one_process):
@@ -288,7 +288,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path, change, reason):
     folder = write(tmp_path, 3)
     change(folder)
     (folder,) = list_checkpoints(tmp_path)
-    assert reason in what_is_broken(folder)
+    assert reason in checkpoint_problem(folder)
 
 
 def test_lines_are_moved_and_never_lost(tmp_path):

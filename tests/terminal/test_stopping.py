@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from synpo_fast.run_folder.checkpoint import CheckpointError, newest_checkpoint, what_is_broken
+from synpo_fast.run_folder.checkpoint import CheckpointError, checkpoint_problem, newest_checkpoint
 from synpo_fast.terminal.progress import Progress
 from synpo_fast.terminal.stopping import Interrupted, Stopper, is_broken, launcher_links
 from synpo_fast.training import start
@@ -87,7 +87,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(world, tmp_path):
         output, _ = process.communicate(timeout=30)
         assert process.returncode == 130 and "ended by a second SIGINT" in output
         wait_for(lambda: not of_session(process.pid), 30)
-    assert what_is_broken(checkpoint) is None and newest_checkpoint(tmp_path / "out") == checkpoint
+    assert checkpoint_problem(checkpoint) is None and newest_checkpoint(tmp_path / "out") == checkpoint
 
 
 @pytest.mark.parametrize("blocked", [False, True], ids=["python", "in a call of C"])

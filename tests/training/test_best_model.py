@@ -18,7 +18,13 @@ from synpo_fast.data import read_manifest, write_manifest
 from synpo_fast.models import load_policy
 from synpo_fast.models.lora import add_lora
 from synpo_fast.references import is_fresh
-from synpo_fast.run_folder.best_files import check_place, lies_elsewhere, put_best, remove_best, vouches
+from synpo_fast.run_folder.best_files import (
+    check_top_is_free,
+    copies_are_intact,
+    copy_best,
+    is_stored_elsewhere,
+    remove_best,
+)
 from synpo_fast.run_folder.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
 from synpo_fast.run_folder.model_files import names_beside_weights, save_model_files
 from synpo_fast.training import loop, start
@@ -331,18 +337,18 @@ def test_only_what_was_put_there_is_replaced_or_removed(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "notes.txt").write_text("mine")
     first = checkpoint_with(tmp_path, 1, "one", "old.txt")
-    check_place(tmp_path, may_replace=False)
-    put_best(tmp_path, first, {"step": 1})
+    check_top_is_free(tmp_path, may_replace=False)
+    copy_best(tmp_path, first, {"step": 1})
     assert (tmp_path / "adapter_model.safetensors").read_text() == (tmp_path / "old.txt").read_text() == "one"
-    put_best(tmp_path, checkpoint_with(tmp_path, 2, "two"), {"step": 2})
+    copy_best(tmp_path, checkpoint_with(tmp_path, 2, "two"), {"step": 2})
     assert (tmp_path / "adapter_model.safetensors").read_text() == "two" and not (tmp_path / "old.txt").exists()
-    check_place(tmp_path, may_replace=True)
+    check_top_is_free(tmp_path, may_replace=True)
     with pytest.raises(ValueError, match="holds the best model of an earlier run"):
-        check_place(tmp_path, may_replace=False)
+        check_top_is_free(tmp_path, may_replace=False)
     with pytest.raises(
         CheckpointError, match=r"holds notes.txt, which this run did not write: the best model stays in"
     ):
-        put_best(tmp_path, checkpoint_with(tmp_path, 3, "three", "notes.txt"), {"step": 3})
+        copy_best(tmp_path, checkpoint_with(tmp_path, 3, "three", "notes.txt"), {"step": 3})
     assert (tmp_path / "adapter_model.safetensors").read_text() == "two"
     remove_best(tmp_path)
     left = sorted(file.name for file in tmp_path.iterdir() if file.is_file())
@@ -357,9 +363,9 @@ def test_a_broken_best_checkpoint_is_said(tmp_path):
     checkpoint = checkpoint_with(tmp_path, 1, "one")
     (checkpoint / "adapter_model.safetensors").write_text("cut")
     with pytest.raises(CheckpointError, match=r"the best model cannot be taken from .*adapter_model.safetensors"):
-        put_best(tmp_path, checkpoint, {"step": 1})
+        copy_best(tmp_path, checkpoint, {"step": 1})
     with pytest.raises(CheckpointError, match="there is no such folder"):
-        put_best(tmp_path, tmp_path / "checkpoint-000009", {"step": 9})
+        copy_best(tmp_path, tmp_path / "checkpoint-000009", {"step": 9})
     assert not (tmp_path / "best_model.json").exists()
 
 
@@ -386,23 +392,23 @@ def top_of(folder):
 
 def test_a_best_model_whose_checkpoint_is_gone_stays_the_best(tmp_path, group):
     first, config = best_at(1), comparing(tmp_path)
-    put_best(tmp_path, checkpoint_with(tmp_path, 1, "one"), first.facts)
+    copy_best(tmp_path, checkpoint_with(tmp_path, 1, "one"), first.facts)
     shutil.rmtree(tmp_path / "checkpoint-000001")
     best, said = resumed_best(first, config)
     assert (best.step, best.value) == (1, 0.5) and "its copy in" in said[0] and "stays the best" in said[0]
     assert not best.record(0.6, 2)  # a worse one does not take its place
-    assert put_best(tmp_path, tmp_path / "checkpoint-000001", best.facts) is None and top_of(tmp_path) == "one"
+    assert copy_best(tmp_path, tmp_path / "checkpoint-000001", best.facts) is None and top_of(tmp_path) == "one"
     assert best.record(0.4, 3) and not best.copied
-    aside = put_best(tmp_path, checkpoint_with(tmp_path, 3, "three"), best.facts)
+    aside = copy_best(tmp_path, checkpoint_with(tmp_path, 3, "three"), best.facts)
     assert top_of(tmp_path) == "three" and aside == tmp_path / "superseded" / "best_model-000001"
     # As a folder that loads, and that says what it is.
-    assert top_of(aside) == "one" and vouches(aside, first.facts)
+    assert top_of(aside) == "one" and copies_are_intact(aside, first.facts)
 
 
 @pytest.mark.parametrize("harm", ["changed", "another value", "of an earlier version"])
 def test_a_copy_that_is_not_known_to_be_the_best_is_moved_and_not_replaced(tmp_path, group, harm):
     first = best_at(1)
-    put_best(tmp_path, checkpoint_with(tmp_path, 1, "one"), first.facts)
+    copy_best(tmp_path, checkpoint_with(tmp_path, 1, "one"), first.facts)
     shutil.rmtree(tmp_path / "checkpoint-000001")
     if harm == "changed":
         (tmp_path / "adapter_model.safetensors").write_text("own")
@@ -416,7 +422,7 @@ def test_a_copy_that_is_not_known_to_be_the_best_is_moved_and_not_replaced(tmp_p
     best, said = resumed_best(first, comparing(tmp_path))
     assert best.value is None and "compared anew" in said[0] and "is not there" in said[0]
     best.record(0.9, 2)
-    aside = put_best(tmp_path, checkpoint_with(tmp_path, 2, "two"), best.facts)
+    aside = copy_best(tmp_path, checkpoint_with(tmp_path, 2, "two"), best.facts)
     assert top_of(aside) == text and top_of(tmp_path) == "two"
 
 
@@ -433,13 +439,13 @@ def test_the_best_under_another_rule_is_kept(tmp_path, group):
     again, _ = resumed_best(best, rule)
     assert again.step == 2 and again.earlier == [1]
     # The same with its copy at the top, which another rule's best replaces although the checkpoint is there.
-    put_best(tmp_path, folder, first.facts)
-    assert lies_elsewhere(tmp_path, folder) and resumed_best(first, rule)[0].earlier == []
-    aside = put_best(tmp_path, tmp_path / "checkpoint-000002", best.facts)
+    copy_best(tmp_path, folder, first.facts)
+    assert is_stored_elsewhere(tmp_path, folder) and resumed_best(first, rule)[0].earlier == []
+    aside = copy_best(tmp_path, tmp_path / "checkpoint-000002", best.facts)
     assert aside is not None and top_of(aside) == "one"
-    assert lies_elsewhere(tmp_path, folder) and resumed_best(best, rule)[0].earlier == []
+    assert is_stored_elsewhere(tmp_path, folder) and resumed_best(best, rule)[0].earlier == []
     (aside / "adapter_model.safetensors").write_text("eno")
-    assert not lies_elsewhere(tmp_path, folder)
+    assert not is_stored_elsewhere(tmp_path, folder)
 
 
 def write_step(folder, step, **more):
@@ -451,7 +457,7 @@ def write_step(folder, step, **more):
 
 def test_a_kill_while_an_earlier_best_model_is_moved_leaves_all_of_it(tmp_path, monkeypatch):
     first, second = best_at(1), best_at(2, 0.4)
-    put_best(tmp_path, checkpoint_with(tmp_path, 1, "one", "config.json", "tokenizer.json"), first.facts)
+    copy_best(tmp_path, checkpoint_with(tmp_path, 1, "one", "config.json", "tokenizer.json"), first.facts)
     shutil.rmtree(tmp_path / "checkpoint-000001")
     checkpoint = checkpoint_with(tmp_path, 2, "two", "config.json", "tokenizer.json")
     real, aside = Path.replace, None
@@ -466,13 +472,13 @@ def test_a_kill_while_an_earlier_best_model_is_moved_leaves_all_of_it(tmp_path, 
 
         monkeypatch.setattr(Path, "replace", replace_some)
         try:
-            aside = put_best(tmp_path, checkpoint, second.facts) or aside
+            aside = copy_best(tmp_path, checkpoint, second.facts) or aside
         except KeyboardInterrupt:
             continue
         break
     places = list((tmp_path / "superseded").iterdir())
-    assert [place.name for place in places] == ["best_model-000001"] and vouches(places[0], first.facts)
-    assert vouches(tmp_path, second.facts) and not (tmp_path / "best_model.json.earlier").exists()
+    assert [place.name for place in places] == ["best_model-000001"] and copies_are_intact(places[0], first.facts)
+    assert copies_are_intact(tmp_path, second.facts) and not (tmp_path / "best_model.json.earlier").exists()
 
 
 def test_a_broken_best_checkpoint_is_noticed_at_the_start(tmp_path, group):
@@ -485,7 +491,7 @@ def test_a_broken_best_checkpoint_is_noticed_at_the_start(tmp_path, group):
     assert "evaluations are compared anew" in said[0] and "adapter_model.safetensors has other bytes" in said[0]
     assert best.description() == "eval_loss was compared in no evaluation"
     (folder / "adapter_model.safetensors").write_text("one")
-    put_best(tmp_path, folder, first.facts)
+    copy_best(tmp_path, folder, first.facts)
     (folder / "adapter_model.safetensors").write_text("eno")
     best, said = resumed_best(first, config)
     assert best.copied and best.step == 1 and "is broken" in said[0] and "stays the best" in said[0]
@@ -503,13 +509,13 @@ def test_a_broken_best_checkpoint_costs_no_whole_one(tmp_path):
 def test_a_best_model_that_cannot_be_copied_leaves_the_report(world, tmp_path, in_one_process, monkeypatch):
     """The best checkpoint is damaged in the last steps; the next start reports it and succeeds."""
     values = settings(world, tmp_path, max_steps=4, load_best_model_at_end=True, eval_steps=1, eval_on_start=False)
-    real = start._put_best
+    real = start._copy_best
 
     def damaged_first(run):
         (tmp_path / f"checkpoint-{run.state.best.step:06d}" / "adapter_model.safetensors").write_text("cut")
         return real(run)
 
-    monkeypatch.setattr(start, "_put_best", damaged_first)
+    monkeypatch.setattr(start, "_copy_best", damaged_first)
     with pytest.raises(CheckpointError, match=r"cannot be taken from .* start again with --resume auto"):
         in_one_process(values)
     assert (tmp_path / "report.html").exists() and not (tmp_path / "best_model.json").exists()

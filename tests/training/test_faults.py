@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from synpo_fast.data import Pair, read_manifest, write_manifest
-from synpo_fast.run_folder.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, what_is_broken
+from synpo_fast.run_folder.checkpoint import CheckpointError, checkpoint_problem, list_checkpoints, newest_checkpoint
 from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.metrics import read_metrics
 from tests.world import command_line, environment, options, run, train_command
@@ -63,7 +63,7 @@ def kill_and_resume(world, tmp_path, in_one_process, *, steps, kills, seed):
         process.wait()
         killed_at.append(len(read_metrics(metrics)))
         for folder in list_checkpoints(tmp_path / "killed"):
-            assert what_is_broken(folder) is None
+            assert checkpoint_problem(folder) is None
     done = run(train_command({**values, "resume": "auto"}))
     assert done.returncode == 0, done.stderr[-2000:]
     assert_equal_runs(tmp_path / "killed", tmp_path / "whole", steps)

@@ -129,7 +129,7 @@ def _strays(one: Pixels, other: Pixels) -> float:
 
 @functools.cache
 def _native() -> bool:
-    reason = native_library.why_unavailable()
+    reason = native_library.reason_unavailable()
     if reason is not None:
         log.warning("frames are converted by FFmpeg, which takes as long as decoding them: %s", reason)
     return reason is None

@@ -204,7 +204,7 @@ class Family(abc.ABC):
         """True if a layer carries a state that no mask stops, so that branches of one row would affect each other."""
         return not attention_kinds(config) <= MASKED_ATTENTION
 
-    def why_apart(self, config: Any) -> str | None:
+    def reason_for_own_rows(self, config: Any) -> str | None:
         """Returns the reason each response needs a row of its own, or None if responses and samples may share a row.
 
         The reason continues a sentence that starts with the family's name.

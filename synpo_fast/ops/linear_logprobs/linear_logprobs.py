@@ -127,10 +127,10 @@ def choose_backend(hidden: Tensor, wanted: str | None) -> str:
 
 def _why_impossible(backend: str, device: str, dtype: torch.dtype) -> str | None:
     if backend == "native":
-        return native.why_impossible(device, dtype)
+        return native.reason_unusable(device, dtype)
     from synpo_fast.ops.linear_logprobs import triton_support
 
-    return triton_support.why_impossible(device, dtype)
+    return triton_support.reason_unusable(device, dtype)
 
 
 @functools.cache

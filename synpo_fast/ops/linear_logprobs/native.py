@@ -10,13 +10,13 @@ from synpo_fast.ops import native_library
 from synpo_fast.ops.linear_logprobs.problem import FLOAT_DTYPES, Problem
 
 
-def why_impossible(device: str, dtype: torch.dtype) -> str | None:
+def reason_unusable(device: str, dtype: torch.dtype) -> str | None:
     """The reason why the native backend cannot work on such tensors, or None if it can."""
     if device not in ("cpu", "meta"):
         return f"it works on CPU tensors, hidden is on {device}"
     if dtype not in FLOAT_DTYPES:
         return f"it takes float32, bfloat16 and float16, hidden is {dtype}"
-    reason = native_library.why_unavailable()
+    reason = native_library.reason_unavailable()
     if reason is None and "torch.utils.flop_counter" in sys.modules:
         _register_flops()
     return reason

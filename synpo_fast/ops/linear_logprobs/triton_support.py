@@ -19,7 +19,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def why_impossible(device: str, dtype: torch.dtype) -> str | None:
+def reason_unusable(device: str, dtype: torch.dtype) -> str | None:
     """The reason why the Triton backend cannot work on such tensors, or None if it can."""
     if not _installed():
         return "triton is not installed; `pip install synpo-fast[gpu]`"

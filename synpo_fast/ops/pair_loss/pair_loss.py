@@ -122,10 +122,10 @@ def _why_impossible(backend: str, logps: Tensor) -> str | None:
     if backend == "native":
         if logps.device.type != "cpu":
             return f"it works on CPU tensors, logps is on {logps.device}"
-        return native_library.why_unavailable()
+        return native_library.reason_unavailable()
     from synpo_fast.ops.linear_logprobs import triton_support
 
-    return triton_support.why_impossible(logps.device.type, torch.float32)
+    return triton_support.reason_unusable(logps.device.type, torch.float32)
 
 
 def _raise_empty(chosen: Tensor, rejected: Tensor, mask: Tensor | None) -> None:

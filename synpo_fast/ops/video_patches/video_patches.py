@@ -121,4 +121,4 @@ def _choose_backend(device: torch.device, wanted: str | None) -> str:
 def _why_no_triton(device: torch.device) -> str | None:
     if not triton_support.interpreting() and device.type != "cuda":
         return f"it works on CUDA tensors, frames are on {device}"
-    return triton_support.why_impossible("cuda", torch.float32)
+    return triton_support.reason_unusable("cuda", torch.float32)

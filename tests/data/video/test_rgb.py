@@ -203,7 +203,7 @@ def test_other_matrices_are_left_to_ffmpeg(matrix, monkeypatch):
 
 
 def test_says_once_that_the_library_is_missing(monkeypatch, caplog):
-    monkeypatch.setattr(native_library, "why_unavailable", lambda: "it was not built")
+    monkeypatch.setattr(native_library, "reason_unavailable", lambda: "it was not built")
     rgb._native.cache_clear()
     try:
         for _ in range(3):

@@ -33,7 +33,7 @@ NAMES = [f"{backend}-{str(dtype).removeprefix('torch.')}" for backend, dtype in 
 def device_of(backend: str, dtype: torch.dtype) -> str:
     """The device this backend is tested on, or a skip that says why it is not."""
     if backend == "native":
-        if (reason := native_library.why_unavailable()) is not None:
+        if (reason := native_library.reason_unavailable()) is not None:
             pytest.skip(f"no native library: {reason}")
         return "cpu"
     if backend == "triton" and DEVICE == "cpu":

@@ -68,7 +68,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_named(mistake, backend):
     if backend == "native" and not native_library.is_available():
-        pytest.skip(str(native_library.why_unavailable()))
+        pytest.skip(str(native_library.reason_unavailable()))
     arguments, message = MISTAKES[mistake]
     on_device_only = ("label too large", "label negative", "label after", "other ignore", "row outside", "row negative")
     if backend == "triton":  # where there is a GPU it wants the tensors there, all but the one that is elsewhere
@@ -91,14 +91,14 @@ def test_an_impossible_backend_says_why(monkeypatch):
     with pytest.raises(ValueError, match=r"triton.*float64"):
         call(H.double(), W.double(), backend="triton")
     with pytest.raises(ValueError, match=r"native.*meta|native.*no compiled library|meta"):
-        monkeypatch.setattr(native_library, "why_unavailable", lambda: "no compiled library")
+        monkeypatch.setattr(native_library, "reason_unavailable", lambda: "no compiled library")
         call(backend="native")
 
 
 def test_the_native_operators_check_for_themselves():
     """torch.ops can be called without the Python in front of it."""
     if not native_library.is_available():
-        pytest.skip(str(native_library.why_unavailable()))
+        pytest.skip(str(native_library.reason_unavailable()))
     forward = torch.ops.synpo_fast_native.linear_logprobs_forward
     with pytest.raises(ValueError, match="label 10 at position 1 is outside"):
         forward(H, W, torch.tensor([1, 10, 3, 3]), None, 1.0, None, True)
@@ -110,7 +110,7 @@ def test_the_native_operators_check_for_themselves():
 def test_a_missing_native_library_is_said_once(monkeypatch):
     from synpo_fast.ops.linear_logprobs import linear_logprobs
 
-    monkeypatch.setattr(native_library, "why_unavailable", lambda: "not built here")
+    monkeypatch.setattr(native_library, "reason_unavailable", lambda: "not built here")
     linear_logprobs._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="'chunked', not 'native': not built here"):
         call()

@@ -36,7 +36,7 @@ def count_flops(
 )
 def test_flops_follow_valid_rows(backend, ignored, requires, backward, products):
     if backend == "native" and not native_library.is_available():
-        pytest.skip(str(native_library.why_unavailable()))
+        pytest.skip(str(native_library.reason_unavailable()))
     flops, valid = count_flops(backend, requires=requires, ignored=ignored, backward=backward)
     assert flops == products * valid * D * V
 

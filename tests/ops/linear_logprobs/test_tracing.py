@@ -79,7 +79,7 @@ def test_tensors_without_values():
 @pytest.mark.parametrize("backend", ["chunked", "native"])
 def test_double_backward_raises(backend):
     if backend == "native" and not native_library.is_available():
-        pytest.skip(str(native_library.why_unavailable()))
+        pytest.skip(str(native_library.reason_unavailable()))
     hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8)
     labels = torch.zeros(4, dtype=torch.long)
     with pytest.raises(RuntimeError, match=r"differentiated once.*backend='reference'"):

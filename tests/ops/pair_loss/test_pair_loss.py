@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(params=["reference", "native", "triton"])
 def backend(request) -> str:
-    if request.param == "native" and (reason := native_library.why_unavailable()) is not None:
+    if request.param == "native" and (reason := native_library.reason_unavailable()) is not None:
         pytest.skip(reason)
     if request.param == "triton":
         pytest.importorskip("triton", reason="triton is not installed")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 WAIT_SECONDS = 5.0
 
 
-class SaidByAnotherProcess(Exception):
+class ReportedByAnotherProcess(Exception):
     """Raised in place of an error that another process of this run prints; `error` is that error."""
 
     def __init__(self, error: Exception) -> None:
@@ -19,7 +19,7 @@ class SaidByAnotherProcess(Exception):
         self.error = error
 
 
-def first_to_say(text: str) -> bool:
+def first_to_report(text: str) -> bool:
     """True if no other process of the group has asked with the same text before.
 
     It uses no collective, since other processes may be stuck in one. Rank 0 holds the store that the others ask, so it waits
