@@ -201,7 +201,10 @@ def _set_attention(policy: Policy, wanted: str, device: torch.device, dtype: tor
     else:
         before = config._attn_implementation
         policy.attn_implementation = before if wanted == "auto" else attention.choose(wanted, device, dtype, config)[0]
-        reason = f"{policy.attn_implementation}, each response in a row of its own, because {policy.family.name} {reason_for_own_rows}"
+        reason = (
+            f"{policy.attn_implementation}, each response in a row of its own, because {policy.family.name} "
+            f"{reason_for_own_rows}"
+        )
     config._attn_implementation = policy.attn_implementation
     policy.notes.append(f"attention: {reason}")
 
