@@ -27,7 +27,8 @@ WEIGHTS = {
 def metric_sums(output: LossOutput, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns each metric times its weight, and the weights, as fp32 scalars on one device. The host does not read them.
 
-    output: last_output of the loss module. outputs: the dict that the model's forward with pair_labels returned.
+    output: what the loss returned. outputs: the batch's numbers beside the loss: chosen_tokens and rejected_tokens, and with them
+    chosen_logits and rejected_logits (mean logits) where the caller has logits. A metric counts only if WEIGHTS names it.
     """
     sums = {
         "preference_pairs": output.metrics["preference_pairs"],

@@ -13,7 +13,6 @@ from typing import Any
 from synpo_fast.losses import LOSSES
 
 LOGPS_UNITS = {"mean": "nats per token", "sum": "nats per response"}  # by what the loss reads
-DEFAULT_FORMS = ("sigmoid", None)  # values of `link` and `variant` that a unit does not mention
 SFT = "sft"  # the trainer's name for the NLL of the chosen response alone
 Options = Mapping[str, Any]
 
@@ -22,8 +21,13 @@ def loss_unit(name: str, options: Options | None = None, *, auxiliary_nll: float
     """The unit of the loss: nats per token for an NLL, else the loss's name with its form if not the default, and added terms."""
     if name == SFT:
         return LOGPS_UNITS["mean"]
-    own = {**_spec(name).options, **{key: value for key, value in (options or {}).items() if value is not None}}
-    forms = [str(own[key]) for key in ("link", "variant") if own.get(key) not in DEFAULT_FORMS]
+    spec, given = _spec(name), options or {}
+    # An option that takes words chooses the loss's form, except nll_reduce, which keeps the unit of its NLL.
+    forms = [
+        str(given[key])
+        for key in spec.choices
+        if key != "nll_reduce" and given.get(key) not in (None, spec.options[key])
+    ]
     added = [f"+ {auxiliary_nll:g} NLL"] if auxiliary_nll else []
     return " ".join([name, *forms, "loss", *added])
 

@@ -23,6 +23,10 @@ def run(name, options, policy, reference=None):
     return preference_loss(name, policy, reference if needs_reference(name, options) else None, **options)
 
 
+def test_every_loss_has_a_formula_to_be_checked_against():
+    assert {name for name, _ in truth.CASES} == set(LOSSES)
+
+
 @ALL_CASES
 @settings(deadline=None, max_examples=20, derandomize=True)
 @given(

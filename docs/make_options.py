@@ -1,0 +1,24 @@
+"""Writes the tables of options at the end of docs/training.md, from the options' own help texts: `make docs`."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from synpo_fast.config.option_help import markdown
+
+PAGE = ROOT / "docs" / "training.md"
+HEADING = "## Every option\n\n"
+
+
+def main() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    before, heading, _ = text.partition(HEADING)
+    if not heading:
+        sys.exit(f"{PAGE} has no heading {HEADING.strip()!r}")
+    PAGE.write_text(before + heading + markdown(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
