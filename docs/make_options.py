@@ -3,12 +3,9 @@
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from synpo_fast.config.option_help import markdown
 
-PAGE = ROOT / "docs" / "training.md"
+PAGE = Path(__file__).with_name("training.md")
 HEADING = "## Every option\n\n"
 
 
