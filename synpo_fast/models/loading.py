@@ -110,9 +110,10 @@ def _dtype(wanted: str | torch.dtype | None, device: torch.device) -> torch.dtyp
 
 
 def _tiny(name: str, seed: int, options: dict[str, Any]) -> tuple[Any, Any, Any]:
-    from synpo_fast.models.tiny import tiny_model
+    from synpo_fast.models.tiny import check_tiny_options, tiny_model
 
     family = _known_family(f"tiny:{name}")
+    check_tiny_options(options)
     model, tokenizer = tiny_model(name, seed, **options)
     return model, tokenizer, family
 

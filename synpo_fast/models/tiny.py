@@ -7,7 +7,8 @@ the family's special tokens and chat template. Weights depend on the seed and th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,23 @@ def tiny_model(
         torch.manual_seed(seed)
         model = FAMILIES[family_name].load_class().from_config(make_config(sizes, tokenizer), dtype=torch.float32)
     return model.eval(), tokenizer
+
+
+def check_tiny_options(options: Mapping[str, Any]) -> None:
+    """Raises UserError for an option that tiny_model lacks, and for a value of a wrong type."""
+    known = {
+        name: each for name, each in inspect.signature(tiny_model).parameters.items() if each.kind is each.KEYWORD_ONLY
+    }
+    for name, value in options.items():
+        if name not in known:
+            raise UserError(f"a tiny: model has no option {name!r} (got {name}={value!r}); it has {', '.join(known)}")
+        if isinstance(known[name].default, bool):
+            fits, wanted = isinstance(value, bool), "true or false"
+        else:
+            fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            wanted = "a whole number above 0"
+        if not fits and not (value is None and known[name].default is None):
+            raise UserError(f"option {name} of a tiny: model must be {wanted}, got {value!r}")
 
 
 def tiny_tokenizer(family_name: str) -> Any:

@@ -220,6 +220,14 @@ def test_short_names_of_types():
         ("tiny:text", {"attn_implementation": "synpo_fast_varlen", "device": "cpu"}, "needs a CUDA device"),
         ("tiny:text", {"liger_kernels": True, "device": "cpu"}, "liger_kernels=True needs a CUDA device"),
         ("tiny:text", {"dtype": "int8"}, "dtype must be one of float32"),
+        (
+            "tiny:text",
+            {"tiny_options": {"foo": 3}},
+            r"has no option 'foo' \(got foo=3\); it has hidden_size, num_layers",
+        ),
+        ("tiny:text", {"tiny_options": {"hidden_size": "foo"}}, "hidden_size .* a whole number above 0, got 'foo'"),
+        ("tiny:text", {"tiny_options": {"num_heads": 0}}, "num_heads .* a whole number above 0, got 0"),
+        ("tiny:text", {"tiny_options": {"linear_attention": 1}}, "linear_attention .* true or false, got 1"),
     ],
 )
 def test_bad_options_are_named(name, options, message):
