@@ -26,6 +26,10 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 OPTIONS = {item.name: item for item in fields(TrainConfig)}
 TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
 LOSS_SPECIFIC = (*LOSS_OPTIONS, "auxiliary_nll", "auxiliary_target", "reference")
+IN_WORDS = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list",
+    tuple: "a list, or words separated by commas", dict: "a mapping, or key=value,key=value",
+}  # fmt: skip
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -77,13 +81,18 @@ def _recipe_options(name: str, chosen: str | None) -> dict[str, Any]:
 
 def _with_our_names(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Replaces the option names of other trainers by ours."""
-    renamed: dict[str, Any] = {}
-    for name, value in values.items():
-        ours = ALIASES.get(name, name) if name not in OPTIONS else name
-        if ours in renamed:
-            raise UserError(f"{source}: {ours} is given twice, once as {name}")
-        renamed[ours] = value
-    return renamed
+    given_as: dict[str, str] = {}
+    for name in values:
+        ours = _our_name(name)
+        if ours in given_as:
+            others = [each for each in (given_as[ours], name) if each != ours]
+            raise UserError(f"{source}: {ours} is given twice, once as {' and once as '.join(others)}")
+        given_as[ours] = name
+    return {ours: values[name] for ours, name in given_as.items()}
+
+
+def _our_name(name: str) -> str:
+    return name if name in OPTIONS else ALIASES.get(name, name)
 
 
 def _with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,8 +133,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise UserError(f"config {str(file)!r} is not YAML: {' '.join(str(error).split())}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {str(file)!r} cannot be read: {error}") from error
+    if content is None:
+        raise UserError(f"config {str(file)!r} is empty: give options as `name: value`")
     if not isinstance(content, dict):
-        raise UserError(f"config {str(file)!r} must map options to values, but holds {type(content).__name__}")
+        found = IN_WORDS.get(type(content), type(content).__name__)
+        raise UserError(f"config {str(file)!r} must map options to values (`name: value`), but holds {found}")
     return content
 
 
@@ -175,9 +187,9 @@ def converted_option(name: str, value: Any, source: str) -> Any:
     try:
         return _converted(typing.get_origin(kind) or kind, value)
     except (TypeError, ValueError) as error:
-        expected = {tuple: "a list, or words separated by commas", dict: "a mapping, or key=value,key=value"}
-        wanted = expected.get(typing.get_origin(kind) or kind, f"{getattr(kind, '__name__', kind)}")
-        raise UserError(f"{source}: {name} must be {wanted}, got {value!r}") from error
+        raise UserError(
+            f"{source}: {name} must be {IN_WORDS[typing.get_origin(kind) or kind]}, got {value!r}"
+        ) from error
 
 
 def _converted(kind: type, value: Any) -> Any:
@@ -228,11 +240,21 @@ def _command_line(arguments: Sequence[str]) -> dict[str, str]:
         if not equals:
             # A word with a dash in front is the next option, unless it is a negative number.
             flag = not rest or (rest[0].startswith("-") and not _is_number(rest[0]))
+            if flag and not _takes_no_value(name):
+                raise UserError(f"--{name} needs a value")
             value = "true" if flag else rest.pop(0)
         if name in given:
             raise UserError(f"--{name} is given twice")
         given[name] = value
     return given
+
+
+def _takes_no_value(name: str) -> bool:
+    """True for an option that is true or false, and for an unknown one, which is refused later with a hint."""
+    ours = _our_name(name)
+    if ours not in OPTIONS:
+        return ours not in ("recipe", "config")
+    return TYPES[ours] is bool or bool in typing.get_args(TYPES[ours])
 
 
 def _is_number(text: str) -> bool:

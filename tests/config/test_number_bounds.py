@@ -57,7 +57,9 @@ def _is_number(kind):
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_what_is_not_finite_is_refused_by_name(name, value):
     loss = {"gamma": "simpo", "label_smoothing": "dpo"}.get(name, "synpo")
-    with pytest.raises(ValueError, match=rf"\b{name} (is|must be) .*{value}|{name} must be int, got '{value}'"):
+    with pytest.raises(
+        ValueError, match=rf"\b{name} (is|must be) .*{value}|{name} must be a whole number, got '{value}'"
+    ):
         config(loss_type=loss, **{name: value})
     with pytest.raises(ValueError, match=f"{name} is {value}, expected a finite number"):
         TrainConfig(**NEEDED, loss_type=loss, **{name: float(value)})

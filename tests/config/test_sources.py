@@ -63,7 +63,11 @@ def test_an_option_that_was_typed_stays_an_error():
     [
         ("seed: 1\nfps: 2\nseed: 2\n", "seed is given twice, in line 1 and in line 3"),
         ("model_options:\n  hidden_size: 1\n  hidden_size: 2\n", "hidden_size is given twice, in line 2 and in line 3"),
-        ("lr: 1e-4\nlearning_rate: 1e-5\n", "learning_rate is given twice, once as"),
+        ("lr: 1e-4\nlearning_rate: 1e-5\n", "learning_rate is given twice, once as lr$"),
+        ("learning_rate: 1e-5\nlr: 1e-4\n", "learning_rate is given twice, once as lr$"),
+        ("", "is empty: give options as `name: value`"),
+        ("# nothing\n", "is empty"),
+        ("- seed\n", "must map options to values .*, but holds a list"),
         ("sede: 1\n", "no option 'sede'; did you mean seed"),
         ("a: [\n", "is not YAML"),
     ],
@@ -86,8 +90,12 @@ def test_an_alias_is_the_option(alias):
     words = [word for word in NEEDED if alias != "model" or word not in ("--model_name_or_path", "tiny:text")]
     result = resolve_config([*words, f"--{alias}", value])
     assert str(getattr(result, ALIASES[alias])) == value
-    with pytest.raises(UserError, match=f"{ALIASES[alias]} is given twice"):
-        resolve_config([*NEEDED, f"--{alias}", value, f"--{ALIASES[alias]}", value])
+    two = [f"--{alias}", value], [f"--{ALIASES[alias]}", value]
+    for first, second in (two, reversed(two)):
+        with pytest.raises(
+            UserError, match=f"{ALIASES[alias]} is given twice, once as {alias}$|--{ALIASES[alias]} is given twice"
+        ):
+            resolve_config([*words, *first, *second])
 
 
 @pytest.mark.parametrize(
