@@ -23,6 +23,7 @@ EVAL_METRICS = ("loss", *(name for name in WEIGHTS if not name.startswith("logit
 
 def check_config(config: TrainConfig) -> None:
     """Raises UserError for the first mistake found."""
+    _check_steps(config)
     _check_values(config)
     for check in (
         _check_numbers,
@@ -34,6 +35,15 @@ def check_config(config: TrainConfig) -> None:
         _check_best,
     ):
         check(config)
+
+
+def _check_steps(config: TrainConfig) -> None:
+    """Checks max_steps, where one value below its bound has a meaning."""
+    wanted = "above 0, or -1 to use num_train_epochs"
+    if config.max_steps == 0:
+        raise UserError(f"max_steps must be {wanted}, got 0")
+    if isinstance(config.max_steps, int) and config.max_steps < -1:
+        raise UserError(f"max_steps is {config.max_steps}, expected {wanted}")
 
 
 def _check_values(config: TrainConfig) -> None:
@@ -54,8 +64,6 @@ def _check_values(config: TrainConfig) -> None:
 
 
 def _check_numbers(config: TrainConfig) -> None:
-    if config.max_steps == 0:
-        raise UserError("max_steps must be above 0, or -1 to use num_train_epochs, got 0")
     if config.min_pixels is not None and config.max_pixels is not None and config.min_pixels > config.max_pixels:
         raise UserError(f"min_pixels={config.min_pixels} is above max_pixels={config.max_pixels}")
     if config.min_frames > config.max_frames:
