@@ -38,7 +38,7 @@ from synpo_fast.training.out_of_memory import MicroBatchTooLarge, out_of_memory_
 from synpo_fast.training.run_model import checkpoints_activations
 from synpo_fast.training.run_state import RunState, Saver
 from synpo_fast.training.step import Stepper, StepTaken, any_rank
-from synpo_fast.training.unusable_pairs import OUT_OF_MEMORY, advice, first_unusable, skipped_pairs_path
+from synpo_fast.training.unusable_pairs import OUT_OF_MEMORY, advice, first_unusable, remedies, skipped_pairs_path
 
 
 class TrainingStopped(RuntimeError):
@@ -250,11 +250,16 @@ def _check_health(run: Run, batch: StepBatch, numbers: Numbers) -> None:
     share = state.bad_pairs / max(1, state.seen_pairs)
     # A single bad video among the first few pairs is not enough to judge by.
     if share > config.max_bad_share and state.bad_pairs > max(1, config.max_bad_share * run.loader.pairs_per_step):
-        first = first_unusable(run.saver)
+        first, remedy = first_unusable(run.saver), remedies(run.saver)
+        saved = _saved_before_ending(run)
+        way_on = f"To continue, raise max_bad_share{saved}"
+        if remedy and state.bad_pairs == state.seen_pairs:
+            way_on = f"To use them, {remedy}{saved}"
+        elif remedy:  # a resumed run still counts the pairs of the steps before, so the option alone would not do
+            way_on = f"To use them, {remedy} and start anew with --overwrite_output_dir. {way_on}"
         raise TrainingStopped(
             f"{state.bad_pairs} of {state.seen_pairs} pairs could not be used, more than max_bad_share="
-            f"{config.max_bad_share}. {quoted(first)}. {skipped_pairs_path(run.saver)} lists them{advice(first)}. To continue, "
-            f"raise max_bad_share{_saved_before_ending(run)}"
+            f"{config.max_bad_share}. {quoted(first)}. {skipped_pairs_path(run.saver)} lists them{advice(first)}. {way_on}"
         )
 
 

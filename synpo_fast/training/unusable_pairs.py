@@ -5,16 +5,21 @@ Counts and reasons are those of all ranks, so every rank calls these functions.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
 from synpo_fast.data.encoding import BadPair, quoted
+from synpo_fast.data.video.video_info import CHOOSE_AUTO
 from synpo_fast.training.run_state import RunState, Saver
 
 OUT_OF_MEMORY = "out of memory"
-LENGTHS = ("max_length=", "video_max_tokens=")  # options named in the reason if a pair is too long
+# What a pair's reason says if an option is why the pair cannot be used, and what to do about that option.
+REMEDIES = {
+    "max_length=": "raise max_length", "video_max_tokens=": "raise video_max_tokens", CHOOSE_AUTO: "set video_backend=auto"
+}  # fmt: skip
 
 
 def first_unusable(saver: Saver) -> list[BadPair]:
@@ -29,14 +34,22 @@ def skipped_pairs_path(saver: Saver) -> Path:
 
 def advice(bad: Sequence[BadPair]) -> str:
     """The end of a message: how to find such pairs beforehand. `pairs check` reads videos but knows no limit of tokens or memory,
-    so it is "" if all pairs are too long."""
-    if all(is_too_long(each) for each in bad):
+    so it is "" if an option or the memory is why each of them cannot be used."""
+    if all(each.reason.startswith(OUT_OF_MEMORY) or _remedy_for(each) for each in bad):
         return ""
     return "; `synpo-fast pairs check` finds such videos beforehand"
 
 
-def is_too_long(bad: BadPair) -> bool:
-    return bad.reason.startswith(OUT_OF_MEMORY) or any(option in bad.reason for option in LENGTHS)
+def remedies(saver: Saver) -> str:
+    """What to do about the options that are why pairs could not be used; "" if one of the pairs has another reason."""
+    found: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(found, {_remedy_for(bad) for bad in saver.first_bad(sys.maxsize)})
+    every = set().union(*found)
+    return "" if "" in every else " and ".join(sorted(every))
+
+
+def _remedy_for(bad: BadPair) -> str:
+    return next((remedy for said, remedy in REMEDIES.items() if said in bad.reason), "")
 
 
 def nothing_used_error(state: RunState, saver: Saver) -> str | None:

@@ -103,7 +103,27 @@ def test_too_many_bad_pairs_are_named_with_their_reasons(world, tmp_path, in_one
         in_one_process(values)
     text = str(error.value)
     assert text.startswith("4 of 4 pairs could not be used, more than max_bad_share=0.05. 'p")
+    assert "pairs check" in text and "To continue, raise max_bad_share" in text
     assert len(re.findall(r"'p\d-\d': .*?v\d\.mp4: cannot be decoded: Invalid data", text)) == 3 and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "remedy"),
+    [
+        ("max_length", 8, "raise max_length"),
+        ("video_max_tokens", 1, "raise video_max_tokens"),
+        ("video_backend", "images", "set video_backend=auto"),
+    ],
+)
+def test_pairs_that_an_option_leaves_out_are_answered_by_that_option(
+    world, tmp_path, in_one_process, option, value, remedy
+):
+    values = options(world, tmp_path / "out", max_steps=4, report=False, **{option: value})
+    with pytest.raises(TrainingStopped) as error:
+        in_one_process(values)
+    text = str(error.value)
+    assert text.endswith(f"To use them, {remedy}. Nothing was trained, so no checkpoint was saved")
+    assert "pairs check" not in text and "raise max_bad_share" not in text
 
 
 def test_a_resumed_run_quotes_what_was_noted_before(world, tmp_path, group):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synpo_fast.data.video.video_info import BackendRefusal, VideoError, VideoInfo
+from synpo_fast.data.video.video_info import CHOOSE_AUTO, BackendRefusal, VideoError, VideoInfo
 from synpo_fast.data.video.video_path import resolve_video
 from synpo_fast.errors import MissingPackage, UserError
 
@@ -143,7 +143,9 @@ class OpenedVideo:
             backend, reason = choose_backend(info.codec, target.type, share, available_backends())
             log.info("%s: %s, %s", self.file.name, backend, reason)
         if (backend == "images") != (info.codec == "images"):
-            raise ValueError(f"backend {backend!r} cannot read {info.path}, whose frames are {info.codec}")
+            raise ValueError(
+                f"backend {backend!r} cannot read {info.path}, whose frames are {info.codec}; choose {CHOOSE_AUTO}"
+            )
         try:
             frames = self._decode(backend, wanted, target)
         except BackendRefusal as error:

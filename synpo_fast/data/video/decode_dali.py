@@ -35,14 +35,14 @@ from torch import Tensor
 from synpo_fast.data.video.container import check_deadline, open_video
 from synpo_fast.data.video.orientation import upright_tensor
 from synpo_fast.data.video.rgb import BT601, LUMA_WEIGHTS
-from synpo_fast.data.video.video_info import BackendRefusal, VideoError, VideoInfo
+from synpo_fast.data.video.video_info import CHOOSE_AUTO, BackendRefusal, VideoError, VideoInfo
 from synpo_fast.errors import MissingPackage
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 CUDA_CODECS = (*CPU_CODECS, "h264", "hevc", "av1", "mpeg4")
 # What NVDEC's 8-bit 4:2:0 surfaces can hold; on a CPU, DALI converts any format.
 CUDA_PIXEL_FORMATS = ("yuv420p", "yuvj420p", "nv12")
-ELSE = "use backend='pyav'"
+ELSE = f"choose pyav or {CHOOSE_AUTO}"
 # Frames are corrected in parts, which bounds the size of the float copy.
 _CORRECTED_BYTES = 64 * 2**20
 

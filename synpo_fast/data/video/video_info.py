@@ -15,6 +15,9 @@ class VideoError(ValueError):
         return type(self), (self.path, self.reason)  # needed to send it between processes
 
 
+CHOOSE_AUTO = "auto as backend"  # the end of every reason that another backend would remove
+
+
 class BackendRefusal(VideoError):
     """Raised for a video that this backend cannot decode correctly but another one can."""
 

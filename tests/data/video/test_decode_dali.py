@@ -172,7 +172,7 @@ def test_hidden_packets_are_refused(tmp_path):
 
 def test_codecs_that_need_a_gpu_name_another_backend(tmp_path):
     path = write_clip(tmp_path / "clip.mp4", codec="h264", num_frames=3, width=64, height=64)
-    with pytest.raises(VideoError, match="vp8, vp9, mjpeg on cpu, not h264; use backend='pyav'"):
+    with pytest.raises(VideoError, match="vp8, vp9, mjpeg on cpu, not h264; choose pyav or auto as backend"):
         decode_frames(path, indices=[0], backend="dali")
 
 
