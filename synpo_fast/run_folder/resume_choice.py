@@ -1,15 +1,23 @@
-"""Resolves `--resume FOLDER`, where FOLDER is the folder of a run, to that run's newest whole checkpoint."""
+"""Resolves `--resume FOLDER`, where FOLDER is the folder of a run, to that run's newest whole checkpoint; and describes options
+that differ from those of the run that is resumed."""
 
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import UserError
 from synpo_fast.run_folder.checkpoint import COMPLETE, checkpoint_problem, list_checkpoints
 
+# Facts of a run that join several options, in this order.
+JOINED = {
+    "auxiliary": ("auxiliary_nll", "auxiliary_target"),
+    "adapter": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+}
 logger = logging.getLogger(__name__)
 
 
@@ -44,3 +52,27 @@ def resolve_resume(config: TrainConfig) -> TrainConfig:
     raise UserError(
         f"resume={config.resume!r}: none of its {len(checkpoints)} checkpoints is whole ({'; '.join(problems)})"
     )
+
+
+def changed_fact(name: str, saved: Any, now: Any) -> str:
+    """Describes a fact of a run that differs from the saved one, option by option."""
+    saved, now = _by_option(name, saved), _by_option(name, now)
+    differing = [option for option in {**now, **saved} if saved.get(option) != now.get(option)]
+    return "; ".join(f"{each} was {_shown(each, saved)}, now {_shown(each, now)}" for each in differing)
+
+
+def _by_option(name: str, fact: Any) -> dict[str, Any]:
+    if name == "frames":
+        return dict(re.findall(r"(\w+)=([^,()]+)", str(fact)))
+    if isinstance(fact, dict) or (fact is None and name in ("loss options", "model_options")):
+        return fact or {}
+    if name in JOINED and isinstance(fact, list):
+        return dict(zip(JOINED[name], fact, strict=False))
+    return {name: fact}
+
+
+def _shown(option: str, values: dict[str, Any]) -> str:
+    value = values.get(option)
+    if value in (None, "None"):
+        return "auto" if option == "reference" else "not set"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -19,6 +19,7 @@ from synpo_fast.errors import UserError
 from synpo_fast.run_folder.best_files import copy_best
 from synpo_fast.run_folder.checkpoint import CheckpointError, folder_of, write_checkpoint
 from synpo_fast.run_folder.model_files import fp32_weights, save_model_files
+from synpo_fast.run_folder.resume_choice import changed_fact
 from synpo_fast.run_folder.start_choice import step_of_line
 from synpo_fast.training.best_model import BestSoFar
 from synpo_fast.training.engine import Engine
@@ -145,7 +146,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> 
             f"train_file has other pairs than when the run began ({saved.get(NUMBER_OF_PAIRS, 'an unknown number')} then, "
             f"{now.get(NUMBER_OF_PAIRS)} now)"
             if name == "training pairs"
-            else f"{name} was {saved.get(name)!r}, now {now[name]!r}"
+            else changed_fact(name, saved.get(name), now[name])
             for name in differing
         )
         raise UserError(f"cannot resume from {folder}: {what}. Set it back, or start anew in another output_dir")

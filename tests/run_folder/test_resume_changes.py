@@ -77,7 +77,7 @@ def test_what_must_not_change_is_refused(world, tmp_path, in_one_process):
     values = options(world, tmp_path / "run", **SMALL, model_name_or_path="tiny:qwen2_5_vl")
     values["model_options"] = {"hidden_size": 64}
     in_one_process(values)
-    with pytest.raises(ValueError, match=r"model_options was \{'hidden_size': 64\}, now \{'hidden_size': 32\}"):
+    with pytest.raises(ValueError, match="hidden_size was 64, now 32"):
         in_one_process({**values, "model_options": {"hidden_size": 32}, "resume": "auto"})
 
 

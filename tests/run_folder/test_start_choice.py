@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from synpo_fast.errors import UserError
 from synpo_fast.run_folder.checkpoint import (
     CheckpointError,
     checkpoint_problem,
@@ -375,8 +376,33 @@ def test_a_relative_model_path_of_an_earlier_version_is_the_same_model(tmp_path,
     monkeypatch.chdir(tmp_path)
     now = {"model_name_or_path": str(tmp_path / "base"), "seed": 1}
     check_same_run({"model_name_or_path": "base", "seed": 1}, now, tmp_path)
-    with pytest.raises(ValueError, match="model_name_or_path was 'other'"):
+    with pytest.raises(ValueError, match="model_name_or_path was other"):
         check_same_run({"model_name_or_path": "other", "seed": 1}, now, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "told"),
+    [
+        ({"loss options": {"nll_weight": 0.5}}, {"loss options": {"nll_weight": 0.7}}, "nll_weight was 0.5, now 0.7"),
+        ({"loss options": {"beta": 0.1}}, {"loss options": {}}, "beta was 0.1, now not set"),
+        ({"reference": "precomputed"}, {"reference": None}, "reference was precomputed, now auto"),
+        ({"model_options": None}, {"model_options": {"num_heads": 2}}, "num_heads was not set, now 2"),
+        (
+            {"adapter": [4, 8, 0.0, ["q_proj"]]}, {"adapter": [4, 8, 0.1, ["q_proj", "v_proj"]]},
+            "lora_dropout was 0.0, now 0.1; lora_target_modules was q_proj, now q_proj,v_proj",
+        ),
+        (
+            {"frames": "FrameSampling(num_frames=None, fps=1.0)"}, {"frames": "FrameSampling(num_frames=8, fps=None)"},
+            "num_frames was not set, now 8; fps was 1.0, now not set",
+        ),
+    ],
+)  # fmt: skip
+def test_what_differs_is_told_option_by_option(tmp_path, saved, now, told):
+    with pytest.raises(UserError) as error:
+        check_same_run(saved, now, tmp_path)
+    assert str(error.value) == (
+        f"cannot resume from {tmp_path}: {told}. Set it back, or start anew in another output_dir"
+    )
 
 
 def test_a_state_without_the_facts_of_its_run_is_no_start(values, in_one_process):
