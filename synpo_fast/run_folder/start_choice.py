@@ -20,7 +20,6 @@ from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import UserError
 from synpo_fast.run_folder.best_files import check_top_is_free
 from synpo_fast.run_folder.checkpoint import (
-    CheckpointError,
     checkpoint_problem,
     is_ours,
     list_checkpoints,
@@ -40,6 +39,7 @@ from synpo_fast.run_folder.overwriting import (
 from synpo_fast.run_folder.superseded import FOLDER, free_name, set_aside, set_aside_lines
 
 LOCATION_OPTIONS = ("output_dir", "run_name")  # a run that is moved or renamed is still the same run
+RESUMABLE = "a checkpoint-N folder, a run's folder (its newest whole checkpoint is taken), or auto"
 START_OVER = "start over with --overwrite_output_dir (which deletes that run) or in another output_dir"
 
 
@@ -63,7 +63,7 @@ class Start:
 def choose_start(config: TrainConfig) -> Start:
     """Returns the start that the options ask for; changes no file.
 
-    Raises UserError or CheckpointError if the checkpoint cannot be used, or if an earlier run would lose something.
+    Raises UserError if the checkpoint cannot be used, or if an earlier run would lose something.
     """
     check_inputs_stay(config)
     folder = Path(config.output_dir)
@@ -157,10 +157,10 @@ def _lies_in(checkpoint: Path, folder: Path) -> bool:
 
 def _named_start(config: TrainConfig, folder: Path, found: Path) -> Start:
     if (instead := why_no_folder(found)) is not None:
-        raise UserError(f"resume={config.resume!r} {instead}: give a checkpoint-N folder, or auto")
+        raise UserError(f"resume={config.resume!r} {instead}: give {RESUMABLE}")
     problem = checkpoint_problem(found)
     if problem is not None:
-        raise CheckpointError(f"cannot resume from {found}: {problem}")
+        raise UserError(f"cannot resume from {found}: {problem}. Give another one: {RESUMABLE}")
     if not _lies_in(found, folder):
         if list_checkpoints(folder):
             raise UserError(

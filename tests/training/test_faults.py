@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from synpo_fast.data import Pair, read_manifest, write_manifest
-from synpo_fast.run_folder.checkpoint import CheckpointError, checkpoint_problem, list_checkpoints, newest_checkpoint
+from synpo_fast.errors import UserError
+from synpo_fast.run_folder.checkpoint import checkpoint_problem, list_checkpoints, newest_checkpoint
 from synpo_fast.training.loop import TrainingStopped
 from synpo_fast.training.metrics import read_metrics
 from tests.world import command_line, environment, options, run, train_command
@@ -249,11 +250,13 @@ def test_resuming_another_run_is_refused(world, tmp_path, in_one_process):
     for change, message in (
         ({"seed": 7}, "seed was 42, now 7"),
         ({"gradient_accumulation_steps": 2}, "pairs of a step was 4, now 2"),
-        ({"loss_type": "dpo"}, "loss_type was 'synpo', now 'dpo'"),
+        ({"loss_type": "dpo"}, "loss_type was synpo, now dpo"),
     ):
         with pytest.raises(ValueError, match=message):
             in_one_process({**values, **change, "resume": "auto"})
-    with pytest.raises(CheckpointError, match="cannot resume"):
+    with pytest.raises(UserError, match="is not there: give a checkpoint-N folder, a run's folder"):
+        in_one_process({**values, "resume": str(tmp_path / "nope")})
+    with pytest.raises(UserError, match=r"cannot resume from .*-000002: .*\. Give another one: a checkpoint-N"):
         shutil.rmtree(tmp_path / "out" / "checkpoint-000002" / "state")
         in_one_process({**values, "resume": str(tmp_path / "out" / "checkpoint-000002")})
     state = in_one_process({**values, "resume": "auto", "max_steps": 3})
