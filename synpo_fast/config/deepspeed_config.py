@@ -50,6 +50,10 @@ def deepspeed_config(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
 def _user_entries(file: str | None) -> dict[str, Any]:
     if file is None:
         return {}
+    if not Path(file).is_file():
+        raise UserError(
+            f"deepspeed={file!r}: there is no such file: give a JSON file, or leave it out and set zero_stage"
+        )
     try:
         entries = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:  # not UTF-8, or not JSON

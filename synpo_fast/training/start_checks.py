@@ -26,9 +26,9 @@ def check_start(config: TrainConfig) -> None:
         _check_manifest("eval_file", config.eval_file)
     if config.video_root is not None and not Path(config.video_root).is_dir():
         what = "is a file, not a folder" if Path(config.video_root).exists() else "does not exist"
+        what += _looked_for(config.video_root, config.video_root)
         raise UserError(
-            f"video_root={config.video_root!r} {what} (looked for {Path(config.video_root).absolute()}): give the folder that "
-            "the manifest's video paths are relative to"
+            f"video_root={config.video_root!r} {what}: give the folder that the manifest's video paths are relative to"
         )
     find_model(config.model_name_or_path)
 
@@ -57,11 +57,17 @@ def check_videos(pairs: Sequence[Pair], root: Path, manifest: str) -> None:
 def _check_manifest(option: str, file: str) -> None:
     path, _ = named_split(file)
     if not path.exists():
-        raise UserError(f"{option}={file!r}: there is no manifest {str(path.absolute())!r}")
+        raise UserError(f"{option}={file!r}: there is no such manifest{_looked_for(file, path)}")
     try:
         next(path.iterdir(), None) if path.is_dir() else path.open("rb").close()
     except OSError as error:
         raise UserError(f"{option}={file!r} cannot be read: {error.strerror}") from error
+
+
+def _looked_for(given: str, path: str | Path) -> str:
+    """The absolute path, as part of a message, unless it was given so."""
+    absolute = str(Path(path).absolute())
+    return "" if given.startswith(absolute) else f" (looked for {absolute})"
 
 
 def _check_packages(config: TrainConfig) -> None:

@@ -59,8 +59,8 @@ def told(capsys, values):
     [
         ({"video_root": "nowhere"}, "video_root='/here/nowhere' does not exist"),
         ({"video_root": "file"}, "video_root='/here/file' is a file, not a folder"),
-        ({"train_file": "none.jsonl"}, "train_file='/here/none.jsonl': there is no manifest"),
-        ({"eval_file": "none.jsonl"}, "eval_file='/here/none.jsonl': there is no manifest"),
+        ({"train_file": "none.jsonl"}, "train_file='/here/none.jsonl': there is no such manifest"),
+        ({"eval_file": "none.jsonl"}, "eval_file='/here/none.jsonl': there is no such manifest"),
         ({"model_name_or_path": "./none"}, "model_name_or_path='./none': there is no such folder"),
         ({"model_name_or_path": "file"}, "is a file: give the folder of the model"),
         ({"video_backend": "ffmpeg"}, "video_backend must be auto or one of pyav"),
@@ -73,6 +73,7 @@ def test_files_that_are_not_there_are_named_before_anything_is_loaded(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     found = told(capsys, {**options(world, tmp_path / "out"), **change})
+    assert found.count(str(tmp_path)) <= 1, "no path is named twice"
     assert expected in found.replace(str(tmp_path), "/here").replace("'file'", "'/here/file'").replace("'n", "'/here/n")
 
 

@@ -217,6 +217,11 @@ def test_an_adapter_on_a_layer_kept_in_fp32_trains_in_the_type_of_the_others(gro
     assert policy.base.model.layers[0].self_attn.k_proj.base_layer.weight.dtype == torch.float32
 
 
+def test_a_deepspeed_file_that_is_not_there_is_told_so():
+    with pytest.raises(ValueError, match="deepspeed='zero2': there is no such file: .* set zero_stage"):
+        deepspeed_config(config_of(2, deepspeed="zero2"), torch.bfloat16)
+
+
 def test_a_deepspeed_file_may_not_round_buffers(tmp_path):
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"data_types": {"buffer_dtype": "bf16"}}))
