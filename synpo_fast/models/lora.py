@@ -42,7 +42,11 @@ def add_lora(
             found[last].append(name)
     missing = [target for target, names in found.items() if not names]
     if missing:
-        raise UserError(f"the language model of {policy.family.name} has no layer called {', '.join(missing)}")
+        there = ", ".join(sorted(_layers(language_model)))
+        raise UserError(
+            f"lora_target_modules={','.join(targets)}: the language model of {policy.family.name} has no layer called "
+            f"{', '.join(missing)}; it has {there}"
+        )
     names = [name for each in found.values() for name in each]
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none")
     # With autocast_adapter_dtype the adapter would be in fp32; under ZeRO-3 dtypes must match.
@@ -54,6 +58,15 @@ def add_lora(
             parameter.data = parameter.data.to(dtype)
     policy.model = model
     return policy
+
+
+def _layers(language_model: Any) -> set[str]:
+    """The names of the layers that can get an adapter: those with a weight matrix, except embeddings."""
+    return {
+        name.rsplit(".", 1)[-1]
+        for name, module in language_model.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2 and not isinstance(module, torch.nn.Embedding)
+    }
 
 
 def save_adapter(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:

@@ -235,6 +235,15 @@ def test_bad_options_are_named(name, options, message):
         load_policy(name, **options)
 
 
+def test_a_target_of_an_adapter_that_no_layer_has_is_told_those_there_are():
+    told = (
+        "lora_target_modules=q_proj,foo: the language model of text has no layer called foo; it has down_proj, gate_proj, "
+        "k_proj, o_proj, q_proj, up_proj, v_proj"
+    )
+    with pytest.raises(ValueError, match=f"^{told}$"):
+        add_lora(load_policy("tiny:text", device="cpu"), targets=("q_proj", "foo"))
+
+
 def test_linear_attention_is_run_apart():
     """A state that runs along the row cannot be masked: nothing is shared, and one warning says so."""
     from synpo_fast.models import policy as module
