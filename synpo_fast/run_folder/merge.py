@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from synpo_fast.errors import MissingPackage, UserError
+from synpo_fast.terminal.console import hide_bars_of_libraries, hide_notes_to_developers
 from synpo_fast.terminal.printable import printable
 
 
@@ -25,10 +26,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     try:
         if not (arguments.adapter / "adapter_config.json").is_file():
-            raise UserError(
-                f"{arguments.adapter} holds no adapter_config.json: give a checkpoint-N folder with an adapter"
-            )
+            raise UserError(_why_no_adapter(arguments.adapter))
         with _new_folder(arguments.out) as partial:
+            hide_notes_to_developers()
+            hide_bars_of_libraries()
             from synpo_fast.run_folder.model_files import merge_adapter
 
             merge_adapter(
@@ -41,10 +42,21 @@ def main(argv: Sequence[str]) -> int:
         print(f"synpo-fast merge: error: {printable(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"synpo-fast merge: {arguments.out} could not be written: {error}", file=sys.stderr)
+        print(f"synpo-fast merge: {arguments.out} could not be written: {error.strerror or error}", file=sys.stderr)
         return 1
     print(f"wrote {arguments.out}")
     return 0
+
+
+def _why_no_adapter(folder: Path) -> str:
+    from synpo_fast.run_folder.checkpoint import list_checkpoints, why_no_folder
+
+    if (instead := why_no_folder(folder)) is not None:
+        return f"{folder} {instead}: give a checkpoint-N folder with an adapter"
+    inside = [each for each in list_checkpoints(folder) if (each / "adapter_config.json").is_file()]
+    if inside:
+        return f"{folder} is the folder of a run: give one of its checkpoints, {inside[-1]} is the newest"
+    return f"{folder} holds no adapter_config.json: give a checkpoint-N folder with an adapter"
 
 
 @contextmanager
@@ -67,7 +79,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
             f"{partial} belongs to a merge that was interrupted or is still running: delete it once no merge is running"
         ) from error
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror} ({error.filename})") from error
+        raise UserError(f"{out} cannot be written: {error.strerror}; give another place") from error
     try:
         yield partial
         partial.rename(out)

@@ -4,6 +4,7 @@ import ast
 import json
 import sys
 import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,8 +231,12 @@ def test_a_merge_with_no_place_to_write_to_says_so_before_it_loads(adapter, tmp_
     (tmp_path / "full" / "kept.txt").write_text("mine")
     assert "is not empty: give a new folder" in merge_error(capsys, adapter, tmp_path / "full")
     assert "is a file" in merge_error(capsys, adapter, tmp_path / "file")
-    assert f"{tmp_path / 'file' / 'out'} cannot be written: Not a directory" in merge_error(
-        capsys, adapter, tmp_path / "file" / "out"
+    assert merge_error(capsys, adapter, tmp_path / "file" / "out").endswith(
+        f"{tmp_path / 'file' / 'out'} cannot be written: Not a directory; give another place"
+    )
+    assert f"{tmp_path / 'nope'} is not there: give" in merge_error(capsys, tmp_path / "nope", tmp_path / "out")
+    assert f"give one of its checkpoints, {adapter} is the newest" in merge_error(
+        capsys, adapter.parent, tmp_path / "out"
     )
     assert "holds no adapter_config.json" in merge_error(capsys, tmp_path, tmp_path / "out")
     assert (tmp_path / "full" / "kept.txt").read_text() == "mine"
@@ -243,7 +248,11 @@ def test_a_merge_finds_a_relative_base_from_any_folder(world, adapter, tmp_path,
     moved = name_base(adapter, tmp_path / "runs" / "first" / "checkpoint-000001", "models/base")
     (tmp_path / "elsewhere" / "out").mkdir(parents=True)  # an empty folder will do
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert command(["merge", str(moved), "out"]) == 0
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        assert command(["merge", str(moved), "out"]) == 0
+    assert not [each for each in shown if issubclass(each.category, FutureWarning)]
+    assert capsys.readouterr().err == "", "no bars of libraries"
     assert (tmp_path / "elsewhere" / "out" / "model.safetensors").is_file()
     assert not list((tmp_path / "elsewhere").glob("*.partial"))
     assert load_adapter_model(moved, None, load_policy("tiny:text").base.dtype)[2] == str(tmp_path / "models" / "base")
