@@ -15,6 +15,7 @@ several files.
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -192,6 +193,24 @@ def is_fresh(file: Path, weights_key: str) -> bool:
         logger.warning("%s cannot be read (%s: %s) and will be recomputed", file, type(error).__name__, reason)
         return False
     return bool(fresh) and whole
+
+
+def why_stale(file: Path, weights_key: str) -> str:
+    """The reason why a file is not fresh. A key of another version has another number of parts."""
+    try:
+        found = str(torch.load(file, weights_only=True)["weights"])
+    except Exception:  # is_fresh has reported that it cannot be read
+        return "could not be read"
+    if _num_parts(found) != _num_parts(weights_key):
+        return "was made by another version of synpo-fast"
+    return "was made with other weights, pairs or video files"
+
+
+def _num_parts(key: str) -> int:
+    """The number of words in a key, where a Python object such as FrameSampling(fps=1.0, max_frames=8) is one word."""
+    while (shorter := re.sub(r"\([^()]*\)", "", key)) != key:
+        key = shorter
+    return len(key.split())
 
 
 class AnchorClip:

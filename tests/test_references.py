@@ -18,6 +18,8 @@ from synpo_fast.references import (
     in_batches,
     is_fresh,
     precompute,
+    why_stale,
+    write_logps,
 )
 from tests.models.alone import encoded, some_pairs
 from tests.models.test_policy import loss_of, policy_of
@@ -117,6 +119,26 @@ def test_stale_precomputed_references_are_errors(policy, tmp_path):
         policy.base.get_output_embeddings().weight[0, 0] += 1
     with pytest.raises(ValueError, match="other reference weights"):
         Precomputed(file, weights_key=weights_key(policy))
+
+
+@pytest.mark.parametrize(
+    ("stored", "told"),
+    [
+        ("a2 7c FrameSampling(fps=1.0, max_frames=8) None 55", "was made with other weights, pairs or video files"),
+        (
+            "a1 7c FrameSampling(num_frames=8) Video(size=(1, 2)) 55",
+            "was made with other weights, pairs or video files",
+        ),
+        ("a1 7c FrameSampling(fps=1.0, max_frames=8)", "was made by another version of synpo-fast"),
+        ("a1", "was made by another version of synpo-fast"),
+    ],
+)
+def test_why_a_file_is_not_fresh(tmp_path, stored, told):
+    file = tmp_path / "reference.pt"
+    write_logps(file, {}, weights_key=stored)
+    assert why_stale(file, "a1 7c FrameSampling(fps=1.0, max_frames=8) None 55") == told
+    file.write_bytes(b"")
+    assert why_stale(file, "a1") == "could not be read"
 
 
 def test_the_anchor_clip_ignores_the_distractors(policy):

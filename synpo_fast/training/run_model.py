@@ -28,6 +28,7 @@ from synpo_fast.references import (
     is_fresh,
     precompute,
     read_logps,
+    why_stale,
     write_logps,
 )
 from synpo_fast.run_folder.best_files import check_names_are_free
@@ -202,7 +203,7 @@ def _join(file: Path, key: str, num_parts: int) -> None:
     for part in parts:
         joined |= read_logps(part)
     if os.path.lexists(file):  # made with other weights, pairs or videos; kept, since it may be hours of work
-        logger.warning("%s was made with other weights, pairs or video files: it was made again", file)
+        logger.warning("%s %s: it was made again", file, why_stale(file, key))
         set_aside(file)
     write_logps(file, joined, weights_key=key)
     for part in parts:
