@@ -218,7 +218,7 @@ def test_an_adapter_on_a_layer_kept_in_fp32_trains_in_the_type_of_the_others(gro
 
 
 def test_a_deepspeed_file_that_is_not_there_is_told_so():
-    with pytest.raises(ValueError, match="deepspeed='zero2': there is no such file: .* set zero_stage"):
+    with pytest.raises(ValueError, match=r"deepspeed='zero2': there is no such file: .* set zero_stage"):
         deepspeed_config(config_of(2, deepspeed="zero2"), torch.bfloat16)
 
 
