@@ -30,6 +30,7 @@ from synpo_fast.profiling.stage_clock import StageTimes
 from synpo_fast.profiling.variants import VariantSwitch, make_references, variants_of
 from synpo_fast.run_folder.checkpoint import check_writable
 from synpo_fast.run_folder.superseded import set_aside
+from synpo_fast.terminal.printable import counted
 from synpo_fast.terminal.progress import Progress
 from synpo_fast.training.run_data import RunData, read_data, train_loader
 from synpo_fast.training.run_model import build_engine, build_model, checkpoints_activations
@@ -53,8 +54,9 @@ def profile_in_group(config: TrainConfig, device: torch.device) -> None:
     progress = Progress(shows=rank == 0, bar=False, first_step=0, num_steps=config.profile, every=1)
     bench = _build(config, read_data(config), device)
     progress.say(
-        f"profile: {config.profile} rounds after {WARM_UP} warm-up rounds, {len(bench.measured)} variants, "
-        f"{len(bench.steps)} batches, {bench.engine.world_size} process{'es' * (bench.engine.world_size > 1)} on {device.type}",
+        f"profile: {counted(config.profile, 'round')} after {counted(WARM_UP, 'warm-up round')}, "
+        f"{counted(len(bench.measured), 'variant')}, {counted(len(bench.steps), 'batch', 'batches')}, "
+        f"{counted(bench.engine.world_size, 'process', 'processes')} on {device.type}",
         "profile",
     )
     times, losses = bench.run(progress)

@@ -24,6 +24,7 @@ from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.profiling.rounds import Spread, ratios_by_round, spread
 from synpo_fast.profiling.stage_clock import STAGES, StageTimes
 from synpo_fast.profiling.variants import Variant
+from synpo_fast.terminal.printable import counted
 
 # Ratios compare with the first of these that was measured.
 BASELINES = ("dpo-adapter-off-unshared", "dpo-frozen-copy-unshared", "dpo-precomputed-unshared")
@@ -129,8 +130,9 @@ def table(record: Mapping[str, Any]) -> str:
 def _title(record: Mapping[str, Any]) -> str:
     batch, base = record["batch"], record["ratio_base"]
     return (
-        f"{record['rounds']} rounds of one step each: {batch['pairs']:.4g} pairs, {batch['prompt_tokens']:.0f} prompt and "
-        f"{batch['response_tokens']:.0f} response tokens, prefix/completion {batch['prefix_to_completion']:.2f}\n"
+        f"{counted(record['rounds'], 'round')} of one step each: {batch['pairs']:.4g} pairs, "
+        f"{batch['prompt_tokens']:.0f} prompt and {batch['response_tokens']:.0f} response tokens, "
+        f"prefix/completion {batch['prefix_to_completion']:.2f}\n"
         f"medians [lowest - highest]; ratio: time of {base} divided by the variant's time, per round; "
         "limit: the ratio that passes of the language model alone predict"
     )

@@ -24,6 +24,7 @@ from synpo_fast.data.pair import Pair
 from synpo_fast.errors import UserError
 from synpo_fast.run_folder.best_files import copies_are_intact, is_stored_elsewhere
 from synpo_fast.run_folder.checkpoint import checkpoint_problem, folder_of
+from synpo_fast.terminal.printable import counted
 from synpo_fast.training.rank_zero import on_rank_zero
 
 
@@ -166,8 +167,7 @@ def judge(best: BestSoFar, numbers: Mapping[str, Any], step: int, device: torch.
         return False, ""
     if improved:
         return True, f"best so far: {best.description()}"
-    count = best.without_improvement
-    return False, f"no improvement in {count} evaluation{'s' if count > 1 else ''}: {best.description()}"
+    return False, f"no improvement in {counted(best.without_improvement, 'evaluation')}: {best.description()}"
 
 
 def _rule(best: BestSoFar) -> str:

@@ -27,6 +27,7 @@ from synpo_fast.data.encoding import quoted
 from synpo_fast.data.loader import PairLoader, StepBatch
 from synpo_fast.models.feature_cache import FeatureCache
 from synpo_fast.run_folder.checkpoint import CheckpointError, folder_of
+from synpo_fast.terminal.printable import counted
 from synpo_fast.terminal.progress import Progress
 from synpo_fast.terminal.stopping import Stopper
 from synpo_fast.training.best_model import judge
@@ -244,8 +245,8 @@ def _check_health(run: Run, batch: StepBatch, numbers: Numbers) -> None:
         )
     if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
         raise TrainingStopped(
-            f"loss or gradient was not finite in {state.nonfinite_in_a_row} steps in a row (to step {state.step}); these steps "
-            f"changed no weights. Lower learning_rate, or look at the data of those steps{_saved_before_ending(run)}"
+            f"loss or gradient was not finite in {counted(state.nonfinite_in_a_row, 'step')} in a row (to step {state.step}); "
+            f"these steps changed no weights. Lower learning_rate, or look at the data of those steps{_saved_before_ending(run)}"
         )
     share = state.bad_pairs / max(1, state.seen_pairs)
     # A single bad video among the first few pairs is not enough to judge by.
@@ -258,7 +259,7 @@ def _check_health(run: Run, batch: StepBatch, numbers: Numbers) -> None:
         elif remedy:  # a resumed run still counts the pairs of the steps before, so the option alone would not do
             way_on = f"To use them, {remedy} and start anew with --overwrite_output_dir. {way_on}"
         raise TrainingStopped(
-            f"{state.bad_pairs} of {state.seen_pairs} pairs could not be used, more than max_bad_share="
+            f"{state.bad_pairs} of {counted(state.seen_pairs, 'pair')} could not be used, more than max_bad_share="
             f"{config.max_bad_share}. {quoted(first)}. {skipped_pairs_path(run.saver)} lists them{advice(first)}. {way_on}"
         )
 

@@ -32,6 +32,7 @@ from synpo_fast.run_folder.model_files import fetch_processor_files
 from synpo_fast.run_folder.resume_choice import resolve_resume
 from synpo_fast.run_folder.start_choice import Start, choose_start, prepare_run_folder, record_origin
 from synpo_fast.terminal.console import hide_bars_of_libraries, say
+from synpo_fast.terminal.printable import counted
 from synpo_fast.terminal.progress import Progress
 from synpo_fast.terminal.report_once import ReportedByAnotherProcess, first_to_report
 from synpo_fast.terminal.stopping import Interrupted, Stopper
@@ -179,7 +180,7 @@ def _train(
     done = f"stopped by {_why_stopped(stopper)} at" if state.stopped_early else "finished at"
     impatient = run.ran_out_of_patience and state.step < run.num_steps
     if impatient:
-        done = f"no improvement in {state.best.without_improvement} evaluations: stopped early at"
+        done = f"no improvement in {counted(state.best.without_improvement, 'evaluation')}: stopped early at"
     run.progress.say(
         f"{done} step {state.step} of {run.num_steps}; checkpoint: {run.saver.last or 'none'}",
         "stopped" if state.stopped_early or impatient else "finished",
@@ -198,7 +199,7 @@ def warn_of_schedule(config: TrainConfig, data: RunData, world_size: int) -> Non
     elif config.warmup_steps >= steps or config.warmup_ratio == 1:
         given = f"warmup_steps={config.warmup_steps}" if config.warmup_steps else "warmup_ratio=1"
         say(
-            f"warning: {given}, and the run has {steps} steps: the learning rate rises to the last step and never falls",
+            f"warning: {given}, and the run has {counted(steps, 'step')}: the learning rate rises to the last and never falls",
             "warning",
         )
 
@@ -304,11 +305,12 @@ def _announce(
     trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.trained_parameters())
     every = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
     dtype = str(engine.dtype).removeprefix("torch.")
+    pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps * engine.world_size
     progress.say(
-        f"{config.loss_type} on {len(data.train)} pairs ({_held_out_text(data)}), {num_steps} steps of "
-        f"{config.per_device_train_batch_size * config.gradient_accumulation_steps * engine.world_size} pairs; "
+        f"{config.loss_type} on {counted(len(data.train), 'pair')} ({_held_out_text(data)}), {counted(num_steps, 'step')} of "
+        f"{counted(pairs, 'pair')}; "
         f"{policy.family.name}, {trained:,} of {every:,} parameters train, {dtype}, ZeRO {engine.stage}, "
-        f"{engine.world_size} process{'es' if engine.world_size > 1 else ''} on {policy.device.type}",
+        f"{counted(engine.world_size, 'process', 'processes')} on {policy.device.type}",
         "run",
     )
     progress.say(f"{config.loss_type}: {describe_units(config.loss_type, config.loss_options)}")
@@ -322,7 +324,7 @@ def _announce(
 
 def _held_out_text(data: RunData) -> str:
     files = num_files(data.evaluation, data.eval_root)
-    return f"{len(data.evaluation)} held out" + (f", of {files} file{'s' if files > 1 else ''}" if files else "")
+    return f"{len(data.evaluation)} held out" + (f", of {counted(files, 'file')}" if files else "")
 
 
 def _machine_facts(engine: Engine) -> dict[str, Any]:
@@ -340,7 +342,7 @@ def _nothing_to_do(run: Run) -> str | None:
     if state.evaluation_due:
         return None
     if state.step >= run.num_steps:
-        return f"the run has taken all of its {run.num_steps} steps"
+        return f"the run has taken all of its {counted(run.num_steps, 'step')}"
     if run.ran_out_of_patience:
         return f"the run stopped early (to continue, raise early_stopping_patience={patience} or leave it out)"
     return None

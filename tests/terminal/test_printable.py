@@ -9,11 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from synpo_fast.cli import main
-from synpo_fast.terminal.printable import PrintableFormatter, printable, printable_line
+from synpo_fast.terminal.printable import PrintableFormatter, counted, printable, printable_line
 from synpo_fast.terminal.progress import Progress
 
 EVIL = "a\x1b[2Jb\rc\u202ed\x9b31me"
 SPELT = r"a\x1b[2Jb\rc\u202ed\x9b31me"
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "told"),
+    [
+        (1, ("round",), "1 round"),
+        (0, ("round",), "0 rounds"),
+        (2, ("evaluation",), "2 evaluations"),
+        (1, ("batch", "batches"), "1 batch"),
+        (3, ("batch", "batches"), "3 batches"),
+    ],
+)
+def test_a_number_is_told_with_its_noun(number, words, told):
+    assert counted(number, *words) == told
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tests.world import options
 
 def test_the_start_says_how_many_pairs_and_files_are_held_out(world, tmp_path, in_one_process, capsys):
     in_one_process(options(world, tmp_path / "out", max_steps=1, eval_split=0.25, eval_on_start=False, report=False))
-    assert "synpo on 12 pairs (4 held out, of 2 files), 1 steps" in capsys.readouterr().err
+    assert "synpo on 12 pairs (4 held out, of 2 files), 1 step of 4 pairs; " in capsys.readouterr().err
 
 
 def test_clips_of_one_file_cannot_be_held_out(world, tmp_path):
@@ -124,6 +124,19 @@ def test_pairs_that_an_option_leaves_out_are_answered_by_that_option(
     text = str(error.value)
     assert text.endswith(f"To use them, {remedy}. Nothing was trained, so no checkpoint was saved")
     assert "pairs check" not in text and "raise max_bad_share" not in text
+
+
+def test_a_run_that_has_trained_must_start_anew_to_use_such_pairs(world, tmp_path, in_one_process):
+    """A resumed run still counts them, so it would stop again."""
+    pairs = read_manifest(world / "pairs.jsonl")
+    long = [replace(pair, prompt="long " * 400) if index < 8 else pair for index, pair in enumerate(pairs)]
+    write_manifest(tmp_path / "pairs.jsonl", long)
+    values = options(world, tmp_path / "out", max_steps=4, save_steps=0, seed=1, report=False, max_length=1000)
+    values |= {"train_file": str(tmp_path / "pairs.jsonl"), "video_root": str(world)}
+    with pytest.raises(TrainingStopped) as error:
+        in_one_process(values)
+    anew = "To use them, raise max_length and start anew with --overwrite_output_dir. To continue, raise max_bad_share, and"
+    assert anew in str(error.value)
 
 
 def test_a_resumed_run_quotes_what_was_noted_before(world, tmp_path, group):
