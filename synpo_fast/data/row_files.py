@@ -36,11 +36,16 @@ def read_rows(path: str | Path) -> Iterator[FileRow]:
 
     Raises ValueError for a file that cannot be read at all, and FileNotFoundError for a missing one.
     """
-    folder, split = named_split(path)
-    if folder.is_dir():
-        files = split_files(folder, split)  # here, so that errors are raised before the first row
+    if named_split(path)[0].is_dir():
+        files = files_with_rows(path)  # here, so that errors are raised before the first row
         return (row for file in files for row in _read_file(file))
-    return _read_file(folder)
+    return _read_file(Path(path))
+
+
+def files_with_rows(path: str | Path) -> list[Path]:
+    """The files that read_rows reads. path: as there. Raises ValueError if a folder has several splits and none is named."""
+    folder, split = named_split(path)
+    return split_files(folder, split) if folder.is_dir() else [folder]
 
 
 def _read_file(path: Path) -> Iterator[FileRow]:

@@ -8,7 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from synpo_fast.data.manifest import filter_by_score_gap, write_manifest
+from synpo_fast.data.row_files import files_with_rows
 from synpo_fast.data.row_folders import named_split
+from synpo_fast.errors import UserError
 from synpo_fast.pairs.check import CheckReport, check_manifest, histogram
 from synpo_fast.pairs.importers import IMPORTERS, ImportOptions, ImportResult, detect_format, import_pairs
 from synpo_fast.terminal.printable import printable, printable_line
@@ -58,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--system", choices=["refuse", "fold", "drop"], default="refuse", help="what to do with a system message"
     )
     bring.add_argument("--allow_bad", action="store_true", help="write the good rows even if others were refused")
-    bring.add_argument("--force", action="store_true", help="overwrite OUT")
+    bring.add_argument("--force", action="store_true", help="overwrite OUT; never an input")
     check = commands.add_parser("check", help="find problems in a manifest")
     check.add_argument("manifest", metavar="FILE", type=Path, help="a manifest, a folder, or FOLDER:SPLIT")
     check.add_argument("--video_root", type=Path, help="folder of the videos; without it they are not checked")
@@ -76,10 +78,7 @@ def _num_cores() -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    if arguments.target.exists() and not arguments.force:
-        raise ValueError(f"{arguments.target} exists; pass --force to overwrite it")
-    if arguments.target.suffix != ".jsonl":
-        raise ValueError(f"OUT must end in .jsonl, got {arguments.target}")
+    _check_target(arguments.source, arguments.target, force=arguments.force)
     options = ImportOptions(arguments.video_root, arguments.rejected, arguments.system)
     name = arguments.format
     if name == "auto":
@@ -103,6 +102,19 @@ def _import(arguments: argparse.Namespace) -> int:
     write_manifest(arguments.target, pairs)
     print(f"wrote {len(pairs)} pairs to {printable(arguments.target)}")
     return CLEAN
+
+
+def _check_target(source: Path, target: Path, *, force: bool) -> None:
+    """Raises UserError for a target that must not be written. --force never allows that an input is overwritten."""
+    if target.exists():
+        for file in files_with_rows(source):
+            if file.exists() and file.samefile(target):
+                same = f"OUT {target} is the input" if file == target else f"OUT {target} is the input {file}"
+                raise UserError(f"{same}: give another OUT, the input is never overwritten")
+        if not force:
+            raise UserError(f"{target} exists; pass --force to overwrite it")
+    if target.suffix != ".jsonl":
+        raise UserError(f"OUT must end in .jsonl, got {target}")
 
 
 def _print_refusals(result: ImportResult) -> None:

@@ -205,6 +205,28 @@ def test_import_then_check(tmp_path, inside):
     assert inside("check", out).returncode == 0
 
 
+@pytest.mark.parametrize("form", ["itself", "relative", "OUT links to IN", "IN links to OUT", "in a folder", "in a split"])
+def test_an_import_never_overwrites_its_input(tmp_path, inside, form):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    rows = folder / "train.jsonl"
+    rows.write_text(json.dumps({"prompt": "Q", "chosen": "A", "rejected": "B"}))
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(rows)
+    source, target = {
+        "itself": (rows, rows),
+        "relative": (rows, folder / ".." / "rows" / "train.jsonl"),
+        "OUT links to IN": (rows, link),
+        "IN links to OUT": (link, rows),
+        "in a folder": (folder, rows),
+        "in a split": (f"{folder}:train", link),
+    }[form]
+    before = rows.read_bytes()
+    run = inside("import", "--format", "trl", source, target, "--force")
+    assert run.returncode == 2 and f"error: OUT {target} is the input" in run.stderr and "another OUT" in run.stderr
+    assert rows.read_bytes() == before and link.is_symlink()
+
+
 def test_import_keeps_wide_score_gaps(tmp_path, inside):
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
