@@ -63,7 +63,7 @@ def test_a_clean_manifest(tmp_path, videos):
     path = manifest(tmp_path, {**GOOD, "video": "good.mp4"}, {**GOOD, "prompt": "Else?", "video": "good.mp4"})
     run = command("check", path, "--video_root", videos, "--decode", "--num_workers", 1)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "1 different videos, all checked" in run.stdout and run.stdout.endswith("\nclean\n")
+    assert "1 different video, all checked" in run.stdout and run.stdout.endswith("\nclean\n")
 
 
 def test_broken_videos_are_named_with_their_pairs(tmp_path, videos):
@@ -227,6 +227,19 @@ def test_an_import_never_overwrites_its_input(tmp_path, inside, form):
     assert rows.read_bytes() == before and link.is_symlink()
 
 
+def test_one_row_is_not_said_in_the_plural(tmp_path, inside):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B", "extra": 1}
+    rows.write_text(json.dumps(row))
+    run = inside("import", "--format", "trl", rows, out)
+    assert "read 1 row as trl: 1 pair\n" in run.stdout and "extra (1 row)" in run.stdout
+    assert f"wrote 1 pair to {out}\n" in run.stdout
+    assert f"{out}: 1 row, 1 pair\n  0 train on chosen alone, 1 is a text pair\n" in inside("check", out).stdout
+    rows.write_text(json.dumps({**row, "chosen": None}))
+    run = inside("import", "--format", "trl", rows, out, "--force")
+    assert "refused 1 row:\n" in run.stdout and f"in full:\n  {rows}:1: " in run.stdout
+
+
 def test_import_keeps_wide_score_gaps(tmp_path, inside):
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
@@ -234,7 +247,7 @@ def test_import_keeps_wide_score_gaps(tmp_path, inside):
     rows.write_text("\n".join(json.dumps({**row, **some}) for some in scores))
     run = inside("import", "--format", "trl", rows, out, "--min_score_gap", 4)
     assert run.returncode == 0 and len(out.read_text().splitlines()) == 1
-    assert "dropped 1 pairs with a score gap below 4" in run.stdout and "dropped 1 pairs without scores" in run.stdout
+    assert "dropped 1 pair with a score gap below 4" in run.stdout and "dropped 1 pair without scores" in run.stdout
     run = inside("import", "--format", "trl", rows, out, "--force", "--min_score_gap", 40)
     assert run.returncode == 1 and "no pairs are left" in run.stdout and len(out.read_text().splitlines()) == 1
 
