@@ -30,7 +30,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) 
 
     out: the default is report.html in the run's folder. For several runs it is in their common parent folder, or in the current
     folder if they have different parents. A missing or broken file is named on the page. Raises ValueError if no folder is given,
-    one is given twice, does not exist or holds no run, or if `out` exists and is not a report; OSError if writing fails.
+    one is given twice, does not exist or holds no run, or if `out` cannot be a new report; OSError if writing fails.
     """
     folders = [Path(folder) for folder in run_dirs]
     _check(folders)
@@ -81,9 +81,16 @@ def _check(folders: Sequence[Path]) -> None:
 
 
 def _check_target(target: Path) -> None:
-    """Raises UserError if `target` is a folder or exists and is not a report: --out may name the wrong file by mistake."""
+    """Raises UserError if `target` is a folder, its folder is missing, or it exists and is not a report.
+
+    --out may name the wrong file by mistake.
+    """
     if target.is_dir():
         raise UserError(f"the page cannot be written to {target}: it is a folder, give a file name")
+    if not target.parent.is_dir():
+        if target.parent.exists():
+            raise UserError(f"{target.parent} is not a folder: name another file with --out")
+        raise UserError(f"the folder {target.parent} does not exist: make it, or name another file with --out")
     if target.exists() and not (target.suffix.lower() in (".html", ".htm") and _is_report(target)):
         raise UserError(
             f"{target} exists and is not a report of synpo-fast: remove it, or name another file with --out"

@@ -390,7 +390,12 @@ def test_mistakes_in_the_call(run, tmp_path, capsys):
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "nowhere is not a folder" in capsys.readouterr().err
     assert main(["report", str(run), "--out", str(tmp_path / "no" / "such" / "page.html")]) == 2
-    assert "No such file" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"the folder {tmp_path / 'no' / 'such'} does not exist: make it, or name another file" in said
+    assert "partial" not in said
+    (tmp_path / "a.txt").touch()
+    assert main(["report", str(run), "--out", str(tmp_path / "a.txt" / "page.html")]) == 2
+    assert f"{tmp_path / 'a.txt'} is not a folder: name another file with --out" in capsys.readouterr().err
     assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
     assert str(tmp_path / "page.html") in capsys.readouterr().out and not list(tmp_path.glob("*.partial"))
 
