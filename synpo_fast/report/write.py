@@ -55,7 +55,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "runs", metavar="DIR", nargs="+", type=Path, help="output_dir of a run; several runs are compared"
     )
-    parser.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in DIR, or in the DIRs' parent")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="default: report.html in DIR; several runs: in the folder that they share, otherwise in the current folder",
+    )
     arguments = parser.parse_args(argv)
     try:
         file = write_report(arguments.runs, arguments.out)

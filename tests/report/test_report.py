@@ -317,6 +317,16 @@ def test_several_runs_stand_side_by_side(run, tmp_path):
     assert len(colours) == 2
 
 
+def test_runs_of_different_folders_have_their_page_in_the_current_one(run, tmp_path, monkeypatch, capsys):
+    other = make_run(tmp_path / "elsewhere" / "second", num_steps=2)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["report", str(run), str(other)]) == 0
+    assert (tmp_path / "elsewhere" / "report.html").is_file()
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    assert "in the folder that they share, otherwise in the current folder" in " ".join(capsys.readouterr().out.split())
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path):
     folders = [make_run(tmp_path / name / "out", rows=[step_row(1, 1)]) for name in ("a", "b", "c")]
     page = report(*folders, out=tmp_path / "page.html")
