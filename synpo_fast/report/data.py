@@ -123,8 +123,11 @@ def _read_config(run: RunRecord) -> None:
     run.config_text = text
     try:
         content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        content = None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1})" if mark is not None else ""
+        run.problems.append(f"config.yaml cannot be parsed as YAML{place}: no option is known")
+        return
     if isinstance(content, dict):
         run.config = {str(name): value for name, value in content.items()}
     else:
