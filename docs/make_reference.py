@@ -259,6 +259,8 @@ def field_parameters(node: ast.ClassDef) -> Iterator[str]:
 
 ITEM = re.compile(r"(?P<names>\w+(?: \[[^\]]*\]| bool)*(?:, \w+(?: \[[^\]]*\]| bool)*)*): (?P<text>.*)")
 
+NAME = re.compile(r"(\w+)((?: \[[^\]]*\]| bool)*)")  # a name, and its shape or type
+
 
 def markdown(docstring: str) -> str:
     """Returns a docstring as Markdown: lines `name: text` become a list, indented blocks are unchanged."""
@@ -272,7 +274,7 @@ def markdown(docstring: str) -> str:
             in_item = False
             lines.append("")
         elif item and indent <= 4:
-            names = re.sub(r"(?:(?<=^)|(?<=, ))(\w+)", r"`\1`", item["names"])
+            names = NAME.sub(r"`\1`\2", item["names"])
             lines += [*([] if in_item else [""]), f"- {names}: {escaped(item['text'])}"]
             in_item = True
         elif in_item and indent:

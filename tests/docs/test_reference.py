@@ -79,6 +79,7 @@ def test_a_docstring_as_markdown():
             first, second [N]: tensors,
                 of one shape.
             third: a `plain*word`.
+            fourth [B, 2], fifth bool: more.
         Raises ValueError for <2.
 
             a formula
@@ -90,6 +91,7 @@ def test_a_docstring_as_markdown():
         - `first`, `second` [N]: tensors,
           of one shape.
         - `third`: a `plain*word`.
+        - `fourth` [B, 2], `fifth` bool: more.
 
         Raises ValueError for \\<2.
 
