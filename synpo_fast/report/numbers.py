@@ -126,7 +126,12 @@ def compared_markup(runs: Sequence[RunRecord]) -> str:
 
 
 def differences_markup(runs: Sequence[RunRecord]) -> str:
-    """A table of the options whose values differ between the runs."""
+    """A table of the options whose values differ between the runs. A run without a config is left out, and a note says so."""
+    unknown = [escape(run.name) for run in runs if not run.config]
+    note = f'<p class="note">Left out, because no options are known: {", ".join(unknown)}.</p>' if unknown else ""
+    runs = [run for run in runs if run.config]
+    if len(runs) < 2:
+        return f'<p class="note">Nothing to compare.</p>{note}'
     names = list({name: None for run in runs for name in run.config})
     rows = []
     for name in names:
@@ -134,8 +139,8 @@ def differences_markup(runs: Sequence[RunRecord]) -> str:
         if len(set(values)) > 1:
             rows.append([escape(name), *map(escape, values)])
     if not rows:
-        return '<p class="note">None: the configs are identical.</p>'
-    return table_card(["option", *(escape(run.name) for run in runs)], rows, "several")
+        return f'<p class="note">None: the configs are identical.</p>{note}'
+    return table_card(["option", *(escape(run.name) for run in runs)], rows, "several") + note
 
 
 def as_text(value: Any) -> str:

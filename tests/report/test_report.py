@@ -317,6 +317,24 @@ def test_several_runs_stand_side_by_side(run, tmp_path):
     assert len(colours) == 2
 
 
+@pytest.mark.parametrize("content", [None, "- a\n", "a: [1, {\n"])
+def test_a_run_without_a_config_is_no_difference(run, tmp_path, content):
+    other = make_run(tmp_path / "second", num_steps=2, learning_rate=1e-4)
+    third = make_run(tmp_path / "third", num_steps=2)
+    (third / "config.yaml").unlink()
+    if content is not None:
+        (third / "config.yaml").write_text(content)
+    for folders, said in [
+        ([run, other, third], "learning_rate 2e-05 0.0001"),
+        ([run, third], "Nothing to compare."),
+    ]:
+        text = report(*folders, out=tmp_path / "page.html").text
+        differing = text[text.rindex("Config differences") :]
+        differing = differing[: differing.index(" Charts ")]
+        assert said in differing and "warmup_ratio" not in differing and "not set" not in differing
+        assert "Left out, because no options are known: third." in differing
+
+
 def test_runs_of_different_folders_have_their_page_in_the_current_one(run, tmp_path, monkeypatch, capsys):
     other = make_run(tmp_path / "elsewhere" / "second", num_steps=2)
     monkeypatch.chdir(tmp_path / "elsewhere")
