@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -123,6 +124,26 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         lines.append("  ".join([*cells, row[-1]]).rstrip())
     return "\n".join(lines)
+
+
+def read_record(parser: argparse.ArgumentParser, file: Path, *, script: str, part: Callable[[Any], Any]) -> dict[str, Any]:
+    """The JSON that a script wrote with --json. Any other file ends the program through parser.error: one line, status 2.
+
+    part: gives what will be used of the record; an error or an empty value means that another script wrote it.
+    """
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(f"{file} cannot be read: {error.strerror or error}")
+    except ValueError:
+        parser.error(f"{file} is not JSON: give a file that benchmarks/{script} wrote with --json")
+    try:
+        found = record["environment"] and part(record)
+    except (KeyError, TypeError):
+        found = None
+    if not found:
+        parser.error(f"{file} holds nothing to draw: give a file that benchmarks/{script} wrote with --json")
+    return record
 
 
 def write_json(path: str | Path, record: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 if __package__ in (None, ""):  # started by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from benchmarks.head.shapes import find_shapes
 from synpo_fast.ops.linear_logprobs import triton_kernels, triton_launch
 from synpo_fast.ops.linear_logprobs.problem import make_problem
 from synpo_fast.ops.pair_loss import triton_kernels as pair_kernels
@@ -248,11 +249,17 @@ def main() -> None:
     parser.add_argument(
         "--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_MEMORY), help="compute capabilities"
     )
-    parser.add_argument("--shapes", nargs="+", default=list(MODEL_SHAPES), metavar="DxV", help="shapes of the head")
+    parser.add_argument("--shapes", nargs="+", default=list(MODEL_SHAPES), metavar="DxV", help="shapes of the head, as kernels.py takes them")
     parser.add_argument("--rows", type=int, default=4096, help="rows of hidden states")
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     options = parser.parse_args()
-    reports = [report for arch in options.arch for report in compile_all(arch, options.shapes, options.rows)]
+    try:
+        shapes = [f"{shape.D}x{shape.V}" for shape in find_shapes(options.shapes)]
+    except ValueError as error:
+        parser.error(str(error))
+    if options.rows < 1:
+        parser.error(f"--rows must be at least 1, not {options.rows}")
+    reports = [report for arch in options.arch for report in compile_all(arch, shapes, options.rows)]
     print(f"{'kernel':34} {'arch':>4} {'tile':24} {'warps':>5} {'regs':>4} {'spill':>6} {'shared':>7}  matrix")
     for r in reports:
         matrix = ", ".join(f"{count} {name}" for name, count in r.matrix_instructions.items())

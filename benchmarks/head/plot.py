@@ -9,7 +9,6 @@ overview: one picture per shape, with one line per provider: the same time ratio
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 if __package__ in (None, ""):  # started by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from benchmarks.common import format_bytes, format_seconds
+from benchmarks.common import format_bytes, format_seconds, read_record
 from benchmarks.head.providers import FLOOR
 from benchmarks.pictures import OURS_COLOUR, PEER_COLOUR, QUIET, clean_axes, machine_line, prepare_folder, spread_labels
 
@@ -208,7 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures")
     parser.add_argument("--kind", choices=["cases", "overview"], default="cases", help="see above")
     args = parser.parse_args(argv)
-    for path in plot(json.loads(args.file.read_text()), args.out, args.kind):
+    record = read_record(parser, args.file, script="kernels.py", part=lambda r: [case["shape"] for case in r["cases"]])
+    for path in plot(record, args.out, args.kind):
         print(f"wrote {path}")
     return 0
 

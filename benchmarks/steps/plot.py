@@ -9,7 +9,6 @@ predicted from its passes, and its memory. sweep-<name>.png: the speed-up along 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any
 if __package__ in (None, ""):  # started by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from benchmarks.common import format_bytes, format_seconds
+from benchmarks.common import format_bytes, format_seconds, read_record
 from benchmarks.pictures import OURS_COLOUR, PEER_COLOUR, QUIET, clean_axes, machine_line, prepare_folder, spread_labels
 from benchmarks.steps import BASELINE, GAINS
 from benchmarks.steps.cost import tokens_only_limit
@@ -45,6 +44,13 @@ def plot(record: dict[str, Any], folder: Path) -> list[Path]:
     for sweep in record.get("sweeps", []):
         paths.append(_sweep(sweep, machine, folder / f"sweep-{sweep['name']}.png"))
     return paths
+
+
+def _measured_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that plot draws. Raises KeyError or TypeError if throughput.py did not write the record."""
+    points = [point for sweep in record.get("sweeps", []) for point in sweep["points"]]
+    rows = [row for run in [*record.get("runs", [])[:1], *points] for row in run["rows"]]
+    return [row for row in rows if row["ratio"] is not None] if record["baseline"] else []
 
 
 def workload_line(workload: dict[str, Any]) -> str:
@@ -233,7 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="JSON of throughput.py")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures")
     args = parser.parse_args(argv)
-    for path in plot(json.loads(args.file.read_text()), args.out):
+    record = read_record(parser, args.file, script="throughput.py", part=_measured_rows)
+    for path in plot(record, args.out):
         print(f"wrote {path}")
     return 0
 

@@ -48,6 +48,36 @@ def test_a_script_starts_by_path_from_any_folder(script):
     assert "--" in help_of(script)
 
 
+MISTAKES = {
+    "steps/plot.py nope.json": "nope.json cannot be read: No such file",
+    "steps/plot.py kernels.json": "kernels.json holds nothing to draw: give a file that benchmarks/throughput.py wrote",
+    "steps/plot.py prefix_sharing.json": "prefix_sharing.json holds nothing to draw",
+    "steps/plot.py demo.json": "demo.json holds nothing to draw",
+    "steps/plot.py decode.png": "decode.png is not JSON",
+    "head/plot.py nope.json": "nope.json cannot be read: No such file",
+    "head/plot.py decode.json": "decode.json holds nothing to draw: give a file that benchmarks/kernels.py wrote with --json",
+    "head/plot.py throughput.json": "throughput.json holds nothing to draw",
+    "head/plot.py pairs.json": "pairs.json holds nothing to draw",
+    "head/compiled_code.py --shapes foo": "unknown shape 'foo': give DxV",
+    "head/compiled_code.py --rows 0": "--rows must be at least 1, not 0",
+}
+
+
+@pytest.mark.parametrize("call", MISTAKES)
+def test_a_mistake_in_a_call_is_one_line(call, tmp_path):
+    script, *arguments = call.split()
+    if script.endswith("compiled_code.py"):
+        pytest.importorskip("triton", reason="it compiles with triton")
+    else:
+        arguments += ["--out", str(tmp_path / "pictures")]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments], cwd=BENCHMARKS / "results" / "cpu",
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and MISTAKES[call] in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
 DOCUMENTS = [
     ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", BENCHMARKS / "gpu_check.sh", BENCHMARKS / "README.md",
     *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "synpo_fast").rglob("*.md")),
