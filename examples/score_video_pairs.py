@@ -45,7 +45,18 @@ def main() -> None:
     parser.add_argument("--worse", default="A man cooks.")
     options = parser.parse_args()
 
-    policy = load(options.model, options.adapter)
+    for name in ("prompt", "better", "worse"):
+        if not getattr(options, name).strip():
+            parser.error(f"--{name} is empty: give a text")
+    if options.adapter is not None and not Path(options.adapter, "adapter_config.json").is_file():
+        parser.error(f"--adapter {options.adapter} holds no adapter_config.json: give the folder of a saved adapter")
+    try:
+        print_scores(options)
+    except (ValueError, OSError) as error:  # such as a video that cannot be read, or an unknown model
+        parser.error(str(error))
+
+
+def print_scores(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         video = options.video or write_clip(
             Path(folder) / "clip.mp4", codec="h264", num_frames=16, width=64, height=64, fps=8
@@ -56,6 +67,7 @@ def main() -> None:
         _, info = decode_frames(video, indices=[0])
         frames, _ = decode_frames(video, indices=[0, info.num_frames // 2, info.num_frames - 1])
         from_frames = Pair(options.prompt, options.better, options.worse, video=frames, id="frames")
+        policy = load(options.model, options.adapter)
         with torch.no_grad():  # without this line the log-probs have gradients, for training
             scored = score_pairs(policy, [from_path, from_frames])
     for pair, (better, worse) in zip((from_path, from_frames), scored, strict=True):

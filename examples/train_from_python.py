@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-2)
     options = parser.parse_args()
+    if options.output_dir is not None and options.manifest is None and (options.output_dir / "data").exists():
+        parser.error(f"{options.output_dir} holds the data of an earlier run: give another --output_dir")
 
     output_dir = options.output_dir or Path(tempfile.mkdtemp(prefix="synpo_fast-"))
     manifest = options.manifest or make_data(output_dir / "data")

@@ -116,6 +116,36 @@ def test_train_from_python_and_score_with_its_adapter(tmp_path):
     assert scores(printed, "after") != pytest.approx(scores(printed, "before"), abs=1e-2)
 
 
+@pytest.mark.parametrize(
+    "name, arguments, said",
+    [
+        (
+            "train_from_python",
+            ["--output_dir", "made"],
+            "made holds the data of an earlier run: give another --output_dir",
+        ),
+        ("score_video_pairs", ["--video", "nope.mp4"], "nope.mp4: there is no such file"),
+        ("score_video_pairs", ["--video", "text.mp4"], "text.mp4: cannot be decoded"),
+        ("score_video_pairs", ["--worse", ""], "--worse is empty: give a text"),
+        ("score_video_pairs", ["--better", "A man cooks."], "are the same text"),
+        ("score_video_pairs", ["--adapter", "nope"], "--adapter nope holds no adapter_config.json"),
+        ("score_video_pairs", ["--adapter", "made"], "--adapter made holds no adapter_config.json"),
+        ("score_video_pairs", ["--model", "./nope"], "model_name_or_path='./nope': there is no such folder"),
+    ],
+)
+def test_a_mistake_in_a_call_is_one_line(name, arguments, said, tmp_path, monkeypatch, capsys):
+    if name == "train_from_python":
+        pytest.importorskip("deepspeed", reason="the trainer needs it")
+        pytest.importorskip("peft", reason="the trainer makes an adapter")
+    (tmp_path / "made" / "data").mkdir(parents=True)
+    (tmp_path / "text.mp4").write_text("not a video")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        loaded(name).main()
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
 def scores(printed: str, when: str) -> tuple[float, float]:
     found = re.search(rf"^{when}: chosen (\S+), rejected (\S+)$", printed, re.MULTILINE)
     assert found, printed
