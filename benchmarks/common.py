@@ -126,7 +126,9 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def read_record(parser: argparse.ArgumentParser, file: Path, *, script: str, part: Callable[[Any], Any]) -> dict[str, Any]:
+def read_record(
+    parser: argparse.ArgumentParser, file: Path, *, script: str, part: Callable[[Any], Any]
+) -> dict[str, Any]:
     """The JSON that a script wrote with --json. Any other file ends the program through parser.error: one line, status 2.
 
     part: gives what will be used of the record; an error or an empty value means that another script wrote it.

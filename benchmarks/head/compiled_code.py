@@ -249,7 +249,13 @@ def main() -> None:
     parser.add_argument(
         "--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_MEMORY), help="compute capabilities"
     )
-    parser.add_argument("--shapes", nargs="+", default=list(MODEL_SHAPES), metavar="DxV", help="shapes of the head, as kernels.py takes them")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=list(MODEL_SHAPES),
+        metavar="DxV",
+        help="shapes of the head, as kernels.py takes them",
+    )
     parser.add_argument("--rows", type=int, default=4096, help="rows of hidden states")
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     options = parser.parse_args()

@@ -157,7 +157,12 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _show_progress(done: int, total: int) -> None:
-    print(f"\rchecked {done} of {_counted(total, 'video')}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    print(
+        f"\rchecked {done} of {_counted(total, 'video')}",
+        end="\n" if done == total else "",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def report_text(report: CheckReport) -> str:

@@ -205,7 +205,9 @@ def test_import_then_check(tmp_path, inside):
     assert inside("check", out).returncode == 0
 
 
-@pytest.mark.parametrize("form", ["itself", "relative", "OUT links to IN", "IN links to OUT", "in a folder", "in a split"])
+@pytest.mark.parametrize(
+    "form", ["itself", "relative", "OUT links to IN", "IN links to OUT", "in a folder", "in a split"]
+)
 def test_an_import_never_overwrites_its_input(tmp_path, inside, form):
     folder = tmp_path / "rows"
     folder.mkdir()
