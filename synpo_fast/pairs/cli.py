@@ -13,7 +13,7 @@ from synpo_fast.data.row_folders import named_split
 from synpo_fast.errors import UserError
 from synpo_fast.pairs.check import CheckReport, check_manifest, histogram
 from synpo_fast.pairs.importers import IMPORTERS, ImportOptions, ImportResult, detect_format, import_pairs
-from synpo_fast.terminal.printable import printable, printable_line
+from synpo_fast.terminal.printable import counted, printable, printable_line
 
 SHOWN = 20
 BAR_WIDTH = 40
@@ -84,15 +84,15 @@ def _import(arguments: argparse.Namespace) -> int:
     if name == "auto":
         name = detect_format(arguments.source, options)
     result = import_pairs(arguments.source, name, options)
-    print(f"read {_counted(result.num_rows, 'row')} as {name}: {_counted(len(result.pairs), 'pair')}")
+    print(f"read {counted(result.num_rows, 'row')} as {name}: {counted(len(result.pairs), 'pair')}")
     _print_refusals(result)
     pairs = result.pairs
     if arguments.min_score_gap is not None:
         chosen = filter_by_score_gap(pairs, arguments.min_score_gap)
         pairs = chosen.kept
-        print(f"dropped {_counted(chosen.below, 'pair')} with a score gap below {arguments.min_score_gap:g}")
+        print(f"dropped {counted(chosen.below, 'pair')} with a score gap below {arguments.min_score_gap:g}")
         if chosen.without_scores:
-            print(f"dropped {_counted(chosen.without_scores, 'pair')} without scores")
+            print(f"dropped {counted(chosen.without_scores, 'pair')} without scores")
     if result.refused and not arguments.allow_bad:
         print("wrote nothing: rows were refused, and --allow_bad was not given")
         return PROBLEMS
@@ -100,7 +100,7 @@ def _import(arguments: argparse.Namespace) -> int:
         print("wrote nothing: no pairs are left")
         return PROBLEMS
     write_manifest(arguments.target, pairs)
-    print(f"wrote {_counted(len(pairs), 'pair')} to {printable(arguments.target)}")
+    print(f"wrote {counted(len(pairs), 'pair')} to {printable(arguments.target)}")
     return CLEAN
 
 
@@ -117,21 +117,16 @@ def _check_target(source: Path, target: Path, *, force: bool) -> None:
         raise UserError(f"OUT must end in .jsonl, got {target}")
 
 
-def _counted(count: int, noun: str) -> str:
-    """The count with its noun: "1 row", "2 rows"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def _print_refusals(result: ImportResult) -> None:
     if result.refused:
-        print(f"refused {_counted(len(result.refused), 'row')}:")
+        print(f"refused {counted(len(result.refused), 'row')}:")
         for reason, count in result.reasons.most_common():
             print(f"  {count:6d}  {printable_line(reason)}")
         print(f"the first {SHOWN} of them:" if len(result.refused) > SHOWN else "in full:")
         for row in result.refused[:SHOWN]:
             print(f"  {printable_line(row)}")
     if result.unused_keys:
-        unused = ", ".join(f"{key} ({_counted(count, 'row')})" for key, count in sorted(result.unused_keys.items()))
+        unused = ", ".join(f"{key} ({counted(count, 'row')})" for key, count in sorted(result.unused_keys.items()))
         print(f"not used: {printable_line(unused)}")
 
 
@@ -158,7 +153,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _show_progress(done: int, total: int) -> None:
     print(
-        f"\rchecked {done} of {_counted(total, 'video')}",
+        f"\rchecked {done} of {counted(total, 'video')}",
         end="\n" if done == total else "",
         file=sys.stderr,
         flush=True,
@@ -166,13 +161,13 @@ def _show_progress(done: int, total: int) -> None:
 
 
 def report_text(report: CheckReport) -> str:
-    rows, pairs = _counted(report.num_rows, "row"), _counted(report.num_pairs, "pair")
+    rows, pairs = counted(report.num_rows, "row"), counted(report.num_pairs, "pair")
     lines = [f"{printable_line(report.file)}: {rows}, {pairs}"]
     train = "trains" if report.num_sft == 1 else "train"
     text_pairs = "is a text pair" if report.num_text_pairs == 1 else "are text pairs"
     lines.append(f"  {report.num_sft} {train} on chosen alone, {report.num_text_pairs} {text_pairs}")
     seen = "all checked" if report.videos_checked else "not checked: give --video_root"
-    lines.append(f"  {_counted(report.num_videos, 'different video')}, {seen}")
+    lines.append(f"  {counted(report.num_videos, 'different video')}, {seen}")
     if report.words:
         lines.append("words" + "".join(f"{name:>8}" for name in next(iter(report.words.values()))))
         for name, quantiles in report.words.items():
@@ -180,7 +175,7 @@ def report_text(report: CheckReport) -> str:
     if report.chosen_longer is not None:
         lines.append(f"chosen is longer than rejected in {report.chosen_longer:.1%} of pairs")
     if report.score_gaps:
-        lines.append(f"score gap, chosen minus rejected, of {_counted(len(report.score_gaps), 'pair')}")
+        lines.append(f"score gap, chosen minus rejected, of {counted(len(report.score_gaps), 'pair')}")
         bins = histogram(report.score_gaps)
         most = max(count for _, _, count in bins)
         for low, high, count in bins:
