@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.train import run_in_group
 from synpo_fast.training.engine import start_distributed, stop_distributed
@@ -16,4 +18,5 @@ if __name__ == "__main__":
     for values in json.loads(Path(file).read_text()):
         config = TrainConfig(**values)
         run_in_group(config, start_distributed(config))
+    dist.barrier()  # gloo can abort a process whose peer leaves the group first
     stop_distributed()
