@@ -41,7 +41,7 @@ def advice(bad: Sequence[BadPair]) -> str:
 
 
 def remedies(saver: Saver) -> str:
-    """What to do about the options that are why pairs could not be used; "" if one of the pairs has another reason."""
+    """Names the remedy for each option that made pairs unusable; "" if one of the pairs has another reason."""
     found: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(found, {_remedy_for(bad) for bad in saver.first_bad(sys.maxsize)})
     every = set().union(*found)
