@@ -17,6 +17,7 @@ from pathlib import Path
 from synpo_fast.data.manifest import ManifestError, read_manifest_rows
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.text_markers import CONTROL, TAGS, any_of, marked_pairs, special_tokens
+from synpo_fast.terminal.printable import counted
 
 QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 CLIP_SLACK_S = 0.1  # a clip may end this long after its video: times in a manifest are often rounded
@@ -88,7 +89,7 @@ def check_manifest(
     if video_root is not None:
         report.videos_checked = True
         durations, unusable = _probe_videos(list(users), Path(video_root), decode, num_workers, progress)
-        reasons = [f"{name}: {reason} ({_pairs(len(users[name]))})" for name, reason in unusable.items()]
+        reasons = [f"{name}: {reason} ({counted(len(users[name]), 'pair')})" for name, reason in unusable.items()]
         findings += [Finding("videos that cannot be used", reasons), _clips_past_the_end(pairs, durations)]
     report.findings = [finding for finding in findings if finding.count]
     return report
@@ -185,10 +186,6 @@ def _plain(text: str) -> str:
 
 def _ids(group: list[Pair]) -> str:
     return ", ".join(pair.id for pair in group)
-
-
-def _pairs(count: int) -> str:
-    return f"{count} pair" if count == 1 else f"{count} pairs"
 
 
 def _users_of_videos(pairs: list[Pair]) -> dict[str, list[str]]:

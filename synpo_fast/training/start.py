@@ -102,6 +102,7 @@ def train_in_group(
 
     write_report: writes the HTML report of the run's folder and returns its file. Called at the end if config.report is set.
     """
+    assert not config.profile, "train.run_in_group measures in place of training"
     stopper = stopper or Stopper()
     check_options_for_device(device, config)
     loaders: list[PairLoader] = []
@@ -126,7 +127,7 @@ def _lock_output_folder(config: TrainConfig) -> Iterator[Start]:
     try:
         start = on_rank_zero(prepare)
         for folder, problem in start.broken if dist.get_rank() == 0 else ():
-            logger.warning("passing over %s: %s", folder, problem)
+            logger.warning("skipping %s: %s", folder, problem)
         for note in start.notes:
             say(note)
         yield start
