@@ -40,7 +40,9 @@ DEFAULT = {"cpu": _CPU, "cuda": tuple(name for name in _CPU if name not in ("lig
 _COMPILED = Computes("given", "per token", "all", "2 / 3", "exact", "fp32, in one product")
 _RECOMPUTED = Computes("given", "per token", "a chunk of rows", "3 / 4", "exact", "fp32 or the head's dtype")
 _CCE = Computes("valid", "per token", "none", "3 / 4", "small ones skipped", "the hidden states' dtype")
-_OURS = Computes("valid", "per token", "none", "2 / 3, or 4 above a memory bound", "exact", "fp32")
+_OURS = Computes(
+    "valid", "per token", "none; trainable: exponentials up to a bound", "2 / 3, or 4 above the bound", "exact", "fp32"
+)
 _BY_NAME: dict[str, Computes] = {
     "gemm-floor": Computes("valid", "nothing to check", "all", "2 / 3", "-", "fp32, in one product"),
     "eager-all-rows": replace(_COMPILED, rows="all"),
@@ -61,7 +63,7 @@ _BY_NAME: dict[str, Computes] = {
     "quack": Computes(
         "given", "a scalar; per token from inside", "a chunk of rows / all", "2 / 3", "exact", "fp32, in one product"
     ),
-    "synpo-chunked": replace(_OURS, logits="a chunk of rows"),
+    "synpo-chunked": replace(_OURS, logits="a chunk of rows; trainable: exponentials up to a bound"),
     "synpo-native": _OURS,
     "synpo-triton": _OURS,
     "synpo-reference": replace(_COMPILED, rows="valid"),
