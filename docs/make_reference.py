@@ -78,7 +78,7 @@ PUBLIC = (
         "Losses as functions of token log-probs. [synpo_fast/losses](../synpo_fast/losses/README.md) has formulas and options.",
         (
             "preference_loss", "PairLogprobs", "PairLogprobs.from_pairs", "PairLogprobs.from_padded", "PairLogprobs.from_sums",
-            "LossOutput", "AuxiliaryNLL", "LOSSES", "LossSpec", "check_options",
+            "LossOutput", "AuxiliaryNLL", "LOSSES", "LossSpec", "spec_of", "check_options", "wpo_weights",
             "synpo", "synpo_token_coefficients", "dpo", "simpo", "orpo", "cpo", "nll",
         ),
     ),

@@ -30,6 +30,7 @@ class PairLogprobs:
     chosen_offsets, rejected_offsets [P+1]: int32 or int64, starting at 0.
     ground_truth [Ng], ground_truth_offsets [P+1]: for an `AuxiliaryNLL` on the ground truth.
     preference [P] bool: False skips the preference term of that pair; None means all True.
+    weights [P]: factors of the pairs' preference terms, without grad (see wpo.py); None means all 1. An NLL is not multiplied.
 
     Raises ValueError on shapes, dtypes or devices that do not match. For CPU tensors it also raises ValueError on offsets
     that do not cover the tokens and on an empty response in a pair that is compared.
@@ -42,6 +43,7 @@ class PairLogprobs:
     ground_truth: Tensor | None = None
     ground_truth_offsets: Tensor | None = None
     preference: Tensor | None = None
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_ragged("chosen", self.chosen, self.chosen_offsets)
@@ -58,6 +60,13 @@ class PairLogprobs:
                 raise ValueError(
                     f"preference is {mask.dtype} of shape {tuple(mask.shape)} on {mask.device}, expected bool of shape "
                     f"({self.num_pairs},) on {self.device}"
+                )
+        if self.weights is not None:
+            w = self.weights
+            if not w.is_floating_point() or w.shape != (self.num_pairs,) or w.device != self.device or w.requires_grad:
+                raise ValueError(
+                    f"weights are {w.dtype} of shape {tuple(w.shape)} on {w.device}{' with grad' * w.requires_grad}, expected "
+                    f"floating point of shape ({self.num_pairs},) on {self.device} without grad"
                 )
         _check_not_empty("chosen", self.chosen_offsets, self.preference)
         _check_not_empty("rejected", self.rejected_offsets, self.preference)
@@ -148,7 +157,9 @@ def preference_output(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
 ) -> LossOutput:
-    """Builds the LossOutput from values per pair [P]: masks the pairs that are not compared and computes the metrics."""
+    """Builds the LossOutput from values per pair [P]: weighs and masks them, and computes the metrics."""
+    if policy.weights is not None:
+        losses = losses * policy.weights.to(losses.dtype)
     with torch.no_grad():
         chosen_nll = -segment_sum(policy.chosen, policy.chosen_offsets).sum()
     return masked_output(

@@ -3,6 +3,9 @@
 Everything between pairs and loss happens in this one forward, because DeepSpeed (like DDP) only synchronises what goes through
 its own forward, and because a head sharded by ZeRO-3 can only be read in there.
 
+A row of a manifest is one pair or, with several responses, as many pairs as it has comparisons. Each response runs once, and its
+log-probs are repeated for every comparison that uses it, so a row and its comparisons as separate rows have equal losses.
+
 The loss is a sum over the micro-batch's pairs times `scale`. With scale = world_size / (pairs of the whole step, on all ranks)
 and gradients that DeepSpeed averages over ranks, a step's gradient is that of the mean over all its pairs, however they were
 split into micro-batches and over ranks.
@@ -12,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,9 @@ from torch import Tensor, nn
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.errors import UserError
-from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss
+from synpo_fast.losses import AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss, wpo_weights
 from synpo_fast.losses.metric_sums import metric_sums
+from synpo_fast.losses.weighted_sum import SFT
 from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.models.shared_features import shared_video_features
 from synpo_fast.ops.host_copy import to_device
@@ -36,7 +39,7 @@ class PairModule(nn.Module):
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         super().__init__()
         self.policy = policy
-        self.loss_type, self.options = config.loss_type, loss_options(config)
+        self.loss_type, self.options = config.loss_type, config.applied_loss_options
         self.share_prefix = config.share_prefix
         self.encodes_once = True  # policy and reference share one pass of a frozen tower
         self.auxiliary: AuxiliaryNLL | None = None
@@ -79,14 +82,26 @@ class PairModule(nn.Module):
         sent = to_device(places, self.policy.device)
         return [[sent[i, j] for j in range(len(each))] for i, each in enumerate(logps)]
 
-    def loss_of_logps(self, pairs: Sequence[EncodedPair], logps: Logps, reference: Logps | None) -> LossOutput:
-        """The loss of each pair, from token log-probs in the layout of the samples' responses."""
-        if self.loss_type == "sft":
+    def loss_of_logps(
+        self,
+        pairs: Sequence[EncodedPair],
+        logps: Logps,
+        reference: Logps | None,
+        log_sum_sq_probs: Logps | None = None,
+    ) -> LossOutput:
+        """The loss of each pair, from token log-probs in the layout of the samples' responses.
+
+        log_sum_sq_probs: in the same layout, for the weights of WPO; without it no pair is weighed (see wpo.py).
+        """
+        if self.loss_type == SFT:
             # SynPO on pairs that are all marked "sft" is the NLL of the chosen responses.
             return preference_loss("synpo", pair_logprobs(pairs, logps, all_sft=True))
         ref = None if reference is None else pair_logprobs(pairs, reference)
+        policy, weights = pair_logprobs(pairs, logps), None
+        if log_sum_sq_probs is not None:
+            weights = wpo_weights(policy, pair_logprobs(pairs, log_sum_sq_probs))
         return preference_loss(
-            self.loss_type, pair_logprobs(pairs, logps), ref, auxiliary=self.auxiliary, **self.options
+            self.loss_type, policy, ref, auxiliary=self.auxiliary, pair_weights=weights, **self.options
         )
 
     def _sums(self, pairs: Sequence[EncodedPair], output: LossOutput) -> Sums:
@@ -94,35 +109,37 @@ class PairModule(nn.Module):
             """A scalar filled on the device: a tensor made from a host number would be copied, and the host would wait for it."""
             return torch.full((), float(value), device=output.losses.device)
 
-        chosen = sum(len(pair.sample.responses[0]) for pair in pairs)
-        rejected = sum(len(pair.sample.responses[1]) for pair in pairs if pair.preference)
-        prompt = sum(len(pair.sample.prompt) for pair in pairs)
-        tokens = {"chosen_tokens": chosen, "rejected_tokens": rejected}
+        lengths = [[len(response) for response in pair.sample.responses] for pair in pairs]
+        each = list(zip(pairs, lengths, strict=True))
+        tokens = {  # per comparison, as the loss sees them
+            "chosen_tokens": sum(length[better] for pair, length in each for better in pair.better),
+            "rejected_tokens": sum(length[worse] for pair, length in each for _, worse in pair.comparisons),
+        }
         sums = metric_sums(output, {name: number(n) for name, n in tokens.items()})
         sums["loss"] = output.losses.sum().float()
-        sums["pairs"] = number(len(pairs))
-        sums["tokens"] = number(prompt + chosen + rejected)
+        sums["pairs"] = number(sum(pair.num_pairs for pair in pairs))
+        truths = sum(length[pair.ground_truth] for pair, length in each if pair.ground_truth is not None)
+        sums["tokens"] = number(sum(len(pair.sample.prompt) + sum(length) for pair, length in each) - truths)
         return sums
 
 
-def loss_options(config: TrainConfig) -> dict[str, Any]:
-    """The loss options that were set. An NLL inside a loss is averaged per pair unless nll_reduce is set: a mean over a
-    micro-batch's tokens would make the loss depend on how a step is split."""
-    has_nll = config.loss_type in LOSSES and LOSSES[config.loss_type].has_nll
-    return {"nll_reduce": "token_mean", **config.loss_options} if has_nll else config.loss_options
-
-
 def pair_logprobs(pairs: Sequence[EncodedPair], logps: Logps, *, all_sft: bool = False) -> PairLogprobs:
-    """Converts the log-probs of each response of each pair to the flat tensors that losses read."""
-    couples, truths, preference = [], [], []
+    """Converts the log-probs of each response of each row to the flat tensors that losses read: one pair per comparison.
+
+    all_sft: the loss reads only the better response of each comparison."""
+    couples: list[tuple[Tensor, Tensor]] = []
+    truths, preference = [], []
     for pair, responses in zip(pairs, logps, strict=True):
         compared = pair.preference and not all_sft
-        couples.append((responses[0], responses[1] if compared else responses[0][:0]))
-        preference.append(compared)
-        if pair.has_ground_truth:
-            truths.append(responses[-1])
-    if truths and len(truths) != len(pairs):
-        raise UserError(f"{len(pairs) - len(truths)} of {len(pairs)} pairs of a micro-batch have no ground truth")
+        better = [responses[index] for index in pair.better]
+        worse = [responses[index] for _, index in pair.comparisons] if compared else [each[:0] for each in better]
+        couples += zip(better, worse, strict=True)
+        preference += [compared] * len(better)
+        if pair.ground_truth is not None:
+            truths += [responses[pair.ground_truth]] * len(better)
+    if truths and len(truths) != len(couples):
+        without = sum(pair.ground_truth is None for pair in pairs)
+        raise UserError(f"{without} of {len(pairs)} pairs of a micro-batch have no ground truth")
     return PairLogprobs.from_pairs(
         couples, ground_truth=truths or None, preference=None if all(preference) else preference
     )
