@@ -43,6 +43,9 @@ AMPERE = Chip(108, operations=0.71 * 312e12 / 108, memory=0.9 * 2e12 / 108, cloc
 SMALL_TILE = 0.85
 FILL = 1500  # assumption: cycles from the first load of a tile to the first operation, about 1 microsecond
 LAUNCH = 3e-6  # assumption: seconds from the end of a kernel to the first tile of the next one
+ROW = (
+    2e-6 / 16
+)  # assumption: seconds that a program for one row occupies a multiprocessor, which runs 16 of them at a time
 EXPOSED = 0.1  # assumption: part of the overlapped memory traffic that still delays a product
 
 # Cycles per element of a tile outside the product's loop: instructions of a warp * warps / (4 schedulers * elements), at one
@@ -136,7 +139,9 @@ def forward_time(
     blocks, strips = ceil_div(num_rows, cut.rows), ceil_div(vocabulary, cut.columns)
     settled = 8 * num_rows * ceil_div(vocabulary, config.logits.columns)
     rows = num_rows * dim * (4 * element_size + 4 * cut.splits)  # copied, read again, finished; partial sums
-    return seconds + (blocks * (strips + 1) + 1) * LAUNCH + (settled + rows) / (chip.memory * programs)
+    seconds += (blocks * (strips + 1) + 1) * LAUNCH + (settled + rows) / (chip.memory * programs)
+    # Preparing has a program for each row, settling one for each row and strip, finishing one for each row and block.
+    return seconds + (1 + strips + blocks) * num_rows * ROW / programs
 
 
 def backward_products(
