@@ -8,6 +8,7 @@ that the table is up to date.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,13 +21,16 @@ from synpo_fast.ops.linear_logprobs.triton_config import cut_forward, cut_weight
 from synpo_fast.ops.linear_logprobs.triton_time_model import (
     backward_products,
     backward_time,
+    ceil_div,
     forward_products,
     forward_time,
+    kept_time,
     occupancy,
 )
 
 TABLE = Path(__file__).resolve().parents[1] / "results/predicted/triton_head.md"
 CHIPS = {"H200": 90, "B200": 100}
+KEPT_BYTES = 2 * 2**30  # the default of keep_bytes on a GPU
 ROWS = (512, 1024, 2048, 4096, 8192, 16384)
 INTRODUCTION = """\
 # Predicted times of the Triton head
@@ -37,11 +41,12 @@ INTRODUCTION = """\
 - forward: log-probs and direction, 4NDV; all there is with a frozen head. rows x sums: rows of a block, and partial sums;
   strip: vocabulary columns at a time; filled: tile slots of both products that hold a tile.
 - head: the weight's gradient with recomputed logits, 4NDV.
+- kept: forward and the weight's gradient where the exponentials of all rows fit 2 GiB, 6NDV; a block has all columns.
 - x bare: predicted time over that of the two products alone at the model's rate ({rates}).
 """
 HEADER = (
-    "| GPU | D x V | N | rows x sums | strip | forward ms | TFLOP/s | x bare | filled | head strip | ms | x bare | filled |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+    "| GPU | D x V | N | rows x sums | strip | forward ms | TFLOP/s | x bare | filled | head strip | ms | x bare | filled "
+    "| kept ms | x bare |\n" + "|---" * 15 + "|\n"
 )
 
 
@@ -54,11 +59,17 @@ def row(name: str, shape: Shape, num_rows: int) -> str:
     forward, backward = forward_time(*problem, cut, programs), backward_time(*problem, columns, programs)
     filled = occupancy(list(forward_products(*problem, cut, programs)), programs)
     filled_backward = occupancy(list(backward_products(*problem, columns)), programs)
-    cells = [
+    cells: list[object] = [
         name, f"{shape.D} x {shape.V}", num_rows, f"{cut.rows} x {cut.splits}", cut.columns, f"{1e3 * forward:.2f}",
         f"{operations / forward / 1e12:.0f}", f"{forward * rate / operations:.2f}", f"{filled:.1%}",
         columns, f"{1e3 * backward:.2f}", f"{backward * rate / operations:.2f}", f"{filled_backward:.1%}",
     ]  # fmt: skip
+    if 2 * num_rows * shape.V <= KEPT_BYTES:
+        whole = ceil_div(shape.V, config.logits.columns) * config.logits.columns
+        seconds = kept_time(*problem, replace(cut, columns=whole), programs)
+        cells += [f"{1e3 * seconds:.2f}", f"{seconds * rate / (1.5 * operations):.2f}"]
+    else:
+        cells += ["", ""]
     return "| " + " | ".join(str(cell) for cell in cells) + " |\n"
 
 

@@ -106,16 +106,6 @@ def cut_forward(
     return Cut(min(cut.rows, num_rows), cut.columns, cut.splits)
 
 
-def cut_kept(
-    num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, num_programs: int
-) -> Cut:
-    """One block with all columns, for rows whose exponentials are kept. Its partial sums take at most a tenth of their memory."""
-    columns = ceil_div(vocabulary, config.logits.columns) * config.logits.columns
-    most = max(1, min(MOST_SPLITS, columns * element_size // 10 // (dim * 4)))
-    cuts = [Cut(num_rows, columns, splits) for splits in range(1, most + 1)]
-    return min(cuts, key=lambda cut: forward_time(num_rows, dim, vocabulary, element_size, config, cut, num_programs))
-
-
 def cut_weight_grad(
     num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, num_programs: int | None = None
 ) -> int:

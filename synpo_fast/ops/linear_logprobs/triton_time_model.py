@@ -162,6 +162,19 @@ def backward_products(
         yield Product("weight_grad", strips, grads, tiles, num_rows, WEIGHT_GRAD, 0, traffic)
 
 
+def kept_time(
+    num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, cut: Cut, programs: int
+) -> float:
+    """Seconds of forward and head's gradient, 6NDV, where the exponentials of all rows are kept: one block with all columns."""
+    tile = config.weight_grad
+    row_tiles = ceil_div(vocabulary, tile.rows)
+    tiles, x = row_tiles * ceil_div(dim, tile.columns), num_rows * dim * element_size
+    traffic = ceil_div(row_tiles, tile.group) * x + vocabulary * (num_rows + dim) * element_size
+    gradient = Product("weight_grad", 1, tile, tiles, num_rows, WEIGHT_GRAD, 0, traffic)
+    forward = forward_time(num_rows, dim, vocabulary, element_size, config, cut, programs)
+    return forward + product_time(gradient, config.chip, programs)
+
+
 def backward_time(
     num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, columns: int, programs: int
 ) -> float:
