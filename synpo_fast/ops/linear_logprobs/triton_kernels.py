@@ -180,6 +180,8 @@ def _settle_rows_kernel(
         sums = tl.load(tile_sum + t * num_rows + r, mask=t < TILES, other=0.0)
         after = tl.maximum(before, tl.max(used, 0))
         total = tl.load(others + n) * tl.exp(before - after) + tl.sum(sums * tl.exp(used - after), 0)
+        # One thread stores what every warp has loaded, and every warp branches on its own load below.
+        tl.debug_barrier()
         tl.store(others + n, total)
         tl.store(top + n, after)
         if KEEP:
