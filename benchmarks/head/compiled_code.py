@@ -107,11 +107,11 @@ def record_launches(
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     }
-    capability, programs = triton_launch._capability, triton_launch._num_programs
+    capability, programs = triton_launch.capability, triton_launch._num_programs
     try:
         for (module, name), kernel in kernels.items():
             setattr(module, name, _Recorder(kernel, launches))
-        triton_launch._capability = lambda device: arch  # type: ignore[assignment]
+        triton_launch.capability = lambda device: arch  # type: ignore[assignment]
         triton_launch._num_programs = lambda device: MULTIPROCESSORS[arch]  # type: ignore[assignment]
         hidden = torch.empty(num_rows, dim, dtype=dtype, device="meta")
         weight = torch.empty(vocabulary, dim, dtype=dtype, device="meta")
@@ -137,7 +137,7 @@ def record_launches(
         for kind in {dtype, torch.float32}:  # the families' processors return fp32
             video_patches_forward(frames, (448, 784), (0.5,) * 3, (0.5,) * 3, Packing(14, 2, 2), kind)
     finally:
-        triton_launch._capability, triton_launch._num_programs = capability, programs
+        triton_launch.capability, triton_launch._num_programs = capability, programs
         for (module, name), kernel in kernels.items():
             setattr(module, name, kernel)
     return launches

@@ -48,8 +48,8 @@ def fused_linear_logprobs(
         rows: one index per label into the flattened hidden rows; an index may repeat and its gradients add up. Without
             it labels and hidden have the same leading shape.
         logit_scale, softcap: logits are multiplied by logit_scale, then softcap * tanh(logits / softcap).
-        backend: "reference", "chunked", "native" (CPU) or "triton" (GPU); None picks triton for CUDA tensors, native for
-            CPU tensors, and chunked where those are not available.
+        backend: "reference", "chunked", "native" (CPU) or "triton" (GPU); None picks triton for CUDA tensors (but chunked
+            for fp32 unless torch allows tf32), native for CPU tensors, and chunked where those are not available.
 
     hidden, weight and bias receive gradients if they require them. If none does, only half the work is done.
 
@@ -115,7 +115,9 @@ def choose_backend(hidden: Tensor, wanted: str | None) -> str:
     if wanted is None and device not in ("cpu", "cuda"):
         return "chunked"
     candidate = wanted or ("triton" if device == "cuda" else "native")
-    reason = _why_impossible(candidate, device, hidden.dtype)
+    if wanted is None and candidate == "triton" and _belongs_to_cublas(hidden.dtype):
+        return "chunked"
+    reason = _why_impossible(candidate, hidden.device, hidden.dtype)
     if reason is None:
         return candidate
     if wanted is not None:
@@ -125,9 +127,16 @@ def choose_backend(hidden: Tensor, wanted: str | None) -> str:
     return "chunked"
 
 
-def _why_impossible(backend: str, device: str, dtype: torch.dtype) -> str | None:
+def _belongs_to_cublas(dtype: torch.dtype) -> bool:
+    """True for full fp32. It has no matrix instructions, and Triton's tiles of fused multiply-adds spill registers."""
+    from synpo_fast.ops.linear_logprobs import triton_support
+
+    return dtype == torch.float32 and not triton_support.tf32_allowed()
+
+
+def _why_impossible(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if backend == "native":
-        return native.reason_unusable(device, dtype)
+        return native.reason_unusable(device.type, dtype)
     from synpo_fast.ops.linear_logprobs import triton_support
 
     return triton_support.reason_unusable(device, dtype)

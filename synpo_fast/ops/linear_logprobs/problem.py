@@ -143,7 +143,7 @@ def _way_out_of_wrapper(name: str, tensor: Tensor) -> str:
     if hasattr(tensor, "full_tensor"):
         return (
             f"{name} is a {kind}, sharded over processes: gather it inside the forward of the module that holds it "
-            f"({name}.full_tensor()), or call the op inside the forward of the model that FSDP or DeepSpeed wraps, where it is whole"
+            f"({name}.full_tensor()), or read it inside the forward of the model that FSDP or DeepSpeed wraps, where it is whole"
         )
     return f"{name} is a {kind}, which has no memory of its own: pass a plain tensor, such as {name}.dequantize()"
 

@@ -26,7 +26,7 @@ from synpo_fast.ops.linear_logprobs.triton_config import (
     cut_weight_grad,
     kernel_config,
 )
-from synpo_fast.ops.linear_logprobs.triton_support import interpreting
+from synpo_fast.ops.linear_logprobs.triton_support import capability, interpreting, tf32_allowed
 
 
 @functools.cache
@@ -39,16 +39,7 @@ def _num_programs(device: torch.device) -> int:
 
 def _config(problem: Problem, weight: Tensor) -> KernelConfig:
     simple = problem.softcap is None and _tma_fits(weight)
-    return kernel_config(problem.hidden.dtype, _capability(problem.hidden.device), simple=simple)
-
-
-@functools.cache
-def _capability(device: torch.device) -> int:
-    """Compute capability as 80, 90, 100, ...; 0 where kernels are interpreted."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return kernel_config(problem.hidden.dtype, capability(problem.hidden.device), simple=simple)
 
 
 def _limit(dtype: torch.dtype) -> float:
@@ -58,7 +49,7 @@ def _limit(dtype: torch.dtype) -> float:
 
 def _precision(dtype: torch.dtype) -> str:
     """Input precision of fp32 products: tf32 if torch allows it, otherwise full fp32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
 def _block_dim(dim: int) -> int:
