@@ -1,6 +1,6 @@
 """Compiles every Triton kernel of the package ahead of time, without a GPU, and reports the resources it uses.
 
-    python benchmarks/head/compiled_code.py [--arch 80 90 100] [--shapes 3584x152064 ...] [--rows 4096] [--json FILE]
+    python benchmarks/head/compiled_code.py [--arch 80 90 100] [--shapes 3584x152064 ...] [--dtype tf32] [--rows 4096] [--json FILE]
 
 The launch code runs on tensors without storage, so the kernels are compiled exactly as for a GPU: with the same tiles,
 strides, divisibility and options. The table shows each kernel's registers, spilled bytes, shared memory and matrix instructions.
@@ -220,10 +220,12 @@ def compile_launch(launch: Launch, arch: int, shape: str) -> Report:
     )
 
 
-def compile_all(arch: int, shapes: list[str], num_rows: int, dtype: torch.dtype = torch.bfloat16) -> list[Report]:
+def compile_all(
+    arch: int, shapes: list[str], num_rows: int, dtype: torch.dtype = torch.bfloat16, kernels: list[str] | None = None
+) -> list[Report]:
     """One report for each specialisation, over many rows and few, with and without bias and softcap.
 
-    Shapes that share a specialisation are listed in its report.
+    Shapes that share a specialisation are listed in its report. kernels: names of those to compile; None means all.
     """
     reports: dict[str, Report] = {}
     for shape in shapes:
@@ -233,6 +235,7 @@ def compile_all(arch: int, shapes: list[str], num_rows: int, dtype: torch.dtype 
             for softcap in (None, 30.0)
             for rows in (num_rows, 256)
             for launch in record_launches(dim, vocabulary, rows, dtype, arch, softcap)
+            if kernels is None or launch.kernel.__name__ in kernels
         ]
         for launch in launches:
             source = source_of(launch)
@@ -256,6 +259,8 @@ def main() -> None:
         metavar="DxV",
         help="shapes of the head, as kernels.py takes them",
     )
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32", "tf32"])
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="names of the kernels to compile; default: all")
     parser.add_argument("--rows", type=int, default=4096, help="rows of hidden states")
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     options = parser.parse_args()
@@ -265,7 +270,12 @@ def main() -> None:
         parser.error(str(error))
     if options.rows < 1:
         parser.error(f"--rows must be at least 1, not {options.rows}")
-    reports = [report for arch in options.arch for report in compile_all(arch, shapes, options.rows)]
+    if options.dtype == "tf32":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    dtype = torch.float32 if options.dtype == "tf32" else getattr(torch, options.dtype)
+    reports = [
+        report for arch in options.arch for report in compile_all(arch, shapes, options.rows, dtype, options.kernels)
+    ]
     print(f"{'kernel':34} {'arch':>4} {'tile':24} {'warps':>5} {'regs':>4} {'spill':>6} {'shared':>7}  matrix")
     for r in reports:
         matrix = ", ".join(f"{count} {name}" for name, count in r.matrix_instructions.items())

@@ -8,8 +8,6 @@ import torch
 
 from synpo_fast.ops.linear_logprobs.problem import FLOAT_DTYPES
 
-FIRST_CAPABILITY = 80  # the first generation with matrix instructions for bf16 and tf32, and asynchronous copies
-
 
 @functools.cache
 def _installed() -> bool:
@@ -39,7 +37,7 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def reason_unusable(device: torch.device, dtype: torch.dtype) -> str | None:
+def reason_unusable(device: str, dtype: torch.dtype) -> str | None:
     """The reason why the Triton backend cannot work on such tensors, or None if it can."""
     if not _installed():
         return "triton is not installed; `pip install synpo-fast[gpu]`"
@@ -49,13 +47,6 @@ def reason_unusable(device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype == torch.bfloat16:
             return "Triton's interpreter computes bfloat16 products wrongly; use float32 or float16 there"
         return None
-    if device.type not in ("cuda", "meta"):
+    if device not in ("cuda", "meta"):
         return f"it works on CUDA tensors, hidden is on {device}"
-    # Tensors without values can be on a device that this machine lacks.
-    if device.type == "cuda" and torch.cuda.device_count() > 0 and capability(device) < FIRST_CAPABILITY:
-        found = capability(device)
-        return (
-            f"it needs a GPU of compute capability {FIRST_CAPABILITY / 10} or above, {device} has {found / 10}; "
-            "compiled for older ones the kernels spill 10 to 15 KB of registers per thread"
-        )
     return None
