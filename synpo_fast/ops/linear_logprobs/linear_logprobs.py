@@ -139,7 +139,7 @@ def _why_impossible(backend: str, device: torch.device, dtype: torch.dtype) -> s
         return native.reason_unusable(device.type, dtype)
     from synpo_fast.ops.linear_logprobs import triton_support
 
-    return triton_support.reason_unusable(device.type, dtype)
+    return triton_support.reason_unusable(device.type, dtype) or triton_support.reason_too_old(device)
 
 
 @functools.cache

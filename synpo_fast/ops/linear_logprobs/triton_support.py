@@ -8,6 +8,8 @@ import torch
 
 from synpo_fast.ops.linear_logprobs.problem import FLOAT_DTYPES
 
+FIRST_CAPABILITY = 80  # the first generation with matrix instructions for bf16 and tf32, and asynchronous copies
+
 
 @functools.cache
 def _installed() -> bool:
@@ -50,3 +52,14 @@ def reason_unusable(device: str, dtype: torch.dtype) -> str | None:
     if device not in ("cuda", "meta"):
         return f"it works on CUDA tensors, hidden is on {device}"
     return None
+
+
+def reason_too_old(device: torch.device) -> str | None:
+    """The reason why the products of this op cannot run on a GPU of an early generation, or None if they can."""
+    # Tensors without values can be on a device that this machine lacks.
+    if device.type != "cuda" or torch.cuda.device_count() == 0 or capability(device) >= FIRST_CAPABILITY:
+        return None
+    return (
+        f"it needs a GPU of compute capability {FIRST_CAPABILITY / 10} or above, {device} has {capability(device) / 10}; "
+        "compiled for older ones the kernels spill 10 to 15 KB of registers per thread"
+    )

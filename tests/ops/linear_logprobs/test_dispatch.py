@@ -72,3 +72,14 @@ def test_fp32_on_a_gpu_goes_to_cublas_unless_tf32_is_allowed(gpu_of, monkeypatch
         assert linear_logprobs.choose_backend(on_gpu(torch.float32), "triton") == "triton"
         for dtype in (torch.bfloat16, torch.float16):
             assert linear_logprobs.choose_backend(on_gpu(dtype), None) == "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_generations_before_ampere_fall_back_with_a_warning(gpu_of, dtype):
+    gpu_of(7, 5)
+    with pytest.warns(UserWarning, match=r"'chunked', not 'triton': .*capability 8\.0 or above, cuda:0 has 7\.5"):
+        assert linear_logprobs.choose_backend(on_gpu(dtype), None) == "chunked"
+    with pytest.raises(ValueError, match=r"backend='triton' cannot be used here: .*8\.0 or above, cuda:0 has 7\.5"):
+        linear_logprobs.choose_backend(on_gpu(dtype), "triton")
+    gpu_of(8, 0)
+    assert linear_logprobs.choose_backend(on_gpu(dtype), None) == "triton"
