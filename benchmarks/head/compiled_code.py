@@ -1,6 +1,6 @@
 """Compiles every Triton kernel of the package ahead of time, without a GPU, and reports the resources it uses.
 
-    python benchmarks/head/compiled_code.py [--arch 80 90 100] [--shapes 3584x152064 ...] [--dtype tf32] [--rows 4096] [--json FILE]
+    python benchmarks/head/compiled_code.py [--arch 80 90 100] [--shapes 3584x152064 ...] [--dtype tf32] [--json FILE]
 
 The launch code runs on tensors without storage, so the kernels are compiled exactly as for a GPU: with the same tiles,
 strides, divisibility and options. The table shows each kernel's registers, spilled bytes, shared memory and matrix instructions.
@@ -14,6 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -95,11 +98,9 @@ class _Recorder:
         return launch
 
 
-def record_launches(
-    dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, arch: int, softcap: float | None = None
-) -> list[Launch]:
-    """Records all launches: scoring without gradients, training steps with frozen and trainable head, the pair loss, and
-    the preparation of a video for the tower."""
+@contextmanager
+def recording(arch: int) -> Iterator[list[Launch]]:
+    """Within it, the package's Triton launchers record their launches, as for a GPU of this compute capability."""
     launches: list[Launch] = []
     kernels = {
         (module, name): kernel
@@ -113,34 +114,56 @@ def record_launches(
             setattr(module, name, _Recorder(kernel, launches))
         triton_launch.capability = lambda device: arch  # type: ignore[assignment]
         triton_launch._num_programs = lambda device: MULTIPROCESSORS[arch]  # type: ignore[assignment]
-        hidden = torch.empty(num_rows, dim, dtype=dtype, device="meta")
-        weight = torch.empty(vocabulary, dim, dtype=dtype, device="meta")
-        labels = torch.empty(num_rows, dtype=torch.int64, device="meta")
-        problem = make_problem(
-            hidden,
-            weight,
-            labels,
-            bias=weight.new_empty(vocabulary) if softcap else None,
-            rows=None,
-            logit_scale=1.0,
-            softcap=softcap,
-            ignore_index=-100,
-        )
-        triton_launch.linear_logprobs_forward(problem, False)
-        saved = triton_launch.linear_logprobs_forward(problem, True)
-        triton_launch.linear_logprobs_backward(problem, saved[0], *saved, (True, True, False))
-        triton_launch.linear_logprobs_kept_on_gpu(problem).gradients(saved[0], False)
-        offsets = torch.empty(9, dtype=torch.int64, device="meta")
-        for mask in (None, torch.empty(num_rows, dtype=torch.bool, device="meta")):
-            synpo_pair_loss_forward(saved[0], offsets, offsets, mask, 30.0, 0.2, False)
-        frames = torch.empty(15, 1080, 1920, 3, dtype=torch.uint8, device="meta")
-        for kind in {dtype, torch.float32}:  # the families' processors return fp32
-            video_patches_forward(frames, (448, 784), (0.5,) * 3, (0.5,) * 3, Packing(14, 2, 2), kind)
+        yield launches
     finally:
         triton_launch.capability, triton_launch._num_programs = capability, programs
         for (module, name), kernel in kernels.items():
             setattr(module, name, kernel)
+
+
+def launch_linear_logprobs(
+    dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, softcap: float | None, device: str
+) -> Tensor:
+    """Launches scoring without gradients and training steps with frozen and trainable head. Returns the log-probs."""
+    hidden = torch.empty(num_rows, dim, dtype=dtype, device=device)
+    weight = torch.empty(vocabulary, dim, dtype=dtype, device=device)
+    labels = torch.empty(num_rows, dtype=torch.int64, device=device)
+    problem = make_problem(
+        hidden,
+        weight,
+        labels,
+        bias=weight.new_empty(vocabulary) if softcap else None,
+        rows=None,
+        logit_scale=1.0,
+        softcap=softcap,
+        ignore_index=-100,
+    )
+    triton_launch.linear_logprobs_forward(problem, False)
+    saved = triton_launch.linear_logprobs_forward(problem, True)
+    triton_launch.linear_logprobs_backward(problem, saved[0], *saved, (True, True, False))
+    triton_launch.linear_logprobs_kept_on_gpu(problem).gradients(saved[0], False)
+    return saved[0]
+
+
+def record_launches(
+    dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, arch: int, softcap: float | None = None
+) -> list[Launch]:
+    """Records all launches: those of launch_linear_logprobs, the pair loss, and the preparation of a video for the tower."""
+    with recording(arch) as launches:
+        logps = launch_linear_logprobs(dim, vocabulary, num_rows, dtype, softcap, "meta")
+        offsets = torch.empty(9, dtype=torch.int64, device="meta")
+        for mask in (None, torch.empty(num_rows, dtype=torch.bool, device="meta")):
+            synpo_pair_loss_forward(logps, offsets, offsets, mask, 30.0, 0.2, False)
+        frames = torch.empty(15, 1080, 1920, 3, dtype=torch.uint8, device="meta")
+        for kind in {dtype, torch.float32}:  # the families' processors return fp32
+            video_patches_forward(frames, (448, 784), (0.5,) * 3, (0.5,) * 3, Packing(14, 2, 2), kind)
     return launches
+
+
+def specialisation(launch: Launch) -> str:
+    """A name for what Triton compiles: launches that share it share their machine code."""
+    source = source_of(launch)
+    return f"{launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
 
 
 def source_of(launch: Launch) -> ASTSource:
@@ -157,7 +180,8 @@ def source_of(launch: Launch) -> ASTSource:
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = f"*{POINTERS[value.dtype]}"
-            attributes[(index,)] = divisible
+            if special and value.data_ptr() % 16 == 0:
+                attributes[(index,)] = divisible
         elif hasattr(value, "block_shape"):
             signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, int):
@@ -238,8 +262,7 @@ def compile_all(
             if kernels is None or launch.kernel.__name__ in kernels
         ]
         for launch in launches:
-            source = source_of(launch)
-            key = f"{launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
+            key = specialisation(launch)
             if key not in reports:
                 reports[key] = compile_launch(launch, arch, shape)
             elif shape not in reports[key].shapes:

@@ -7,6 +7,9 @@ Exponentials are exp(z - t_n) with a reference t_n that starts at the target's l
 maximum only if it holds a logit more than LIMIT above the reference, and only then _settle_rows_kernel rescales the row's
 earlier sums to the new reference. bf16 and fp32 keep their relative precision from e^-60 to e^60, so this loses no precision,
 and in ordinary data no partial sum is rescaled. The target itself is excluded from every sum.
+
+Arguments that follow the number of rows are not specialised: otherwise Triton would compile a kernel again for a length of 1, for
+a multiple of 16, or for a pointer off a 16-byte boundary.
 """
 
 import triton
@@ -61,7 +64,7 @@ def _load_tile(source, row, column, stride, num_rows, num_columns, TMA: tl.const
         return tl.load(source + r[:, None].to(tl.int64) * stride + c[None, :], mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["labels", "rows", "num_hidden"])
 def _prepare_rows_kernel(
     hidden, weight, bias, labels, rows, place, num_hidden, V, D, hidden_stride, weight_stride, logit_scale, softcap,
     ignore_index, compact, label_out, target_out, top_out, others_out,
@@ -117,7 +120,7 @@ def _logits_tile(
     return _bounded_logit(raw, logit_scale, softcap, HAS_SOFTCAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "first_row", "num_rows"])
 def _exp_logits_forward_kernel(
     x, w, bias, labels, top, exponentials, tile_top, tile_sum, count, first_row, num_rows, first_column, strip_columns,
     V, D, weight_stride, logit_scale, softcap, num_programs,
@@ -164,11 +167,10 @@ def _exp_logits_forward_kernel(
                 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "first_row", "num_rows", "tiles", "splits"])
 def _settle_rows_kernel(
-    top, others, tile_top, tile_sum, exponentials, totals, count, first_row, num_rows, strip_columns, D,
-    KEEP: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    top, others, tile_top, tile_sum, exponentials, totals, count, first_row, num_rows, strip_columns, D, tiles, splits,
+    KEEP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds the strip's sums to each row's total; if a tile raised the reference, rescales the row's earlier results."""
     r = tl.program_id(0)
@@ -176,8 +178,8 @@ def _settle_rows_kernel(
     if n < tl.load(count).to(tl.int32):
         t = tl.arange(0, BLOCK_T)
         before = tl.load(top + n)
-        used = tl.load(tile_top + t * num_rows + r, mask=t < TILES, other=float("-inf"))
-        sums = tl.load(tile_sum + t * num_rows + r, mask=t < TILES, other=0.0)
+        used = tl.load(tile_top + t * num_rows + r, mask=t < tiles, other=float("-inf"))
+        sums = tl.load(tile_sum + t * num_rows + r, mask=t < tiles, other=0.0)
         after = tl.maximum(before, tl.max(used, 0))
         total = tl.load(others + n) * tl.exp(before - after) + tl.sum(sums * tl.exp(used - after), 0)
         # One thread stores what every warp has loaded, and every warp branches on its own load below.
@@ -187,12 +189,12 @@ def _settle_rows_kernel(
         if KEEP:
             if after > before:
                 shrink = tl.exp(before - after)
-                for split in range(SPLITS):
+                for split in range(splits):
                     for begin in range(0, D, BLOCK_D):
                         d = begin + tl.arange(0, BLOCK_D)
                         at = totals + (split * num_rows + r).to(tl.int64) * D + d
                         tl.store(at, tl.load(at, mask=d < D, other=0.0) * shrink, mask=d < D)
-                for tile in range(TILES):
+                for tile in range(tiles):
                     factor = tl.exp(tl.load(tile_top + tile * num_rows + r) - after)
                     if factor != 1.0:
                         v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -201,21 +203,26 @@ def _settle_rows_kernel(
                         tl.store(at, e.to(exponentials.dtype.element_ty), mask=v < strip_columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "first_row", "num_rows", "splits"])
 def _weighted_rows_kernel(
-    exponentials, w, totals, count, first_row, num_rows, first_column, strip_columns, V, D, weight_stride, num_programs,
-    FIRST: tl.constexpr, SPLITS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    exponentials, w, totals, count, first_row, num_rows, first_column, strip_columns, V, D, weight_stride, splits,
+    num_programs, FIRST: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Adds exponentials x W of one strip to totals. The strip's columns are split into SPLITS parts, each with its own sum."""
+    """Adds exponentials x W of one strip to totals. The strip's columns are split into `splits` parts, each with its own sum.
+
+    SPLIT: there is more than one part. Without that knowledge the common case of one part would spill registers on sm_90.
+    """
+    if not SPLIT:
+        splits = 1
     valid = tl.minimum(tl.load(count).to(tl.int32) - first_row, num_rows)
     row_tiles = tl.cdiv(valid, BLOCK_N)
     column_tiles = tl.cdiv(D, BLOCK_D)
     width = tl.minimum(strip_columns, V - first_column)
-    part = tl.cdiv(width, SPLITS * BLOCK_V) * BLOCK_V
-    for index in tl.range(tl.program_id(0), row_tiles * column_tiles * SPLITS, num_programs):
-        split = index % SPLITS
-        row_tile, column_tile = _tile_of(index // SPLITS, row_tiles, column_tiles, GROUP)
+    part = tl.cdiv(width, splits * BLOCK_V) * BLOCK_V
+    for index in tl.range(tl.program_id(0), row_tiles * column_tiles * splits, num_programs):
+        split = index % splits
+        row_tile, column_tile = _tile_of(index // splits, row_tiles, column_tiles, GROUP)
         row = row_tile * BLOCK_N
         d = column_tile * BLOCK_D
         r = row + tl.arange(0, BLOCK_N)
@@ -234,11 +241,11 @@ def _weighted_rows_kernel(
         tl.store(at, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["position_labels", "first_row", "num_rows", "splits"])
 def _finish_rows_kernel(
     weight, position_labels, labels, place, target, top, others, totals, logps, normalisers, direction,
-    exponentials, first_row, num_rows, strip_columns, D, weight_stride, logit_scale, softcap, ignore_index,
-    KEEP: tl.constexpr, KEEP_ALL: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+    exponentials, first_row, num_rows, strip_columns, D, splits, weight_stride, logit_scale, softcap, ignore_index,
+    KEEP: tl.constexpr, KEEP_ALL: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes log-prob, normaliser (t, sum) and direction (1 - p) z' W[y] - sum of p_v z'_v W[v] of each valid row of a block.
 
@@ -270,13 +277,13 @@ def _finish_rows_kernel(
                     d = begin + tl.arange(0, BLOCK_D)
                     w = tl.load(weight + label * weight_stride + d, mask=d < D, other=0.0).to(tl.float32)
                     pulled = tl.zeros([BLOCK_D], tl.float32)
-                    for split in range(SPLITS):
+                    for split in range(splits):
                         pulled += tl.load(totals + (split * num_rows + r) * D + d, mask=d < D, other=0.0)
                     result = toward * w - away * pulled
                     tl.store(direction + n * D + d, result.to(direction.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["grad_logps", "grad_stride", "labels"])
 def _scale_rows_backward_kernel(
     grad_logps, grad_stride, direction, labels, place, out, D, ignore_index, BLOCK_D: tl.constexpr
 ):
@@ -291,7 +298,7 @@ def _scale_rows_backward_kernel(
         tl.store(out + position * D + d, tl.where(counted, c * x, 0.0).to(out.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "num_rows"])
 def _logit_grads_backward_kernel(
     x, w, bias, labels, normalisers, misses, coefficients, logit_grads, column_sums, count, num_rows, first_column, strip_columns,
     V, D, weight_stride, logit_scale, softcap, num_programs,
@@ -338,7 +345,7 @@ def _logit_grads_backward_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _weight_grad_backward_kernel(
     logit_grads, x, grad_weight, peak, count, first_column, strip_columns, V, D, num_programs,
     TMA: tl.constexpr, PRECISION: tl.constexpr,

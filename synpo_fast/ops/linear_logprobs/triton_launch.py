@@ -84,7 +84,7 @@ class _Rows:
         self.count = self.place[-1:]
         self.hidden = torch.zeros(num_labels, dim, dtype=hidden.dtype, device=hidden.device)
         self.labels = torch.zeros_like(problem.labels)
-        self.target, self.top, self.others = torch.zeros(3, num_labels, dtype=torch.float32, device=hidden.device)
+        self.target, self.top, self.others = _vectors(3, num_labels, hidden.device).zero_()
         kernels._prepare_rows_kernel[(num_labels,)](
             hidden, weight, problem.bias, problem.labels, problem.rows, self.place,
             hidden.shape[0], weight.shape[0], dim, hidden.stride(0), weight.stride(0),
@@ -98,6 +98,11 @@ class _Rows:
         """Reorders [N] from the order of the labels: values of valid rows first, then zeros."""
         slot = torch.where(self.kept, self.place - 1, values.shape[0])
         return values.new_zeros(values.shape[0] + 1).scatter_(0, slot, values)[:-1]
+
+
+def _vectors(number: int, length: int, device: torch.device) -> Tensor:
+    """Uninitialised fp32 [number, length]; each vector starts on a 16-byte boundary, or Triton would compile for each length."""
+    return torch.empty(number, -(-length // 4) * 4, dtype=torch.float32, device=device)[:, :length]
 
 
 def _head(weight: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Ten
     if keep_all and problem.bias is not None:
         exponentials.zero_()  # the bias gradient sums over all rows, including the unused ones after the valid rows
     totals = torch.empty(cut.splits, kept_rows, dim, dtype=torch.float32, device=device)
-    tile_top, tile_sum = torch.empty(2, tiles, cut.rows, dtype=torch.float32, device=device)
+    tile_top, tile_sum = _vectors(2, tiles * cut.rows, device)
     tma = config.copy_engine and _tma_fits(rows.hidden, weight) and (not want_direction or _tma_fits(exponentials))
 
     x, w = (
@@ -163,24 +168,24 @@ def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Ten
             )  # fmt: skip
             kernels._settle_rows_kernel[(block,)](
                 rows.top, rows.others, tile_top, tile_sum, exponentials, totals, rows.count,
-                first_row, block, columns, dim,
-                KEEP=want_direction, TILES=used, BLOCK_T=triton.next_power_of_2(tiles),
-                BLOCK_V=config.logits.columns, BLOCK_D=_block_dim(dim), SPLITS=cut.splits if first_column else 0,
+                first_row, block, columns, dim, used, cut.splits if first_column else 0,
+                KEEP=want_direction, BLOCK_T=triton.next_power_of_2(whole // config.logits.columns),
+                BLOCK_V=config.logits.columns, BLOCK_D=_block_dim(dim),
             )  # fmt: skip
             if want_direction:
                 kernels._weighted_rows_kernel[(programs,)](
                     e_in, w_in, totals, rows.count, first_row, block, first_column, columns, vocabulary, dim,
-                    weight.stride(0), programs,
-                    FIRST=first_column == 0, SPLITS=cut.splits, TMA=tma, PRECISION=_precision(dtype),
+                    weight.stride(0), cut.splits, programs, FIRST=first_column == 0,
+                    SPLIT=cut.splits > 1, TMA=tma, PRECISION=_precision(dtype),
                     BLOCK_N=config.weighted.rows, BLOCK_D=config.weighted.columns, BLOCK_V=config.weighted.depth,
                     GROUP=config.weighted.group, **_options(config.weighted),
                 )  # fmt: skip
         # The valid rows of this block are not read again, so their directions overwrite them.
         kernels._finish_rows_kernel[(num_labels,)](
             weight, problem.labels, rows.labels, rows.place, rows.target, rows.top, rows.others, totals,
-            logps, normalisers, rows.hidden, exponentials, first_row, block, columns, dim, weight.stride(0),
+            logps, normalisers, rows.hidden, exponentials, first_row, block, columns, dim, cut.splits, weight.stride(0),
             problem.logit_scale, problem.softcap or 0.0, problem.ignore_index,
-            KEEP_ALL=keep_all, SPLITS=cut.splits, BLOCK_D=_block_dim(dim), **shape,
+            KEEP_ALL=keep_all, BLOCK_D=_block_dim(dim), **shape,
         )  # fmt: skip
     direction = rows.hidden if want_direction else rows.hidden.new_empty(0, dim)
     return logps, normalisers, direction, exponentials
