@@ -3,7 +3,7 @@
 The kernels work on compacted rows: valid rows come first in a [N, D] copy. The number of valid rows stays on the device, so
 dropping ignored rows needs no synchronisation. Row tiles beyond that number are never visited.
 
-Exponentials are exp(z - t_n) with a reference t_n that starts at the target's logit and changes lazily. A tile uses its own
+Exponentials are exp(z - t_n) with a reference t_n that starts at the target's logit (below it by `headroom`) and changes lazily. A tile uses its own
 maximum only if it holds a logit more than LIMIT above the reference, and only then _settle_rows_kernel rescales the row's
 earlier sums to the new reference. bf16 and fp32 keep their relative precision from e^-60 to e^60, so this loses no precision,
 and in ordinary data no partial sum is rescaled. The target itself is excluded from every sum.
@@ -67,11 +67,12 @@ def _load_tile(source, row, column, stride, num_rows, num_columns, TMA: tl.const
 @triton.jit(do_not_specialize=["labels", "rows", "num_hidden"])
 def _prepare_rows_kernel(
     hidden, weight, bias, labels, rows, place, num_hidden, V, D, hidden_stride, weight_stride, logit_scale, softcap,
-    ignore_index, compact, label_out, target_out, top_out, others_out,
+    ignore_index, headroom, compact, label_out, target_out, top_out, others_out,
     HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Copies a valid row to its position among the valid rows and computes its target logit as an fp32 dot product.
 
+    headroom: distance of the first reference below the target's logit.
     For a label or row out of range the target is NaN, so that the log-prob shows the error without a synchronisation.
     """
     position = tl.program_id(0)
@@ -98,7 +99,7 @@ def _prepare_rows_kernel(
         target = tl.where(in_range, target, float("nan"))
         tl.store(label_out + n, label)
         tl.store(target_out + n, target)
-        tl.store(top_out + n, tl.where(target == target, tl.maximum(target, -1e30), 0.0))
+        tl.store(top_out + n, tl.where(target == target, tl.maximum(target - headroom, -1e30), 0.0))
         tl.store(others_out + n, 0.0)
 
 
@@ -259,8 +260,9 @@ def _finish_rows_kernel(
             z = tl.load(target + n)
             t = tl.load(top + n)
             rest = tl.load(others + n)
-            total = rest + tl.exp(z - t)
-            tl.store(logps + position, tl.where(z == t, -_log1p(rest), (z - t) - tl.log(total)))
+            at_target = tl.exp(z - t)
+            total = rest + at_target
+            tl.store(logps + position, tl.where(z >= t, -_log1p(rest / at_target), (z - t) - tl.log(total)))
             tl.store(normalisers + 2 * n, t)
             tl.store(normalisers + 2 * n + 1, total)
             if KEEP:
@@ -271,8 +273,8 @@ def _finish_rows_kernel(
                     scale = logit_scale
                 away = scale / total
                 if KEEP_ALL:
-                    at_target = -toward * total / scale
-                    tl.store(exponentials + n * strip_columns + label, at_target.to(exponentials.dtype.element_ty))
+                    entry = -toward * total / scale
+                    tl.store(exponentials + n * strip_columns + label, entry.to(exponentials.dtype.element_ty))
                 for begin in range(0, D, BLOCK_D):
                     d = begin + tl.arange(0, BLOCK_D)
                     w = tl.load(weight + label * weight_stride + d, mask=d < D, other=0.0).to(tl.float32)

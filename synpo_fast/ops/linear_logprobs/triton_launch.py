@@ -47,6 +47,12 @@ def _limit(dtype: torch.dtype) -> float:
     return 8.0 if dtype == torch.float16 else 60.0
 
 
+def _headroom(dtype: torch.dtype) -> float:
+    """Distance of the first reference below the target's logit. In fp16, the exponentials of a confident token's rivals would
+    otherwise be below its smallest number; a rival more than _limit above that reference still raises it."""
+    return 6.0 if dtype == torch.float16 else 0.0
+
+
 def _precision(dtype: torch.dtype) -> str:
     """Input precision of fp32 products: tf32 if torch allows it, otherwise full fp32."""
     return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
@@ -76,7 +82,7 @@ def _options(tile: Tile) -> dict[str, int]:
 class _Rows:
     """The compacted valid rows on the device: hidden [N, D], labels [N], target logits [N], and their number `count`."""
 
-    def __init__(self, problem: Problem, weight: Tensor) -> None:
+    def __init__(self, problem: Problem, weight: Tensor, headroom: float = 0.0) -> None:
         num_labels, dim = problem.labels.shape[0], weight.shape[1]
         hidden = problem.hidden if problem.hidden.stride(-1) == 1 else problem.hidden.contiguous()
         self.kept = problem.labels != problem.ignore_index
@@ -88,7 +94,7 @@ class _Rows:
         kernels._prepare_rows_kernel[(num_labels,)](
             hidden, weight, problem.bias, problem.labels, problem.rows, self.place,
             hidden.shape[0], weight.shape[0], dim, hidden.stride(0), weight.stride(0),
-            problem.logit_scale, problem.softcap or 0.0, problem.ignore_index,
+            problem.logit_scale, problem.softcap or 0.0, problem.ignore_index, headroom,
             self.hidden, self.labels, self.target, self.top, self.others,
             HAS_BIAS=problem.bias is not None, HAS_ROWS=problem.rows is not None,
             HAS_SOFTCAP=problem.softcap is not None, BLOCK_D=_block_dim(dim),
@@ -125,7 +131,7 @@ def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Ten
     config, programs = _config(problem, weight), _num_programs(device)
     whole = -(-vocabulary // config.logits.columns) * config.logits.columns
     if num_labels == 0:
-        nothing = problem.hidden.new_empty(0, dim)
+        nothing = torch.empty(0, dim, dtype=torch.float32 if dtype == torch.float16 else dtype, device=device)
         return logps, normalisers, nothing, problem.hidden.new_empty(0, whole)
     cut = cut_forward(num_labels, dim, vocabulary, dtype.itemsize, config, programs)
     if interpreting():
@@ -137,12 +143,18 @@ def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Ten
     # fp16 exponentials kept for dW must not exceed 1, or the factors c / b would fall below fp16's smallest number.
     limit = 0.0 if keep_all and dtype == torch.float16 else _limit(dtype)
 
-    rows = _Rows(problem, weight)
+    rows = _Rows(problem, weight, 0.0 if keep_all else _headroom(dtype))
     kept_rows = cut.rows if want_direction else 0
     exponentials = torch.empty(kept_rows, columns, dtype=dtype, device=device)
     if keep_all and problem.bias is not None:
         exponentials.zero_()  # the bias gradient sums over all rows, including the unused ones after the valid rows
-    totals = torch.empty(cut.splits, kept_rows, dim, dtype=torch.float32, device=device)
+    direction = rows.hidden
+    if (
+        dtype == torch.float16
+    ):  # a confident token's direction is below fp16's smallest number until it meets the loss scale
+        direction = torch.empty(num_labels if want_direction else 0, dim, dtype=torch.float32, device=device)
+    sums_in_place = dtype == torch.float16 and cut.splits == 1
+    sums = torch.empty(cut.splits, 0 if sums_in_place else kept_rows, dim, dtype=torch.float32, device=device)
     tile_top, tile_sum = _vectors(2, tiles * cut.rows, device)
     tma = config.copy_engine and _tma_fits(rows.hidden, weight) and (not want_direction or _tma_fits(exponentials))
 
@@ -156,6 +168,7 @@ def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Ten
     shape = {"HAS_SOFTCAP": problem.softcap is not None, "KEEP": want_direction}
     for first_row in range(0, num_labels, cut.rows):
         block = min(cut.rows, num_labels - first_row)
+        totals = direction[first_row : first_row + block] if sums_in_place else sums
         for first_column in range(0, vocabulary, columns):
             used = -(-min(columns, vocabulary - first_column) // config.logits.columns)
             kernels._exp_logits_forward_kernel[(programs,)](
@@ -180,15 +193,14 @@ def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Ten
                     BLOCK_N=config.weighted.rows, BLOCK_D=config.weighted.columns, BLOCK_V=config.weighted.depth,
                     GROUP=config.weighted.group, **_options(config.weighted),
                 )  # fmt: skip
-        # The valid rows of this block are not read again, so their directions overwrite them.
+        # The valid rows of this block are not read again, so their directions overwrite them (in fp16 the sums).
         kernels._finish_rows_kernel[(num_labels,)](
             weight, problem.labels, rows.labels, rows.place, rows.target, rows.top, rows.others, totals,
-            logps, normalisers, rows.hidden, exponentials, first_row, block, columns, dim, cut.splits, weight.stride(0),
+            logps, normalisers, direction, exponentials, first_row, block, columns, dim, cut.splits, weight.stride(0),
             problem.logit_scale, problem.softcap or 0.0, problem.ignore_index,
             KEEP_ALL=keep_all, BLOCK_D=_block_dim(dim), **shape,
         )  # fmt: skip
-    direction = rows.hidden if want_direction else rows.hidden.new_empty(0, dim)
-    return logps, normalisers, direction, exponentials
+    return logps, normalisers, direction if want_direction else direction.new_empty(0, dim), exponentials
 
 
 def _small_cut(num_rows: int, vocabulary: int, config: KernelConfig) -> Cut:
@@ -229,14 +241,14 @@ def linear_logprobs_backward(
 def _hidden_grad(problem: Problem, grad_logps: Tensor, direction: Tensor) -> Tensor:
     num_labels, dim = direction.shape
     place = torch.cumsum(problem.labels != problem.ignore_index, 0)
-    scaled = torch.empty_like(direction)
+    scaled = torch.empty(direction.shape, dtype=problem.hidden.dtype, device=direction.device)
     kernels._scale_rows_backward_kernel[(num_labels,)](
         grad_logps, grad_logps.stride(0), direction, problem.labels, place, scaled, dim, problem.ignore_index,
         BLOCK_D=_block_dim(dim),
     )  # fmt: skip
     if problem.rows is None:
         return scaled
-    grad_hidden = torch.zeros(problem.hidden.shape, dtype=direction.dtype, device=direction.device)
+    grad_hidden = torch.zeros(problem.hidden.shape, dtype=scaled.dtype, device=scaled.device)
     # Ignored positions hold zeros, so their row index does not matter. A valid row out of range gave NaN in the forward.
     safe = problem.rows.clamp(0, problem.hidden.shape[0] - 1)
     return grad_hidden.index_add_(0, safe, scaled)
