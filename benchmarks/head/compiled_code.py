@@ -24,7 +24,6 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -32,10 +31,8 @@ if __package__ in (None, ""):  # started by path: import from the repository roo
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks.head.shapes import find_shapes
-from synpo_fast.ops.linear_logprobs import triton_kernels, triton_launch
-from synpo_fast.ops.linear_logprobs.problem import make_problem
-from synpo_fast.ops.pair_loss import triton_kernels as pair_kernels
-from synpo_fast.ops.pair_loss.triton_launch import synpo_pair_loss_forward
+from synpo_fast.ops.linear_logprobs import triton_backward, triton_backward_kernels, triton_kernels, triton_launch
+from synpo_fast.ops.linear_logprobs.problem import Wanted, make_problem
 from synpo_fast.ops.video_patches import Packing
 from synpo_fast.ops.video_patches import triton_kernels as video_kernels
 from synpo_fast.ops.video_patches.triton_launch import video_patches_forward
@@ -104,27 +101,27 @@ def recording(arch: int) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     kernels = {
         (module, name): kernel
-        for module in (triton_kernels, pair_kernels, video_kernels)
+        for module in (triton_kernels, triton_backward_kernels, video_kernels)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     }
-    capability, programs = triton_launch.capability, triton_launch._num_programs
+    capability, programs = triton_launch.capability, triton_launch.num_programs
     try:
         for (module, name), kernel in kernels.items():
             setattr(module, name, _Recorder(kernel, launches))
         triton_launch.capability = lambda device: arch  # type: ignore[assignment]
-        triton_launch._num_programs = lambda device: MULTIPROCESSORS[arch]  # type: ignore[assignment]
+        triton_launch.num_programs = lambda device: MULTIPROCESSORS[arch]  # type: ignore[assignment]
         yield launches
     finally:
-        triton_launch.capability, triton_launch._num_programs = capability, programs
+        triton_launch.capability, triton_launch.num_programs = capability, programs
         for (module, name), kernel in kernels.items():
             setattr(module, name, kernel)
 
 
 def launch_linear_logprobs(
     dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, softcap: float | None, device: str
-) -> Tensor:
-    """Launches scoring without gradients and training steps with frozen and trainable head. Returns the log-probs."""
+) -> None:
+    """Launches scoring without gradients and training steps with frozen and trainable head, with and without statistics."""
     hidden = torch.empty(num_rows, dim, dtype=dtype, device=device)
     weight = torch.empty(vocabulary, dim, dtype=dtype, device=device)
     labels = torch.empty(num_rows, dtype=torch.int64, device=device)
@@ -138,22 +135,19 @@ def launch_linear_logprobs(
         softcap=softcap,
         ignore_index=-100,
     )
-    triton_launch.linear_logprobs_forward(problem, False)
-    saved = triton_launch.linear_logprobs_forward(problem, True)
-    triton_launch.linear_logprobs_backward(problem, saved[0], *saved, (True, True, False))
-    triton_launch.linear_logprobs_kept_on_gpu(problem).gradients(saved[0], False)
-    return saved[0]
+    triton_launch.linear_logprobs_forward(problem, Wanted(direction=False))
+    half = num_rows // 2
+    for keep_rows, stats in ((0, False), (num_rows, False), (half, True)):
+        computed = triton_launch.linear_logprobs_forward(problem, Wanted(True, keep_rows, stats))
+        triton_backward.linear_logprobs_backward(problem, computed.logps, computed, (True, True, softcap is not None))
 
 
 def record_launches(
     dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, arch: int, softcap: float | None = None
 ) -> list[Launch]:
-    """Records all launches: those of launch_linear_logprobs, the pair loss, and the preparation of a video for the tower."""
+    """Records all launches: those of launch_linear_logprobs, and the preparation of a video for the tower."""
     with recording(arch) as launches:
-        logps = launch_linear_logprobs(dim, vocabulary, num_rows, dtype, softcap, "meta")
-        offsets = torch.empty(9, dtype=torch.int64, device="meta")
-        for mask in (None, torch.empty(num_rows, dtype=torch.bool, device="meta")):
-            synpo_pair_loss_forward(logps, offsets, offsets, mask, 30.0, 0.2, False)
+        launch_linear_logprobs(dim, vocabulary, num_rows, dtype, softcap, "meta")
         frames = torch.empty(15, 1080, 1920, 3, dtype=torch.uint8, device="meta")
         for kind in {dtype, torch.float32}:  # the families' processors return fp32
             video_patches_forward(frames, (448, 784), (0.5,) * 3, (0.5,) * 3, Packing(14, 2, 2), kind)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from synpo_fast.ops.linear_logprobs import linear_logprobs, triton_support
+from synpo_fast.ops.linear_logprobs import backends, triton_support
 
 pytest.importorskip("triton", reason="triton is not installed")
 CUDA = torch.device("cuda", 0)
@@ -28,7 +28,7 @@ def gpu_of(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
         triton_support.capability.cache_clear()
-        linear_logprobs._warn_once.cache_clear()
+        backends._warn_once.cache_clear()
 
     yield make
     triton_support.capability.cache_clear()
@@ -68,18 +68,18 @@ def test_fp32_on_a_gpu_goes_to_cublas_unless_tf32_is_allowed(gpu_of, monkeypatch
     gpu_of(9, 0)
     for allowed, expected in ((False, "chunked"), (True, "triton")):
         monkeypatch.setattr(triton_support, "tf32_allowed", lambda allowed=allowed: allowed)
-        assert linear_logprobs.choose_backend(on_gpu(torch.float32), None) == expected
-        assert linear_logprobs.choose_backend(on_gpu(torch.float32), "triton") == "triton"
+        assert backends.choose_backend(on_gpu(torch.float32), None) == expected
+        assert backends.choose_backend(on_gpu(torch.float32), "triton") == "triton"
         for dtype in (torch.bfloat16, torch.float16):
-            assert linear_logprobs.choose_backend(on_gpu(dtype), None) == "triton"
+            assert backends.choose_backend(on_gpu(dtype), None) == "triton"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_generations_before_ampere_fall_back_with_a_warning(gpu_of, dtype):
     gpu_of(7, 5)
     with pytest.warns(UserWarning, match=r"'chunked', not 'triton': .*capability 8\.0 or above, cuda:0 has 7\.5"):
-        assert linear_logprobs.choose_backend(on_gpu(dtype), None) == "chunked"
+        assert backends.choose_backend(on_gpu(dtype), None) == "chunked"
     with pytest.raises(ValueError, match=r"backend='triton' cannot be used here: .*8\.0 or above, cuda:0 has 7\.5"):
-        linear_logprobs.choose_backend(on_gpu(dtype), "triton")
+        backends.choose_backend(on_gpu(dtype), "triton")
     gpu_of(8, 0)
-    assert linear_logprobs.choose_backend(on_gpu(dtype), None) == "triton"
+    assert backends.choose_backend(on_gpu(dtype), None) == "triton"
