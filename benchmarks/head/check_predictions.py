@@ -32,10 +32,11 @@ KERNELS = {
 
 def predicted_times(shape: Shape, num_rows: int, config: KernelConfig, programs: int) -> dict[str, float]:
     """Seconds of each kernel, over all its launches in one forward or backward pass."""
-    problem = (num_rows, shape.D, shape.V, 2, config)
-    cut, columns = cut_forward(*problem, programs), cut_weight_grad(*problem, programs)
+    head = (shape.D, shape.V, 2, config)
+    cuts, columns = cut_forward(num_rows, *head, programs), cut_weight_grad(num_rows, *head, programs)
     times = dict.fromkeys(KERNELS.values(), 0.0)
-    for product in [*forward_products(*problem, cut, programs), *backward_products(*problem, columns)]:
+    products = [*forward_products(cuts, *head, programs), *backward_products(num_rows, *head, columns)]
+    for product in products:
         times[KERNELS[product.kernel]] += product.launches * product_time(product, config.chip, programs)
     return times
 

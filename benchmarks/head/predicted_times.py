@@ -8,7 +8,7 @@ that the table is up to date.
 
 import argparse
 import sys
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -21,7 +21,6 @@ from synpo_fast.ops.linear_logprobs.triton_config import cut_forward, cut_weight
 from synpo_fast.ops.linear_logprobs.triton_time_model import (
     backward_products,
     backward_time,
-    ceil_div,
     forward_products,
     forward_time,
     kept_time,
@@ -38,35 +37,37 @@ INTRODUCTION = """\
 **Predictions, not measurements.** Made by `python benchmarks/head/predicted_times.py` from the model in
 `synpo_fast/ops/linear_logprobs/triton_time_model.py`, which names the source of every constant. bf16, all rows valid, no softcap.
 
-- forward: log-probs and direction, 4NDV; all there is with a frozen head. rows x sums: rows of a block, and partial sums;
-  strip: vocabulary columns at a time; filled: tile slots of both products that hold a tile.
+- forward: log-probs and direction, 4NDV; all there is with a frozen head. blocks: number * rows x partial sums;
+  strip: vocabulary columns at a time in these blocks; filled: tile slots of both products that hold a tile.
 - head: the weight's gradient with recomputed logits, 4NDV.
 - kept: forward and the weight's gradient where the exponentials of all rows fit 2 GiB, 6NDV; a block has all columns.
 - x bare: predicted time over that of the two products alone at the model's rate ({rates}).
 """
 HEADER = (
-    "| GPU | D x V | N | rows x sums | strip | forward ms | TFLOP/s | x bare | filled | head strip | ms | x bare | filled "
-    "| kept ms | x bare |\n" + "|---" * 15 + "|\n"
+    "| GPU | D x V | N | blocks | strip | forward ms | TFLOP/s | x bare | filled "
+    "| head strip | ms | x bare | filled | kept ms | x bare |\n" + "|---" * 15 + "|\n"
 )
 
 
 def row(name: str, shape: Shape, num_rows: int) -> str:
     config = kernel_config(torch.bfloat16, CHIPS[name])
     programs, rate = config.chip.multiprocessors, config.chip.operations * config.chip.multiprocessors
-    problem = (num_rows, shape.D, shape.V, 2, config)
+    head = (shape.D, shape.V, 2, config)
     operations = 4 * num_rows * shape.D * shape.V
-    cut, columns = cut_forward(*problem, programs), cut_weight_grad(*problem, programs)
-    forward, backward = forward_time(*problem, cut, programs), backward_time(*problem, columns, programs)
-    filled = occupancy(list(forward_products(*problem, cut, programs)), programs)
-    filled_backward = occupancy(list(backward_products(*problem, columns)), programs)
+    cuts, columns = cut_forward(num_rows, *head, programs), cut_weight_grad(num_rows, *head, programs)
+    forward, backward = forward_time(cuts, *head, programs), backward_time(num_rows, *head, columns, programs)
+    filled = occupancy(list(forward_products(cuts, *head, programs)), programs)
+    filled_backward = occupancy(list(backward_products(num_rows, *head, columns)), programs)
+    blocks = ", ".join(f"{count} * {cut.rows} x {cut.splits}" for cut, count in Counter(cuts).items())
+    strips = ", ".join(str(cut.columns) for cut in Counter(cuts))
     cells: list[object] = [
-        name, f"{shape.D} x {shape.V}", num_rows, f"{cut.rows} x {cut.splits}", cut.columns, f"{1e3 * forward:.2f}",
+        name, f"{shape.D} x {shape.V}", num_rows, blocks, strips, f"{1e3 * forward:.2f}",
         f"{operations / forward / 1e12:.0f}", f"{forward * rate / operations:.2f}", f"{filled:.1%}",
         columns, f"{1e3 * backward:.2f}", f"{backward * rate / operations:.2f}", f"{filled_backward:.1%}",
     ]  # fmt: skip
     if 2 * num_rows * shape.V <= KEPT_BYTES:
-        whole = ceil_div(shape.V, config.logits.columns) * config.logits.columns
-        seconds = kept_time(*problem, replace(cut, columns=whole), programs)
+        kept = cut_forward(num_rows, *head, programs, num_rows)
+        seconds = kept_time(kept, *head, programs)
         cells += [f"{1e3 * seconds:.2f}", f"{seconds * rate / (1.5 * operations):.2f}"]
     else:
         cells += ["", ""]

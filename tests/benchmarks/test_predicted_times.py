@@ -30,15 +30,16 @@ def test_predictions_of_single_kernels_add_up_to_almost_the_whole_prediction():
     """The forward also launches kernels that handle single rows, which take little."""
     config = kernel_config(torch.bfloat16, 90)
     times = predicted_times(SHAPE, 4096, config, 132)
-    problem = (4096, SHAPE.D, SHAPE.V, 2, config)
-    forward = forward_time(*problem, cut_forward(*problem, 132), 132)
+    head = (SHAPE.D, SHAPE.V, 2, config)
+    forward = forward_time(cut_forward(4096, *head, 132), *head, 132)
     assert 0.95 * forward < times[KERNELS["exponentials"]] + times[KERNELS["weighted"]] < forward
-    backward = backward_time(*problem, cut_weight_grad(*problem, 132), 132)
+    backward = backward_time(4096, *head, cut_weight_grad(4096, *head, 132), 132)
     assert times[KERNELS["logit_grads"]] + times[KERNELS["weight_grad"]] == pytest.approx(backward)
 
 
 def test_the_kernels_compared_with_a_gpu_exist_and_each_needs_a_measured_time():
-    source = (ROOT / "synpo_fast/ops/linear_logprobs/triton_kernels.py").read_text()
+    folder = ROOT / "synpo_fast/ops/linear_logprobs"
+    source = "".join(path.read_text() for path in folder.glob("triton_*kernels.py"))
     assert set(KERNELS.values()) <= set(re.findall(r"def (\w+)", source))
     predicted = dict.fromkeys(KERNELS.values(), 0.002)
     lines = comparison(SHAPE, 1000, predicted, dict.fromkeys(KERNELS.values(), 0.001))

@@ -1,13 +1,15 @@
 """Tile sizes of the Triton kernels by GPU generation and dtype, and the split of a problem: fast, and within a memory bound.
 
-The split is the one with the least time that triton_time_model.py predicts. Computing it takes about a millisecond of the
-host's time; it is cached for each number of row tiles.
+The split is the one with the least time that triton_time_model.py predicts. Computing it takes about a millisecond on the
+host; it is cached for each number of row tiles.
 
 tests/ops/linear_logprobs compiles the kernels ahead of time with these sizes and checks the machine code: matrix instructions of
 the generation, no spills, shared memory within the chip's limit. Tuning on hardware starts from these sizes.
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +29,7 @@ from synpo_fast.ops.linear_logprobs.triton_time_model import (
 MIB = 2**20
 MOST_ROWS = 4096  # of a block
 MOST_SPLITS = 8
-CANDIDATES = 8  # splits whose time is predicted in full
+CANDIDATES = 8  # sizes of blocks whose time is predicted in full
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def kernel_config(dtype: torch.dtype, capability: int, *, simple: bool = True) -
 
 @dataclass(frozen=True)
 class Cut:
-    """Split of a problem: rows and vocabulary columns processed at a time, and partial sums per sum over the vocabulary."""
+    """A block of rows: how many, vocabulary columns processed at a time, and partial sums per sum over the vocabulary."""
 
     rows: int
     columns: int
@@ -92,18 +94,23 @@ class Cut:
 
 
 def cut_forward(
-    num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, num_programs: int
-) -> Cut:
-    """Split of the forward pass with the least predicted time, within 5 % of full fp32 logits of extra memory for N >= 4096.
+    num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, num_programs: int, kept: int = 0
+) -> list[Cut]:
+    """Blocks of rows, in order, with the least predicted time, within 5 % of full fp32 logits of extra memory for N >= 4096.
 
+    kept: number of first rows whose exponentials are kept; their blocks have all columns, and their exponentials do not count.
     The copied rows count as extra memory. With a small vocabulary (V < 12 D or so) they alone exceed 5 %; partial sums and one
     strip of exponentials may always take 48 MiB, and 96 MiB with fewer rows.
     """
     rounded = num_rows // 128 * 128 or num_rows  # so that nearby numbers of rows share a cached choice
     allowed = _allowed(rounded, dim, vocabulary, element_size, 48 if num_rows >= 4096 else 96)
-    tiles = ceil_div(num_rows, _row_unit(config))
-    cut = _best_cut(tiles, dim, vocabulary, element_size, config, num_programs, allowed)
-    return Cut(min(cut.rows, num_rows), cut.columns, cut.splits)
+    cuts: list[Cut] = []
+    for rows, whole in ((kept, True), (num_rows - kept, False)):
+        if rows:
+            tiles = ceil_div(rows, _row_unit(config))
+            *full, last = _Blocks(dim, vocabulary, element_size, config, num_programs, allowed, whole).best(tiles)
+            cuts += [*full, replace(last, rows=rows - sum(cut.rows for cut in full))]
+    return cuts
 
 
 def cut_weight_grad(
@@ -136,43 +143,73 @@ def _row_unit(config: KernelConfig) -> int:
     return max(config.logits.rows, config.weighted.rows)
 
 
-@functools.lru_cache(maxsize=1024)
-def _best_cut(
-    row_tiles: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, programs: int, allowed: int
-) -> Cut:
-    """The split with the least predicted time among the most promising numbers of rows and partial sums."""
-    unit, columns = _row_unit(config), config.logits.columns
-    all_tiles = ceil_div(vocabulary, columns)
-    candidates = []
-    for block in range(1, min(row_tiles, MOST_ROWS // unit) + 1):
-        rows = block * unit
+@dataclass(frozen=True)
+class _Blocks:
+    """Search for blocks of rows with the least predicted time. whole: each block has all columns."""
+
+    dim: int
+    vocabulary: int
+    element_size: int
+    config: KernelConfig
+    programs: int
+    allowed: int
+    whole: bool
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 (instances are small and compare by value)
+    def best(self, row_tiles: int) -> tuple[Cut, ...]:
+        """Equal blocks of whole tiles, and one for the rest, among the most promising numbers of tiles."""
+        most = min(row_tiles, max(1, MOST_ROWS // _row_unit(self.config)))
+        rough = [0.0] + [
+            min((time for time, _, _ in self._roughly(tiles)), default=math.inf) for tiles in range(1, most + 1)
+        ]
+
+        def total(tiles: int) -> float:
+            return row_tiles // tiles * rough[tiles] + rough[row_tiles % tiles]
+
+        fitting = [tiles for tiles in range(1, most + 1) if total(tiles) < math.inf]
+        promising = sorted(fitting, key=total)[:CANDIDATES]
+        sizes = [[tiles] * (row_tiles // tiles) + [row_tiles % tiles] * (row_tiles % tiles > 0) for tiles in promising]
+        return min((tuple(self._block(tiles) for tiles in size) for size in sizes), key=self._time)
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
+    def _block(self, row_tiles: int) -> Cut:
+        """One block of rows: its partial sums and strips."""
+        logits = self.config.logits
+        height = ceil_div(row_tiles * _row_unit(self.config), logits.rows)
+        all_tiles = ceil_div(self.vocabulary, logits.columns)
+        cuts = [
+            replace(cut, columns=tiles * logits.columns)
+            for _, _, cut in sorted(self._roughly(row_tiles))[:2]
+            for tiles in sorted(_strip_tiles(cut.columns // logits.columns, all_tiles, self.programs, height))
+            if not self.whole or tiles == all_tiles
+        ]
+        return min(cuts, key=lambda cut: self._time([cut]))
+
+    def _time(self, cuts: Sequence[Cut]) -> float:
+        return forward_time(cuts, self.dim, self.vocabulary, self.element_size, self.config, self.programs)
+
+    def _roughly(self, row_tiles: int) -> list[tuple[float, int, Cut]]:
+        """Rough times, numbers of partial sums, and cuts with the widest strips that fit, of one block.
+
+        The time is the second product's, because the first one fills its waves with any rows and partial sums.
+        """
+        tile, chip, columns = self.config.weighted, self.config.chip, self.config.logits.columns
+        rows, elements = row_tiles * _row_unit(self.config), tile.rows * tile.columns
+        all_tiles = ceil_div(self.vocabulary, columns)
+        result = ceil_div(rows, tile.rows) * ceil_div(self.dim, tile.columns)
+        overhead = FILL / chip.clock + 8 * elements / chip.memory
+        found = []
         for splits in range(1, MOST_SPLITS + 1):
-            left = min(allowed - splits * rows * dim * 4, 256 * MIB)
-            widest = min(left // (rows * (columns * element_size + 8)), all_tiles)
-            if widest >= 1 or splits == block == 1:
-                cut = Cut(rows, max(1, widest) * columns, splits)
-                candidates.append((_weighted_time(row_tiles * unit, dim, vocabulary, config, cut, programs), cut))
-    candidates.sort(key=lambda candidate: candidate[0])
-    cuts = [
-        replace(cut, columns=tiles * columns)
-        for _, cut in candidates[:CANDIDATES]
-        for tiles in _strip_tiles(cut.columns // columns, all_tiles, programs, ceil_div(cut.rows, config.logits.rows))
-    ]
-    return min(
-        cuts, key=lambda cut: forward_time(row_tiles * unit, dim, vocabulary, element_size, config, cut, programs)
-    )
-
-
-def _weighted_time(num_rows: int, dim: int, vocabulary: int, config: KernelConfig, cut: Cut, programs: int) -> float:
-    """Rough time of the second product, which decides on rows and partial sums; the first fills its waves with any of them."""
-    tile, chip = config.weighted, config.chip
-    tiles = ceil_div(cut.rows, tile.rows) * ceil_div(dim, tile.columns) * cut.splits
-    rest = ceil_div(num_rows % cut.rows, tile.rows) * ceil_div(dim, tile.columns) * cut.splits
-    total = num_rows // cut.rows * waves(tiles, programs) + waves(rest, programs)
-    strips = ceil_div(vocabulary, cut.columns)
-    elements = tile.rows * tile.columns
-    overhead = FILL / chip.clock + 8 * elements / chip.memory
-    return total * (2 * elements * vocabulary / (cut.splits * chip.operations) + strips * overhead)
+            left = min(self.allowed - splits * rows * self.dim * 4, 256 * MIB)
+            fits = all_tiles if self.whole and left >= 0 else left // (rows * (columns * self.element_size + 8))
+            widest = min(fits, all_tiles)
+            if row_tiles == splits == 1:  # the smallest block is used even where it does not fit
+                widest = max(1, all_tiles if self.whole else widest)
+            if widest >= 1:
+                product = 2 * elements * self.vocabulary / (splits * chip.operations)
+                seconds = waves(result * splits, self.programs) * (product + ceil_div(all_tiles, widest) * overhead)
+                found.append((seconds, splits, Cut(rows, widest * columns, splits)))
+        return found
 
 
 def _strip_tiles(widest: int, all_tiles: int, programs: int, *heights: int) -> set[int]:

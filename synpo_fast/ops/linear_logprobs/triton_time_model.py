@@ -15,7 +15,8 @@ Nothing here was measured with these kernels. The sources of the constants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -100,15 +101,16 @@ def _parts(whole: int, part: int) -> list[tuple[int, int]]:
 
 
 def forward_products(
-    num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, cut: Cut, programs: int
+    cuts: Sequence[Cut], dim: int, vocabulary: int, element_size: int, config: KernelConfig, programs: int
 ) -> Iterator[Product]:
-    """All products of a forward pass that also computes the direction.
+    """All products of a forward pass that also computes the direction. cuts: one for each block of rows.
 
     GROUP row tiles visit the tiles of W together, so each group reads a strip of W once. Of the exponentials a group reads
     once per wave what its tiles of this wave need.
     """
     logits, weighted = config.logits, config.weighted
-    for rows, blocks in _parts(num_rows, cut.rows):
+    for cut, blocks in Counter(cuts).items():
+        rows = cut.rows
         logit_rows, row_tiles = ceil_div(rows, logits.rows), ceil_div(rows, weighted.rows)
         for index, (width, strips) in enumerate(_parts(vocabulary, cut.columns)):
             count = blocks * strips
@@ -130,18 +132,21 @@ def forward_products(
 
 
 def forward_time(
-    num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, cut: Cut, programs: int
+    cuts: Sequence[Cut], dim: int, vocabulary: int, element_size: int, config: KernelConfig, programs: int
 ) -> float:
     """Seconds of a forward pass that also computes the direction: products, and passes over rows that only move bytes."""
     chip = config.chip
-    products = forward_products(num_rows, dim, vocabulary, element_size, config, cut, programs)
+    products = forward_products(cuts, dim, vocabulary, element_size, config, programs)
     seconds = sum(product.launches * product_time(product, chip, programs) for product in products)
-    blocks, strips = ceil_div(num_rows, cut.rows), ceil_div(vocabulary, cut.columns)
+    num_rows = sum(cut.rows for cut in cuts)
+    strips = [ceil_div(vocabulary, cut.columns) for cut in cuts]
     settled = 8 * num_rows * ceil_div(vocabulary, config.logits.columns)
-    rows = num_rows * dim * (4 * element_size + 4 * cut.splits)  # copied, read again, finished; partial sums
-    seconds += (blocks * (strips + 1) + 1) * LAUNCH + (settled + rows) / (chip.memory * programs)
+    # Rows are copied, read again and finished, and their partial sums are added.
+    moved = 4 * dim * sum(cut.rows * (element_size + cut.splits) for cut in cuts)
+    seconds += (sum(strips) + len(cuts) + 1) * LAUNCH + (settled + moved) / (chip.memory * programs)
     # Preparing has a program for each row, settling one for each row and strip, finishing one for each row and block.
-    return seconds + (1 + strips + blocks) * num_rows * ROW / programs
+    settling = sum(cut.rows * count for cut, count in zip(cuts, strips, strict=True))
+    return seconds + (settling + (1 + len(cuts)) * num_rows) * ROW / programs
 
 
 def backward_products(
@@ -163,15 +168,15 @@ def backward_products(
 
 
 def kept_time(
-    num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, cut: Cut, programs: int
+    cuts: Sequence[Cut], dim: int, vocabulary: int, element_size: int, config: KernelConfig, programs: int
 ) -> float:
-    """Seconds of forward and head's gradient, 6NDV, where the exponentials of all rows are kept: one block with all columns."""
-    tile = config.weight_grad
+    """Seconds of forward and head's gradient, 6NDV, where the exponentials of all rows are kept."""
+    tile, num_rows = config.weight_grad, sum(cut.rows for cut in cuts)
     row_tiles = ceil_div(vocabulary, tile.rows)
     tiles, x = row_tiles * ceil_div(dim, tile.columns), num_rows * dim * element_size
     traffic = ceil_div(row_tiles, tile.group) * x + vocabulary * (num_rows + dim) * element_size
     gradient = Product("weight_grad", 1, tile, tiles, num_rows, WEIGHT_GRAD, 0, traffic)
-    forward = forward_time(num_rows, dim, vocabulary, element_size, config, cut, programs)
+    forward = forward_time(cuts, dim, vocabulary, element_size, config, programs)
     return forward + product_time(gradient, config.chip, programs)
 
 
