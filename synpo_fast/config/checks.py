@@ -12,14 +12,14 @@ from synpo_fast.config.option import facts_of
 from synpo_fast.errors import UserError
 from synpo_fast.losses import AuxiliaryNLL, check_options, spec_of
 from synpo_fast.losses.checks import check_number
-from synpo_fast.losses.metric_sums import WEIGHTS
+from synpo_fast.losses.metric_sums import LOGIT_METRICS, WEIGHTS
 from synpo_fast.losses.weighted_sum import LOSS_METRIC, SFT, members_of
 
 if TYPE_CHECKING:
     from synpo_fast.config.train_config import TrainConfig
 
 REPORTERS = ("tensorboard", "wandb")
-EVAL_METRICS = ("loss", *(name for name in WEIGHTS if not name.startswith("logits/")))  # the trainer makes no logits
+EVAL_METRICS = ("loss", *(name for name in WEIGHTS if name not in LOGIT_METRICS))  # the trainer makes no logits
 
 
 def check_config(config: TrainConfig) -> None:
@@ -102,6 +102,9 @@ def _check_loss(config: TrainConfig) -> None:
             raise UserError(f"loss_type={config.loss_type} has no option {name}; it has {', '.join(known) or 'none'}")
     if config.loss_type == SFT and config.auxiliary_nll:
         raise UserError("loss_type=sft is an NLL already: leave auxiliary_nll at 0")
+    for name in ("label_smoothing_factor", "z_loss"):
+        if getattr(config, name) and config.loss_type != SFT:
+            raise UserError(f"{name} is for loss_type=sft, not for {config.loss_type}")
     if config.loss_type != SFT:
         try:
             auxiliary = AuxiliaryNLL(config.auxiliary_target, config.auxiliary_nll) if config.auxiliary_nll else None

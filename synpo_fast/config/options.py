@@ -172,6 +172,10 @@ class TrainOptions:
     )
     auxiliary_nll: float = _loss(0.0, "weight of an NLL term added to the loss", at_least=0)
     auxiliary_target: str = _loss("chosen", "text whose NLL is added; with ground_truth every pair needs one", TARGETS)
+    label_smoothing_factor: float = _loss(
+        0.0, "for sft: share of each token's target that lies on all words alike", at_least=0, below=1
+    )
+    z_loss: float = _loss(0.0, "for sft: weight of the square of each token's logsumexp, such as 1e-4", at_least=0)
     use_weighting: bool = _loss(
         False,
         "multiply each pair's preference loss by the policy's own probability of the two responses (WPO). Not for sft, aot "
@@ -183,6 +187,12 @@ class TrainOptions:
         REFERENCES,
     )
     share_prefix: bool = _loss(True, "run video and prompt once for both responses")
+    head_memory_mb: int | None = _loss(
+        None,
+        "if the LM head trains, at most this many MiB of a micro-batch's logits are stored, as exponentials, for its "
+        "gradient; the others are computed twice. Default: 2048 on a GPU, 1024 on a CPU",
+        at_least=0,
+    )
     row_tokens: int | None = _loss(
         None,
         "bound on the tokens of a packed row; a longer pair gets a row of its own. Default: a micro-batch is one row",

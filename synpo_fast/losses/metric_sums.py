@@ -21,7 +21,10 @@ WEIGHTS = {
     "nll_loss": "chosen_tokens",
     "logits/chosen": "chosen_tokens",
     "logits/rejected": "rejected_tokens",
+    "mean_token_accuracy": "chosen_tokens",
+    "entropy": "response_tokens",
 }
+LOGIT_METRICS = ("logits/chosen", "logits/rejected")  # only where the caller computes mean logits
 
 
 def weight_of(name: str) -> str | None:
@@ -33,9 +36,9 @@ def weight_of(name: str) -> str | None:
 def metric_sums(output: LossOutput, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns each metric times its weight, and the weights, as fp32 scalars on one device. The host does not read them.
 
-    output: what the loss returned. outputs: the batch's numbers beside the loss: chosen_tokens and rejected_tokens, and with them
-    chosen_logits and rejected_logits (mean logits) where the caller has logits. A metric counts only if
-    `weight_of` names its weight.
+    output: what the loss returned. outputs: the batch's numbers beside the loss: chosen_tokens and rejected_tokens; with them
+    chosen_logits and rejected_logits (mean logits) where the caller has logits, top1_tokens (how many chosen tokens are the
+    model's first choice) and entropies (summed over all response tokens). A metric counts only if `weight_of` names its weight.
     """
     sums = {
         "pairs": output.losses.new_full((), output.losses.shape[0]),
@@ -50,6 +53,10 @@ def metric_sums(output: LossOutput, outputs: Mapping[str, Tensor]) -> dict[str, 
     if "chosen_logits" in outputs:
         sums["logits/chosen"] = (outputs["chosen_logits"] * outputs["chosen_tokens"]).sum()
         sums["logits/rejected"] = (outputs["rejected_logits"] * outputs["rejected_tokens"]).sum()
+    if "entropies" in outputs:
+        sums["mean_token_accuracy"] = outputs["top1_tokens"].sum()
+        sums["entropy"] = outputs["entropies"].sum()
+        sums["response_tokens"] = sums["chosen_tokens"] + sums["rejected_tokens"]
     return {name: value.float() for name, value in sums.items()}
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,12 @@ from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.errors import UserError
 from synpo_fast.losses import AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss, wpo_weights
 from synpo_fast.losses.metric_sums import metric_sums
+from synpo_fast.losses.nll import TokenPenalties, token_penalties
 from synpo_fast.losses.weighted_sum import SFT
 from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.models.shared_features import shared_video_features
 from synpo_fast.ops.host_copy import to_device
+from synpo_fast.ops.linear_logprobs import TokenOutputs
 from synpo_fast.references import Reference
 
 Sums = dict[str, Tensor]
@@ -45,6 +48,8 @@ class PairModule(nn.Module):
         self.auxiliary: AuxiliaryNLL | None = None
         if config.auxiliary_nll:
             self.auxiliary = AuxiliaryNLL(target=config.auxiliary_target, weight=config.auxiliary_nll)
+        self.penalties = TokenPenalties(config.label_smoothing_factor, config.z_loss)
+        self.use_weighting = config.use_weighting
         self._reference: list[Reference] = []  # in a list: a frozen copy must not become a trained submodule
 
     @property
@@ -58,15 +63,18 @@ class PairModule(nn.Module):
     def forward(self, pairs: Sequence[EncodedPair], scale: float) -> tuple[Tensor, Sums]:
         samples = [pair.sample for pair in pairs]
         with self._one_pass_of_the_tower():
-            # Not called through __call__: see Policy.
-            logps = self.policy.forward(samples, share_prefix=self.share_prefix)
+            outputs = self.policy.token_outputs(
+                samples, share_prefix=self.share_prefix, with_mean_logits=self.penalties.label_smoothing > 0
+            )
             reference = None if self.reference is None else self.reference_logps(samples)
-        output = self.loss_of_logps(pairs, logps, reference)
+        squares = [[each.log_sum_sq_probs for each in row] for row in outputs] if self.use_weighting else None
+        logps = [[each.logps for each in row] for row in outputs]
+        output = self._with_penalties(pairs, outputs, self.loss_of_logps(pairs, logps, reference, squares))
         loss = output.losses.sum() * scale
         # A loss that is not finite makes every gradient nan, so that the engine skips the step on all ranks.
         loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         with torch.no_grad():
-            return loss, self._sums(pairs, output)
+            return loss, self._sums(pairs, output, outputs)
 
     def _one_pass_of_the_tower(self) -> AbstractContextManager[None]:
         other = None if self.reference is None else self.reference.same_tower
@@ -104,7 +112,22 @@ class PairModule(nn.Module):
             self.loss_type, policy, ref, auxiliary=self.auxiliary, pair_weights=weights, **self.options
         )
 
-    def _sums(self, pairs: Sequence[EncodedPair], output: LossOutput) -> Sums:
+    def _with_penalties(
+        self, pairs: Sequence[EncodedPair], outputs: Sequence[Sequence[TokenOutputs]], output: LossOutput
+    ) -> LossOutput:
+        """Adds the mean penalty over each chosen response's tokens to its loss."""
+        if self.penalties == TokenPenalties():
+            return output
+        means = [
+            token_penalties(each.logps, each.logsumexp, each.mean_logits, self.penalties).mean()
+            for pair, responses in zip(pairs, outputs, strict=True)
+            for each in (responses[index] for index in pair.better)
+        ]
+        return replace(output, losses=output.losses + torch.stack(means))
+
+    def _sums(
+        self, pairs: Sequence[EncodedPair], output: LossOutput, outputs: Sequence[Sequence[TokenOutputs]]
+    ) -> Sums:
         def number(value: int) -> Tensor:
             """A scalar filled on the device: a tensor made from a host number would be copied, and the host would wait for it."""
             return torch.full((), float(value), device=output.losses.device)
@@ -115,7 +138,12 @@ class PairModule(nn.Module):
             "chosen_tokens": sum(length[better] for pair, length in each for better in pair.better),
             "rejected_tokens": sum(length[worse] for pair, length in each for _, worse in pair.comparisons),
         }
-        sums = metric_sums(output, {name: number(n) for name, n in tokens.items()})
+        numbers = {name: number(n) for name, n in tokens.items()}
+        better = [responses[i] for pair, responses in zip(pairs, outputs, strict=True) for i in pair.better]
+        worse = [responses[i] for pair, responses in zip(pairs, outputs, strict=True) for _, i in pair.comparisons]
+        numbers["top1_tokens"] = torch.cat([each.is_top1 for each in better]).sum()
+        numbers["entropies"] = torch.cat([each.entropy for each in (*better, *worse)]).sum()
+        sums = metric_sums(output, numbers)
         sums["loss"] = output.losses.sum().float()
         sums["pairs"] = number(sum(pair.num_pairs for pair in pairs))
         truths = sum(length[pair.ground_truth] for pair, length in each if pair.ground_truth is not None)

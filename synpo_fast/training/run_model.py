@@ -99,6 +99,7 @@ def build_model(config: TrainConfig, data: RunData, device: torch.device, checkp
         policy = _load(config, str(checkpoint), device, dtype, like=policy)
         policy.feature_store = store
     policy.train()
+    policy.keep_bytes = None if config.head_memory_mb is None else config.head_memory_mb * 2**20
     module = PairModule(policy, config)
     module.reference = reference
     return RunModel(policy, module, dtype)
