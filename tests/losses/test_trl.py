@@ -1,7 +1,7 @@
 """The losses shared with TRL, computed by TRL's own code on the same log-probs.
 
-dpo_types/trl_oracle.py calls DPOTrainer; CPOTrainer.cpo_loss and ORPOTrainer.odds_ratio_loss need only a few attributes. DPO's loss types,
-sums of losses and WPO are in dpo_types/test_trl_types.py.
+dpo_types/trl_oracle.py calls DPOTrainer; CPOTrainer.cpo_loss and ORPOTrainer.odds_ratio_loss need only a few attributes. DPO's
+loss types, sums of losses and WPO are in dpo_types/test_trl_types.py.
 """
 
 from types import SimpleNamespace
