@@ -1,6 +1,6 @@
 """Compiles every Triton kernel of the package ahead of time, without a GPU, and reports the resources it uses.
 
-    python benchmarks/head/compiled_code.py [--arch 80 90 100] [--shapes 3584x152064 ...] [--rows 4096] [--json FILE]
+    python benchmarks/head/compiled_code.py [--arch 80 90 100] [--shapes 3584x152064 ...] [--dtype tf32] [--json FILE]
 
 The launch code runs on tensors without storage, so the kernels are compiled exactly as for a GPU: with the same tiles,
 strides, divisibility and options. The table shows each kernel's registers, spilled bytes, shared memory and matrix instructions.
@@ -14,6 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ if __package__ in (None, ""):  # started by path: import from the repository roo
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks.head.shapes import find_shapes
-from synpo_fast.ops.linear_logprobs import triton_kernels, triton_launch
+from synpo_fast.ops.linear_logprobs import triton_backward, triton_backward_kernels, triton_kernels, triton_launch
 from synpo_fast.ops.linear_logprobs.problem import Wanted, make_problem
 from synpo_fast.ops.video_patches import Packing
 from synpo_fast.ops.video_patches import triton_kernels as video_kernels
@@ -93,49 +95,69 @@ class _Recorder:
         return launch
 
 
-def record_launches(
-    dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, arch: int, softcap: float | None = None
-) -> list[Launch]:
-    """Records all launches: scoring without gradients, training steps with frozen and trainable head, and the preparation
-    of a video for the tower."""
+@contextmanager
+def recording(arch: int) -> Iterator[list[Launch]]:
+    """Within it, the package's Triton launchers record their launches, as for a GPU of this compute capability."""
     launches: list[Launch] = []
     kernels = {
         (module, name): kernel
-        for module in (triton_kernels, video_kernels)
+        for module in (triton_kernels, triton_backward_kernels, video_kernels)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     }
-    capability, programs = triton_launch._capability, triton_launch._num_programs
+    capability, programs = triton_launch.capability, triton_launch.num_programs
     try:
         for (module, name), kernel in kernels.items():
             setattr(module, name, _Recorder(kernel, launches))
-        triton_launch._capability = lambda device: arch  # type: ignore[assignment]
-        triton_launch._num_programs = lambda device: MULTIPROCESSORS[arch]  # type: ignore[assignment]
-        hidden = torch.empty(num_rows, dim, dtype=dtype, device="meta")
-        weight = torch.empty(vocabulary, dim, dtype=dtype, device="meta")
-        labels = torch.empty(num_rows, dtype=torch.int64, device="meta")
-        problem = make_problem(
-            hidden,
-            weight,
-            labels,
-            bias=weight.new_empty(vocabulary) if softcap else None,
-            rows=None,
-            logit_scale=1.0,
-            softcap=softcap,
-            ignore_index=-100,
-        )
-        triton_launch.linear_logprobs_forward(problem, Wanted(direction=False))
-        for wanted in (Wanted(direction=True), Wanted(direction=True, keep_rows=num_rows, stats=True)):
-            computed = triton_launch.linear_logprobs_forward(problem, wanted)
-            triton_launch.linear_logprobs_backward(problem, computed.logps, computed, (True, True, False))
+        triton_launch.capability = lambda device: arch  # type: ignore[assignment]
+        triton_launch.num_programs = lambda device: MULTIPROCESSORS[arch]  # type: ignore[assignment]
+        yield launches
+    finally:
+        triton_launch.capability, triton_launch.num_programs = capability, programs
+        for (module, name), kernel in kernels.items():
+            setattr(module, name, kernel)
+
+
+def launch_linear_logprobs(
+    dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, softcap: float | None, device: str
+) -> None:
+    """Launches scoring without gradients and training steps with frozen and trainable head, with and without statistics."""
+    hidden = torch.empty(num_rows, dim, dtype=dtype, device=device)
+    weight = torch.empty(vocabulary, dim, dtype=dtype, device=device)
+    labels = torch.empty(num_rows, dtype=torch.int64, device=device)
+    problem = make_problem(
+        hidden,
+        weight,
+        labels,
+        bias=weight.new_empty(vocabulary) if softcap else None,
+        rows=None,
+        logit_scale=1.0,
+        softcap=softcap,
+        ignore_index=-100,
+    )
+    triton_launch.linear_logprobs_forward(problem, Wanted(direction=False))
+    half = num_rows // 2
+    for keep_rows, stats in ((0, False), (num_rows, False), (half, True)):
+        computed = triton_launch.linear_logprobs_forward(problem, Wanted(True, keep_rows, stats))
+        triton_backward.linear_logprobs_backward(problem, computed.logps, computed, (True, True, softcap is not None))
+
+
+def record_launches(
+    dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, arch: int, softcap: float | None = None
+) -> list[Launch]:
+    """Records all launches: those of launch_linear_logprobs, and the preparation of a video for the tower."""
+    with recording(arch) as launches:
+        launch_linear_logprobs(dim, vocabulary, num_rows, dtype, softcap, "meta")
         frames = torch.empty(15, 1080, 1920, 3, dtype=torch.uint8, device="meta")
         for kind in {dtype, torch.float32}:  # the families' processors return fp32
             video_patches_forward(frames, (448, 784), (0.5,) * 3, (0.5,) * 3, Packing(14, 2, 2), kind)
-    finally:
-        triton_launch._capability, triton_launch._num_programs = capability, programs
-        for (module, name), kernel in kernels.items():
-            setattr(module, name, kernel)
     return launches
+
+
+def specialisation(launch: Launch) -> str:
+    """A name for what Triton compiles: launches that share it share their machine code."""
+    source = source_of(launch)
+    return f"{launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
 
 
 def source_of(launch: Launch) -> ASTSource:
@@ -152,7 +174,8 @@ def source_of(launch: Launch) -> ASTSource:
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = f"*{POINTERS[value.dtype]}"
-            attributes[(index,)] = divisible
+            if special and value.data_ptr() % 16 == 0:
+                attributes[(index,)] = divisible
         elif hasattr(value, "block_shape"):
             signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, int):
@@ -215,10 +238,12 @@ def compile_launch(launch: Launch, arch: int, shape: str) -> Report:
     )
 
 
-def compile_all(arch: int, shapes: list[str], num_rows: int, dtype: torch.dtype = torch.bfloat16) -> list[Report]:
+def compile_all(
+    arch: int, shapes: list[str], num_rows: int, dtype: torch.dtype = torch.bfloat16, kernels: list[str] | None = None
+) -> list[Report]:
     """One report for each specialisation, over many rows and few, with and without bias and softcap.
 
-    Shapes that share a specialisation are listed in its report.
+    Shapes that share a specialisation are listed in its report. kernels: names of those to compile; None means all.
     """
     reports: dict[str, Report] = {}
     for shape in shapes:
@@ -228,10 +253,10 @@ def compile_all(arch: int, shapes: list[str], num_rows: int, dtype: torch.dtype 
             for softcap in (None, 30.0)
             for rows in (num_rows, 256)
             for launch in record_launches(dim, vocabulary, rows, dtype, arch, softcap)
+            if kernels is None or launch.kernel.__name__ in kernels
         ]
         for launch in launches:
-            source = source_of(launch)
-            key = f"{launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
+            key = specialisation(launch)
             if key not in reports:
                 reports[key] = compile_launch(launch, arch, shape)
             elif shape not in reports[key].shapes:
@@ -251,6 +276,8 @@ def main() -> None:
         metavar="DxV",
         help="shapes of the head, as kernels.py takes them",
     )
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32", "tf32"])
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="names of the kernels to compile; default: all")
     parser.add_argument("--rows", type=int, default=4096, help="rows of hidden states")
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     options = parser.parse_args()
@@ -260,7 +287,12 @@ def main() -> None:
         parser.error(str(error))
     if options.rows < 1:
         parser.error(f"--rows must be at least 1, not {options.rows}")
-    reports = [report for arch in options.arch for report in compile_all(arch, shapes, options.rows)]
+    if options.dtype == "tf32":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    dtype = torch.float32 if options.dtype == "tf32" else getattr(torch, options.dtype)
+    reports = [
+        report for arch in options.arch for report in compile_all(arch, shapes, options.rows, dtype, options.kernels)
+    ]
     print(f"{'kernel':34} {'arch':>4} {'tile':24} {'warps':>5} {'regs':>4} {'spill':>6} {'shared':>7}  matrix")
     for r in reports:
         matrix = ", ".join(f"{count} {name}" for name, count in r.matrix_instructions.items())

@@ -2,7 +2,6 @@
 
 import functools
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from synpo_fast.ops.linear_logprobs import chunked, host, native
 from synpo_fast.ops.linear_logprobs.problem import Computed, Problem, Wanted
 
+_HOST_DRIVEN = {"chunked": chunked, "native": native}
 BACKENDS = ("reference", "chunked", "native", "triton")
 
 
@@ -23,7 +23,9 @@ def choose_backend(hidden: Tensor, wanted: str | None) -> str:
     if wanted is None and device not in ("cpu", "cuda"):
         return "chunked"
     candidate = wanted or ("triton" if device == "cuda" else "native")
-    reason = _why_impossible(candidate, device, hidden.dtype)
+    if wanted is None and candidate == "triton" and _belongs_to_cublas(hidden.dtype):
+        return "chunked"
+    reason = _why_impossible(candidate, hidden.device, hidden.dtype)
     if reason is None:
         return candidate
     if wanted is not None:
@@ -33,25 +35,24 @@ def choose_backend(hidden: Tensor, wanted: str | None) -> str:
     return "chunked"
 
 
-def _why_impossible(backend: str, device: str, dtype: torch.dtype) -> str | None:
-    if backend == "native":
-        return native.reason_unusable(device, dtype)
+def _belongs_to_cublas(dtype: torch.dtype) -> bool:
+    """True for full fp32. It has no matrix instructions, and Triton's tiles of fused multiply-adds spill registers."""
     from synpo_fast.ops.linear_logprobs import triton_support
 
-    return triton_support.reason_unusable(device, dtype)
+    return dtype == torch.float32 and not triton_support.tf32_allowed()
+
+
+def _why_impossible(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if backend == "native":
+        return native.reason_unusable(device.type, dtype)
+    from synpo_fast.ops.linear_logprobs import triton_support
+
+    return triton_support.reason_unusable(device.type, dtype) or triton_support.reason_too_old(device)
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
-
-
-def _module(backend: str) -> Any:
-    if backend == "triton":
-        from synpo_fast.ops.linear_logprobs import triton_launch
-
-        return triton_launch
-    return {"chunked": chunked, "native": native}[backend]
 
 
 def choose_at_run_time(hidden: Tensor, requested: str) -> str:
@@ -62,8 +63,10 @@ def choose_at_run_time(hidden: Tensor, requested: str) -> str:
 def forward(problem: Problem, wanted: Wanted, backend: str) -> Computed:
     """The forward of a backend, without autograd."""
     if backend == "triton":
-        return _module(backend).linear_logprobs_forward(problem, wanted)
-    return host.forward(_module(backend), problem, wanted)
+        from synpo_fast.ops.linear_logprobs import triton_launch
+
+        return triton_launch.linear_logprobs_forward(problem, wanted)
+    return host.forward(_HOST_DRIVEN[backend], problem, wanted)
 
 
 def backward(
@@ -71,5 +74,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The backward of a backend: gradients to hidden, weight and bias, None where they are not needed."""
     if backend == "triton":
-        return _module(backend).linear_logprobs_backward(problem, grad_logps, computed, needs)
-    return host.backward(_module(backend), problem, grad_logps, computed, needs)
+        from synpo_fast.ops.linear_logprobs import triton_backward
+
+        return triton_backward.linear_logprobs_backward(problem, grad_logps, computed, needs)
+    return host.backward(_HOST_DRIVEN[backend], problem, grad_logps, computed, needs)

@@ -83,8 +83,8 @@ def fused_linear_logprobs(
         keep_bytes: if the head trains, memory for exponentials of the logits, kept until the backward. They take V numbers
             per valid label, in hidden's dtype. The logits of labels beyond the bound are computed twice. None: 2 GiB on a
             GPU, 1 GiB on a CPU.
-        backend: "reference", "chunked", "native" (CPU) or "triton" (GPU); None picks triton for CUDA tensors, native for
-            CPU tensors, and chunked where those are not available.
+        backend: "reference", "chunked", "native" (CPU) or "triton" (GPU); None picks triton for CUDA tensors (but chunked
+            for fp32 unless torch allows tf32), native for CPU tensors, and chunked where those are not available.
 
     hidden, weight and bias receive gradients if they require them. If none does, only half the work is done.
 

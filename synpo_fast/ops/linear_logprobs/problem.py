@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -164,6 +165,8 @@ def make_problem(
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+        if is_traceable_wrapper_subclass(tensor):
+            raise ValueError(_way_out_of_wrapper(name, tensor))
         if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}")
     _check_shapes(hidden, weight, labels, bias, rows)
@@ -179,6 +182,17 @@ def make_problem(
         softcap=None if softcap is None else float(softcap),
         ignore_index=ignore_index,
     )
+
+
+def _way_out_of_wrapper(name: str, tensor: Tensor) -> str:
+    """The message for a tensor that wraps others (DTensor, torchao's quantised ones): the kernels would read a null pointer."""
+    kind = type(getattr(tensor, "data", tensor)).__name__
+    if hasattr(tensor, "full_tensor"):
+        return (
+            f"{name} is a {kind}, sharded over processes: gather it inside the forward of the module that holds it "
+            f"({name}.full_tensor()), or read it inside the forward of the model that FSDP or DeepSpeed wraps, where it is whole"
+        )
+    return f"{name} is a {kind}, which has no memory of its own: pass a plain tensor, such as {name}.dequantize()"
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, rows: Tensor | None) -> None:

@@ -19,21 +19,18 @@ PRODUCTS = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(INSTRUCTION))
-def reports(request, tmp_path_factory):
+def compile_ahead(out: Path, *options: str) -> list[dict]:
     """Its own process: the one that runs the tests may have Triton in interpreter mode."""
-    out = tmp_path_factory.mktemp("compiled") / f"sm_{request.param}.json"
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks/head/compiled_code.py"),
-        "--arch",
-        str(request.param),
-        "--json",
-        str(out),
-    ]
+    command = [sys.executable, str(ROOT / "benchmarks/head/compiled_code.py"), "--json", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr[-3000:]
-    return request.param, json.loads(out.read_text())
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module", params=sorted(INSTRUCTION))
+def reports(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compiled") / f"sm_{request.param}.json"
+    return request.param, compile_ahead(out, "--arch", str(request.param))
 
 
 def test_every_model_shape_is_there(reports):
@@ -66,3 +63,15 @@ def test_nothing_spills_and_shared_memory_fits(reports):
         assert report["spilled_bytes"] == 0 or few_rows, report  # 48 bytes outside the loop, where sums are split
         assert report["registers"] > 0
         assert report["shared_bytes"] <= report["shared_limit"], report
+
+
+def test_tf32_uses_matrix_instructions_and_nothing_spills(tmp_path):
+    """Full fp32 has no such instructions and its tiles spill, so cuBLAS gets it; test_dispatch.py checks that."""
+    options = ["--arch", *map(str, INSTRUCTION), "--shapes", "3584x152064", "--dtype", "tf32", "--kernels", *PRODUCTS]
+    products = compile_ahead(tmp_path / "tf32.json", *options)
+    assert {(report["kernel"], report["arch"]) for report in products} == {
+        (k, a) for k in PRODUCTS for a in INSTRUCTION
+    }
+    for report in products:
+        assert list(report["matrix_instructions"]) == [INSTRUCTION[report["arch"]]], report
+        assert report["spilled_bytes"] == 0, report
