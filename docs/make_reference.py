@@ -79,7 +79,7 @@ PUBLIC = (
         (
             "preference_loss", "PairLogprobs", "PairLogprobs.from_pairs", "PairLogprobs.from_padded", "PairLogprobs.from_sums",
             "LossOutput", "AuxiliaryNLL", "LOSSES", "LossSpec", "check_options",
-            "synpo", "synpo_token_coefficients", "dpo", "simpo", "orpo", "cpo", "nll",
+            "synpo", "synpo_token_coefficients", "synpo_ref", "dpo", "simpo", "orpo", "cpo", "cpo_simpo", "nll",
         ),
     ),
     Section(

@@ -11,6 +11,7 @@ import torch
 
 from synpo_fast.losses.cpo import VARIANTS as CPO_VARIANTS
 from synpo_fast.losses.cpo import cpo
+from synpo_fast.losses.cpo_simpo import cpo_simpo
 from synpo_fast.losses.dpo import VARIANTS as DPO_VARIANTS
 from synpo_fast.losses.dpo import dpo
 from synpo_fast.losses.nll import REDUCES, AuxiliaryNLL, nll
@@ -19,6 +20,7 @@ from synpo_fast.losses.pair import LossOutput, PairLogprobs
 from synpo_fast.losses.simpo import simpo
 from synpo_fast.losses.spec import LossSpec
 from synpo_fast.losses.synpo import LINKS, synpo, synpo_token_coefficients
+from synpo_fast.losses.synpo_ref import synpo_ref
 
 __all__ = [
     "LOSSES",
@@ -28,12 +30,14 @@ __all__ = [
     "PairLogprobs",
     "check_options",
     "cpo",
+    "cpo_simpo",
     "dpo",
     "nll",
     "orpo",
     "preference_loss",
     "simpo",
     "synpo",
+    "synpo_ref",
     "synpo_token_coefficients",
 ]
 
@@ -87,6 +91,26 @@ LOSSES: dict[str, LossSpec] = {
         has_nll=True,
         formula="-logsigmoid(beta*(S+ - S-)) + nll_weight*NLL+",
         choices={"variant": CPO_VARIANTS, "nll_reduce": REDUCES},
+    ),
+    "cpo_simpo": LossSpec(
+        function=cpo_simpo,
+        needs_reference=False,
+        reads="mean",
+        reward="beta*m",
+        reward_unit="beta·nats per token",
+        has_nll=True,
+        formula="-logsigmoid(beta*(m+ - m-) - gamma) + nll_weight*NLL+",
+        choices={"nll_reduce": REDUCES},
+    ),
+    "synpo_ref": LossSpec(
+        function=synpo_ref,
+        needs_reference=True,
+        reads="mean",
+        reward="G - Gref",
+        reward_unit="probability over the reference",
+        has_nll=False,
+        formula="-link(alpha*((G+ - Gref+) - (G- - Gref-))) - beta*A+",
+        choices={"link": LINKS},
     ),
 }
 

@@ -70,7 +70,7 @@ def _rewards(module: PairModule, pairs: Sequence[EncodedPair]) -> tuple[tuple[Te
     with torch.no_grad():
         chosen, rejected = (segment_mean(*half).sum().double() for half in halves)
     logps = {"chosen": chosen, "rejected": rejected}
-    if module.loss_type == "synpo":
+    if module.loss_type in ("synpo", "synpo_ref"):  # the reference's G is a constant: it has no gradient
         return (geometric_mean(*halves[0]), geometric_mean(*halves[1])), logps
     if module.reference is None:
         return (segment_mean(*halves[0]), segment_mean(*halves[1])), logps

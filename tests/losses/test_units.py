@@ -26,7 +26,7 @@ def test_units_say_what_the_numbers_are(name):
     scale = {"nats per token": 1, "nats per response": 2}[logps_unit(name)]
     assert longer_logps == pytest.approx(scale * logps)
     unit = reward_unit(name)
-    per_token = "per token" in unit or unit == "probability"
+    per_token = "per token" in unit or unit.startswith("probability")
     assert longer_reward == pytest.approx(reward if per_token else 2 * reward)
     assert (unit == "probability") == (reward > 0 and reward == pytest.approx(float(CHOSEN.mean().exp())))
     default = LOSSES[name].options["beta"]

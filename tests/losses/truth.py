@@ -28,6 +28,10 @@ CASES: list[tuple[str, dict[str, float | str | bool]]] = [
     ("cpo", {}),
     ("cpo", {"variant": "hinge", "nll_weight": 0.5, "nll_reduce": "sum"}),
     ("cpo", {"label_smoothing": 0.3}),
+    ("cpo_simpo", {}),
+    ("cpo_simpo", {"gamma": 1.1, "label_smoothing": 0.2, "nll_weight": 0.4, "nll_reduce": "token_mean"}),
+    ("synpo_ref", {}),
+    ("synpo_ref", {"alpha": 4.0, "beta": 0.5, "link": "logsigmoid"}),
 ]
 CASE_IDS = [name + "".join(f"-{key}={value}" for key, value in options.items()) for name, options in CASES]
 
@@ -51,6 +55,13 @@ def mean(y: Response) -> float:
 def synpo(chosen: Response, rejected: Response, *, alpha=30.0, beta=0.2, link="sigmoid") -> float:
     x = alpha * (math.exp(mean(chosen)) - math.exp(mean(rejected)))
     A = mean([math.exp(lp) for lp in chosen])
+    return -(sigmoid(x) if link == "sigmoid" else log_sigmoid(x)) - beta * A
+
+
+def synpo_ref(pair, reference, *, alpha=30.0, beta=0.2, link="sigmoid") -> float:
+    gains = [math.exp(mean(y)) - math.exp(mean(ref)) for y, ref in zip(pair, reference, strict=True)]
+    x = alpha * (gains[0] - gains[1])
+    A = mean([math.exp(lp) for lp in pair[0]])
     return -(sigmoid(x) if link == "sigmoid" else log_sigmoid(x)) - beta * A
 
 
@@ -92,13 +103,14 @@ def nll(targets: Sequence[Response], reduce: str) -> list[float]:
 
 def losses(name, pairs, reference_pairs, options) -> list[float]:
     """Loss per pair; pairs and reference_pairs are lists of (chosen, rejected)."""
-    if name == "dpo":
-        return [dpo(pair, reference, **options) for pair, reference in zip(pairs, reference_pairs, strict=True)]
+    if name in ("dpo", "synpo_ref"):
+        compare = {"dpo": dpo, "synpo_ref": synpo_ref}[name]
+        return [compare(pair, reference, **options) for pair, reference in zip(pairs, reference_pairs, strict=True)]
     if name in ("synpo", "simpo"):
         return [{"synpo": synpo, "simpo": simpo}[name](*pair, **options) for pair in pairs]
     rest = dict(options)
     weight, reduce = rest.pop("nll_weight", 1.0), rest.pop("nll_reduce", "batch_token_mean")
-    contrast = {"orpo": odds_ratio, "cpo": cpo_contrast}[name]
+    contrast = {"orpo": odds_ratio, "cpo": cpo_contrast, "cpo_simpo": simpo}[name]
     nlls = nll([chosen for chosen, _ in pairs], reduce)
     return [contrast(*pair, **rest) + weight * value for pair, value in zip(pairs, nlls, strict=True)]
 

@@ -81,7 +81,7 @@ def test_a_pair_without_a_ground_truth_beside_others_is_refused(policy):
         pair_logprobs(pairs, policy([pair.sample for pair in pairs]))
 
 
-@pytest.mark.parametrize("loss_type", ["synpo", "simpo", "orpo", "cpo", "sft"])
+@pytest.mark.parametrize("loss_type", ["synpo", "simpo", "orpo", "cpo", "cpo_simpo", "sft"])
 @pytest.mark.parametrize("parts", [[[0], [1], [3]], [[0, 1], [3]], [[0, 1, 3]]])
 def test_gradient_and_metrics_do_not_depend_on_the_split_into_micro_batches(policy, loss_type, parts):
     pairs = encoded(policy, PAIRS)
