@@ -1,4 +1,5 @@
-"""Preference losses as pure functions of token log-probs. LOSSES lists them; `preference_loss` computes one by name.
+"""Preference losses as pure functions of token log-probs. LOSSES (registry.py) lists them; `preference_loss` computes
+one by name.
 
 Each loss takes `PairLogprobs` (dpo takes a second one for the reference) and returns a `LossOutput`. README.md has a table.
 """
@@ -9,17 +10,16 @@ from dataclasses import replace
 
 import torch
 
-from synpo_fast.losses.cpo import VARIANTS as CPO_VARIANTS
 from synpo_fast.losses.cpo import cpo
 from synpo_fast.losses.cpo_simpo import cpo_simpo
-from synpo_fast.losses.dpo import VARIANTS as DPO_VARIANTS
 from synpo_fast.losses.dpo import dpo
-from synpo_fast.losses.nll import REDUCES, AuxiliaryNLL, nll
+from synpo_fast.losses.nll import AuxiliaryNLL, nll
 from synpo_fast.losses.orpo import orpo
 from synpo_fast.losses.pair import LossOutput, PairLogprobs
+from synpo_fast.losses.registry import LOSSES
 from synpo_fast.losses.simpo import simpo
 from synpo_fast.losses.spec import LossSpec
-from synpo_fast.losses.synpo import LINKS, synpo, synpo_token_coefficients
+from synpo_fast.losses.synpo import synpo, synpo_token_coefficients
 from synpo_fast.losses.synpo_ref import synpo_ref
 
 __all__ = [
@@ -40,79 +40,6 @@ __all__ = [
     "synpo_ref",
     "synpo_token_coefficients",
 ]
-
-
-LOSSES: dict[str, LossSpec] = {
-    "synpo": LossSpec(
-        function=synpo,
-        needs_reference=False,
-        reads="mean",
-        reward="G",
-        reward_unit="probability",
-        has_nll=False,
-        formula="-link(alpha*(G+ - G-)) - beta*A+",
-        choices={"link": LINKS},
-    ),
-    "dpo": LossSpec(
-        function=dpo,
-        needs_reference=True,
-        reads="sum",
-        reward="beta*r",
-        reward_unit="beta·nats over the reference",
-        has_nll=False,
-        formula="-logsigmoid(beta*(r+ - r-))",
-        choices={"variant": DPO_VARIANTS},
-    ),
-    "simpo": LossSpec(
-        function=simpo,
-        needs_reference=False,
-        reads="mean",
-        reward="beta*m",
-        reward_unit="beta·nats per token",
-        has_nll=False,
-        formula="-logsigmoid(beta*(m+ - m-) - gamma)",
-    ),
-    "orpo": LossSpec(
-        function=orpo,
-        needs_reference=False,
-        reads="mean",
-        reward="beta*m",
-        reward_unit="beta·nats per token",
-        has_nll=True,
-        formula="NLL+ - beta*logsigmoid(log(odds+/odds-))",
-        choices={"nll_reduce": REDUCES},
-    ),
-    "cpo": LossSpec(
-        function=cpo,
-        needs_reference=False,
-        reads="sum",
-        reward="beta*S",
-        reward_unit="beta·nats per response",
-        has_nll=True,
-        formula="-logsigmoid(beta*(S+ - S-)) + nll_weight*NLL+",
-        choices={"variant": CPO_VARIANTS, "nll_reduce": REDUCES},
-    ),
-    "cpo_simpo": LossSpec(
-        function=cpo_simpo,
-        needs_reference=False,
-        reads="mean",
-        reward="beta*m",
-        reward_unit="beta·nats per token",
-        has_nll=True,
-        formula="-logsigmoid(beta*(m+ - m-) - gamma) + nll_weight*NLL+",
-        choices={"nll_reduce": REDUCES},
-    ),
-    "synpo_ref": LossSpec(
-        function=synpo_ref,
-        needs_reference=True,
-        reads="mean",
-        reward="G - Gref",
-        reward_unit="probability over the reference",
-        has_nll=False,
-        formula="-link(alpha*((G+ - Gref+) - (G- - Gref-))) - beta*A+",
-        choices={"link": LINKS},
-    ),
-}
 
 
 def preference_loss(

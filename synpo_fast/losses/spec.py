@@ -24,12 +24,12 @@ class LossSpec:
     """
 
     function: Callable[..., LossOutput]
-    needs_reference: bool
     reads: Literal["sum", "mean"]
     reward: str
     reward_unit: str
-    has_nll: bool
     formula: str
+    needs_reference: bool = False
+    has_nll: bool = False
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @cached_property
