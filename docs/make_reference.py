@@ -78,13 +78,15 @@ PUBLIC = (
         "Losses as functions of token log-probs. [synpo_fast/losses](../synpo_fast/losses/README.md) has formulas and options.",
         (
             "preference_loss", "PairLogprobs", "PairLogprobs.from_pairs", "PairLogprobs.from_padded", "PairLogprobs.from_sums",
+            "PairLogprobs.from_unpaired",
             "LossOutput", "AuxiliaryNLL", "LOSSES", "LossSpec", "check_options",
-            "synpo", "synpo_token_coefficients", "synpo_ref", "dpo", "simpo", "orpo", "cpo", "cpo_simpo", "nll",
+            "synpo", "synpo_token_coefficients", "synpo_ref", "dpo", "simpo", "orpo", "cpo", "cpo_simpo",
+            "kto", "apo_zero_unpaired", "kl_reference_point", "nll",
         ),
     ),
     Section(
         "synpo_fast.references",
-        "Sources of reference log-probs, for losses that compare with a reference (dpo).",
+        "Sources of reference log-probs, for losses that compare with a reference.",
         ("FrozenCopy", "AdapterOff", "PreviousRound", "Precomputed", "precompute", "AnchorClip"),
     ),
     Section(

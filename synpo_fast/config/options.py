@@ -147,11 +147,13 @@ class TrainOptions:
     loss_type: str = _loss("synpo", "the loss; sft is the NLL of the chosen response", (*LOSSES, "sft"))
     alpha: float | None = _of_loss("scale of the difference of the two rewards")
     beta: float | None = _of_loss(
-        "for synpo the weight of the chosen response's likelihood, else the scale of the rewards"
+        "for synpo and synpo_ref the weight of the chosen response's likelihood, else the scale of the rewards"
     )
     gamma: float | None = _of_loss("margin by which the chosen reward should be greater")
     link: str | None = _of_loss("applied to the scaled difference of the rewards")
     variant: str | None = _of_loss("form of the loss")
+    desirable_weight: float | None = _of_loss("weight of desirable (chosen) responses")
+    undesirable_weight: float | None = _of_loss("weight of undesirable (rejected) responses")
     label_smoothing: float | None = _of_loss("assumed probability that chosen and rejected are swapped")
     reference_free: bool | None = _of_loss("take the reference's log-probs as 0 and compute none")
     nll_weight: float | None = _of_loss("weight of the NLL of the chosen response")
@@ -161,7 +163,9 @@ class TrainOptions:
     auxiliary_nll: float = _loss(0.0, "weight of an NLL term added to the loss", at_least=0)
     auxiliary_target: str = _loss("chosen", "text whose NLL is added; with ground_truth every pair needs one", TARGETS)
     reference: str = _loss(
-        "auto", "where dpo's reference comes from. auto: adapter_off, or frozen_copy without an adapter", REFERENCES
+        "auto",
+        "where the reference of a loss that needs one comes from. auto: adapter_off, or frozen_copy without an adapter",
+        REFERENCES,
     )
     share_prefix: bool = _loss(True, "run video and prompt once for both responses")
     row_tokens: int | None = _loss(

@@ -1,7 +1,7 @@
 """Preference losses as pure functions of token log-probs. LOSSES (registry.py) lists them; `preference_loss` computes
 one by name.
 
-Each loss takes `PairLogprobs` (dpo takes a second one for the reference) and returns a `LossOutput`. README.md has a table.
+Each loss takes `PairLogprobs` (some take a second one for the reference) and returns a `LossOutput`. README.md has a table.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from synpo_fast.losses.cpo import cpo
 from synpo_fast.losses.cpo_simpo import cpo_simpo
 from synpo_fast.losses.dpo import dpo
+from synpo_fast.losses.kto import apo_zero_unpaired, kl_reference_point, kto
 from synpo_fast.losses.nll import AuxiliaryNLL, nll
 from synpo_fast.losses.orpo import orpo
 from synpo_fast.losses.pair import LossOutput, PairLogprobs
@@ -28,10 +29,13 @@ __all__ = [
     "LossOutput",
     "LossSpec",
     "PairLogprobs",
+    "apo_zero_unpaired",
     "check_options",
     "cpo",
     "cpo_simpo",
     "dpo",
+    "kl_reference_point",
+    "kto",
     "nll",
     "orpo",
     "preference_loss",
@@ -57,7 +61,8 @@ def preference_loss(
     response, with weight 1.
 
     Adds the metric nll_loss/ground_truth if the auxiliary target is the ground truth.
-    Raises ValueError on an unknown name or option and on a reference that is missing or not needed.
+    Raises ValueError on an unknown name or option, on a reference that is missing or not needed, and on unpaired rows unless the
+    loss reads each response by itself (kto, apo_zero_unpaired).
     """
     if name not in LOSSES:
         raise ValueError(f"unknown loss {name!r}, expected one of {', '.join(LOSSES)}")
@@ -67,6 +72,11 @@ def preference_loss(
         raise ValueError(f"loss {name!r} has no option {', '.join(unknown)}; it has {', '.join(spec.options)}")
     if reference is not None and not spec.needs_reference:
         raise ValueError(f"loss {name!r} takes no reference, but one was given")
+    if policy.unpaired is not None and not spec.unpaired:
+        single = ", ".join(each for each, entry in LOSSES.items() if entry.unpaired)
+        raise ValueError(
+            f"loss {name!r} compares two responses, but a row has one; these losses read single ones: {single}"
+        )
     output = spec.function(policy, reference, **options) if spec.needs_reference else spec.function(policy, **options)
 
     losses, metrics = output.losses, dict(output.metrics)
@@ -85,7 +95,8 @@ def check_options(name: str, *, auxiliary: AuxiliaryNLL | None = None, **options
     """Runs the loss on a few tokens. Raises ValueError for options that it refuses or that overflow in fp32."""
     logps = torch.tensor([-0.5, -1.5, -3.0], requires_grad=True)
     responses = [(logps[:2], logps[1:]), (logps[1:], logps[:2]), (logps[:2], logps[:2])]
-    policy = PairLogprobs.from_pairs(responses, ground_truth=[logps] * len(responses))
+    kl = torch.tensor(0.1) if LOSSES[name].needs_kl else None
+    policy = PairLogprobs.from_pairs(responses, ground_truth=[logps] * len(responses), kl=kl)
     reference = None
     if LOSSES[name].reads_reference(options):
         reference = PairLogprobs.from_pairs([(y.detach() - 0.1, z.detach() + 0.1) for y, z in responses])

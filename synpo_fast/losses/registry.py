@@ -7,6 +7,7 @@ from synpo_fast.losses.cpo import cpo
 from synpo_fast.losses.cpo_simpo import cpo_simpo
 from synpo_fast.losses.dpo import VARIANTS as DPO_VARIANTS
 from synpo_fast.losses.dpo import dpo
+from synpo_fast.losses.kto import apo_zero_unpaired, kto
 from synpo_fast.losses.nll import REDUCES
 from synpo_fast.losses.orpo import orpo
 from synpo_fast.losses.simpo import simpo
@@ -74,5 +75,24 @@ LOSSES: dict[str, LossSpec] = {
         reward_unit="probability over the reference",
         formula="-link(alpha*((G+ - Gref+) - (G- - Gref-))) - beta*A+",
         choices={"link": LINKS},
+    ),
+    "kto": LossSpec(
+        function=kto,
+        needs_reference=True,
+        reads="sum",
+        reward="beta*r",
+        reward_unit="beta·nats over the reference",
+        formula="w+*(1 - sigmoid(beta*(r+ - z0))), w-*(1 - sigmoid(beta*(z0 - r-)))",
+        unpaired=True,
+        needs_kl=True,
+    ),
+    "apo_zero_unpaired": LossSpec(
+        function=apo_zero_unpaired,
+        needs_reference=True,
+        reads="sum",
+        reward="beta*r",
+        reward_unit="beta·nats over the reference",
+        formula="w+*(1 - sigmoid(beta*r+)), w-*sigmoid(beta*r-)",
+        unpaired=True,
     ),
 }

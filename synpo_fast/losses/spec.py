@@ -20,6 +20,8 @@ class LossSpec:
         metrics logps/chosen and logps/rejected are the same sums or means.
     reward, reward_unit: formula and unit of the metrics rewards/... (see units.py).
     has_nll: True if the loss includes an NLL on the chosen response.
+    unpaired: True if the loss reads each response by itself, so that a row may be one labelled response instead of a pair.
+    needs_kl: True if it reads policy.kl, an estimate from mismatched responses (kto.py).
     choices: allowed values of each option that takes a word.
     """
 
@@ -30,6 +32,8 @@ class LossSpec:
     formula: str
     needs_reference: bool = False
     has_nll: bool = False
+    unpaired: bool = False
+    needs_kl: bool = False
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @cached_property
