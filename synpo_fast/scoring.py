@@ -71,9 +71,10 @@ class PairEncoder:
         self._check_texts(pair)
         prompt = self.family.prompt_ids(self.tokenizer, pair.prompt, None if video is None else video.token_ids)
         preference = pair.loss == "preference"
-        has_ground_truth = self.with_ground_truth and pair.ground_truth is not None
         texts = [pair.chosen, *([pair.rejected] if preference else [])]
-        if has_ground_truth and pair.ground_truth is not None:
+        ground_truth = None
+        if self.with_ground_truth and pair.ground_truth is not None:
+            ground_truth = len(texts)
             texts.append(pair.ground_truth)
         responses = tuple(self._response_ids(text) for text in texts)
         if preference and responses[0] == responses[1]:
@@ -81,7 +82,9 @@ class PairEncoder:
                 f"pair {pair.id!r}: chosen and rejected are the same tokens, so there is nothing to prefer"
             )
         self._check_length(pair, len(prompt), max(len(response) for response in responses))
-        return EncodedPair(Sample(tuple(prompt), responses, video, pair.id), pair.id, preference, has_ground_truth)
+        comparisons = ((0, 1),) if preference else ()
+        sample = Sample(tuple(prompt), responses, video, pair.id)
+        return EncodedPair(sample, pair.id, comparisons, ground_truth=ground_truth)
 
     def video_facts(self) -> str:
         """Returns a digest of all that a video's pixels and tokens depend on besides its frames.

@@ -1,4 +1,6 @@
-"""Encoded pairs: the tokens and pixels of a Pair, as the loader passes them to the training loop.
+"""Encoded pairs: the tokens and pixels of a Pair, and which of its responses the loss compares.
+
+The loader passes them to the training loop.
 
 Tokens and pixels depend on the model family, and this layer knows no model. The caller therefore passes the encoder and the
 store of features as arguments (scoring.PairEncoder, models.feature_cache.StoredVideos). This layer does not look into what
@@ -22,16 +24,39 @@ class PairTooLong(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class EncodedPair:
-    """One pair as tokens and pixels.
+    """One row of a manifest as tokens and pixels. Every response runs once, however many comparisons use it.
 
-    sample: a models.policy.Sample. Its responses are chosen, then rejected if `preference`, then the ground truth if
-    `has_ground_truth`.
+    sample: a models.policy.Sample with all responses of the row. The numbers below are indices of its responses.
+    comparisons: (better, worse) responses. The loss sees each comparison as one pair. Empty for a row that trains on one
+        response alone ("sft").
+    target: the response that a row without comparisons trains on.
+    ground_truth: the response that is the ground truth, None without one.
     """
 
     sample: Any
     id: str
-    preference: bool
-    has_ground_truth: bool
+    comparisons: tuple[tuple[int, int], ...] = ((0, 1),)
+    target: int = 0
+    ground_truth: int | None = None
+
+    @property
+    def preference(self) -> bool:
+        """True if the row compares responses."""
+        return bool(self.comparisons)
+
+    @property
+    def has_ground_truth(self) -> bool:
+        return self.ground_truth is not None
+
+    @property
+    def num_pairs(self) -> int:
+        """The number of pairs that the loss sees: a row with several comparisons counts as several pairs."""
+        return len(self.comparisons) or 1
+
+    @property
+    def better(self) -> tuple[int, ...]:
+        """For each pair that the loss sees, the response that it prefers, or the only one that it reads."""
+        return tuple(better for better, _ in self.comparisons) or (self.target,)
 
     @property
     def num_bytes(self) -> int:

@@ -3,6 +3,9 @@
 Everything between pairs and loss happens in this one forward, because DeepSpeed (like DDP) only synchronises what goes through
 its own forward, and because a head sharded by ZeRO-3 can only be read in there.
 
+A row of a manifest is one pair or, with several responses, as many pairs as it has comparisons. Each response runs once, and its
+log-probs are repeated for every comparison that uses it, so a row and its comparisons as separate rows have equal losses.
+
 The loss is a sum over the micro-batch's pairs times `scale`. With scale = world_size / (pairs of the whole step, on all ranks)
 and gradients that DeepSpeed averages over ranks, a step's gradient is that of the mean over all its pairs, however they were
 split into micro-batches and over ranks.
@@ -94,14 +97,17 @@ class PairModule(nn.Module):
             """A scalar filled on the device: a tensor made from a host number would be copied, and the host would wait for it."""
             return torch.full((), float(value), device=output.losses.device)
 
-        chosen = sum(len(pair.sample.responses[0]) for pair in pairs)
-        rejected = sum(len(pair.sample.responses[1]) for pair in pairs if pair.preference)
-        prompt = sum(len(pair.sample.prompt) for pair in pairs)
-        tokens = {"chosen_tokens": chosen, "rejected_tokens": rejected}
+        lengths = [[len(response) for response in pair.sample.responses] for pair in pairs]
+        each = list(zip(pairs, lengths, strict=True))
+        tokens = {  # per comparison, as the loss sees them
+            "chosen_tokens": sum(length[better] for pair, length in each for better in pair.better),
+            "rejected_tokens": sum(length[worse] for pair, length in each for _, worse in pair.comparisons),
+        }
         sums = metric_sums(output, {name: number(n) for name, n in tokens.items()})
         sums["loss"] = output.losses.sum().float()
-        sums["pairs"] = number(len(pairs))
-        sums["tokens"] = number(prompt + chosen + rejected)
+        sums["pairs"] = number(sum(pair.num_pairs for pair in pairs))
+        truths = sum(length[pair.ground_truth] for pair, length in each if pair.ground_truth is not None)
+        sums["tokens"] = number(sum(len(pair.sample.prompt) + sum(length) for pair, length in each) - truths)
         return sums
 
 
@@ -113,16 +119,22 @@ def loss_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def pair_logprobs(pairs: Sequence[EncodedPair], logps: Logps, *, all_sft: bool = False) -> PairLogprobs:
-    """Converts the log-probs of each response of each pair to the flat tensors that losses read."""
-    couples, truths, preference = [], [], []
+    """Converts the log-probs of each response of each row to the flat tensors that losses read: one pair per comparison.
+
+    all_sft: the loss reads only the better response of each comparison."""
+    couples: list[tuple[Tensor, Tensor]] = []
+    truths, preference = [], []
     for pair, responses in zip(pairs, logps, strict=True):
         compared = pair.preference and not all_sft
-        couples.append((responses[0], responses[1] if compared else responses[0][:0]))
-        preference.append(compared)
-        if pair.has_ground_truth:
-            truths.append(responses[-1])
-    if truths and len(truths) != len(pairs):
-        raise UserError(f"{len(pairs) - len(truths)} of {len(pairs)} pairs of a micro-batch have no ground truth")
+        better = [responses[index] for index in pair.better]
+        worse = [responses[index] for _, index in pair.comparisons] if compared else [each[:0] for each in better]
+        couples += zip(better, worse, strict=True)
+        preference += [compared] * len(better)
+        if pair.ground_truth is not None:
+            truths += [responses[pair.ground_truth]] * len(better)
+    if truths and len(truths) != len(couples):
+        without = sum(pair.ground_truth is None for pair in pairs)
+        raise UserError(f"{without} of {len(pairs)} pairs of a micro-batch have no ground truth")
     return PairLogprobs.from_pairs(
         couples, ground_truth=truths or None, preference=None if all(preference) else preference
     )

@@ -41,7 +41,7 @@ def reward_gradient_norms(module: PairModule, micro_batches: Sequence[Sequence[E
             last = name == "rejected"
             gradients = torch.autograd.grad(values.sum(), parameters, retain_graph=not last, allow_unused=True)
             totals[name] += _flat(gradients, parameters)
-        sums["pairs"] += len(compared)
+        sums["pairs"] += sum(pair.num_pairs for pair in compared)
         for name, value in logps.items():
             sums[name] += value
     counted = torch.stack(list(sums.values()))

@@ -1,7 +1,5 @@
 """Every option that a loss takes can be given to the trainer, reaches the loss, and is refused beside a loss without it."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -10,12 +8,13 @@ from synpo_fast.config.option_help import groups
 from synpo_fast.config.options import LOSS_OPTIONS
 from synpo_fast.config.sources import TYPES, resolve_config
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.losses import LOSSES, PairLogprobs, preference_loss
 from synpo_fast.training.pair_module import PairModule
 
 NEEDED = {"model_name_or_path": "tiny:text", "train_file": "pairs.jsonl", "output_dir": "out"}
 OPTIONS_OF_LOSSES = [(loss, name) for loss, spec in LOSSES.items() for name in spec.options]
-PAIRS = [SimpleNamespace(preference=True, has_ground_truth=False)] * 2
+PAIRS = [EncodedPair(None, "a")] * 2
 LOGPS = [  # lengths differ, so that sums, means of responses and means of tokens do
     [torch.tensor([-0.5, -1.0, -0.3]), torch.tensor([-2.0, -0.7])],
     [torch.tensor([-0.2]), torch.tensor([-0.4, -0.6, -1.5, -0.1])],
