@@ -140,6 +140,11 @@ def _check_start(config: TrainConfig) -> None:
         raise UserError("profile compares with dpo's references: leave reference_free unset")
     if config.diagnostics and config.loss_type == "sft":
         raise UserError("diagnostics compare chosen and rejected rewards: loss_type=sft has none")
+    for name in ("diagnostics", "profile"):
+        if config.reads_single_responses and getattr(config, name):
+            raise UserError(
+                f"{name} compares pairs: leave it unset with loss_type={config.loss_type}, which reads single responses"
+            )
 
 
 def _check_memory(config: TrainConfig) -> None:
@@ -163,6 +168,11 @@ def _check_memory(config: TrainConfig) -> None:
             f"oom_policy=skip needs zero_stage 0 or 1 without offload_optimizer, got zero_stage={config.zero_stage}, "
             f"offload_optimizer={str(config.offload_optimizer).lower()}: otherwise processes exchange gradients or weights "
             "within a micro-batch, and a process that ran out of memory cannot take part"
+        )
+    if config.oom_policy == "skip" and config.needs_kl:
+        raise UserError(
+            f"oom_policy=skip is not possible with loss_type={config.loss_type}: processes exchange its reference point within a "
+            "forward, and a process that ran out of memory cannot take part; leave oom_policy unset"
         )
     if config.offload_optimizer and config.zero_stage == 0:
         raise UserError("offload_optimizer needs zero_stage 1, 2 or 3")
@@ -188,6 +198,7 @@ def _check_best(config: TrainConfig) -> None:
     if not config.eval_steps:
         raise UserError(f"{why} compares evaluations, but eval_steps=0 evaluates only at the end: set eval_steps")
     compared = [name for name in EVAL_METRICS if config.loss_type != "sft" or name in ("loss", "nll_loss")]
+    compared = [name for name in compared if name != "kl" or config.reads_single_responses]
     if config.best_metric.removeprefix("eval_") not in compared:
         raise UserError(
             f"metric_for_best_model is {config.metric_for_best_model!r}, expected a number that evaluation of "

@@ -14,7 +14,7 @@ responses.
 
 Metrics: rewards/chosen and logps/chosen are means over the desirable responses, .../rejected over the undesirable ones, and
 rewards/margins is their difference, as in TRL. rewards/accuracies is ours: the share of responses whose reward lies on the right
-side of beta * z0. desirable_responses and undesirable_responses are counts.
+side of beta * z0. kl is z0. desirable_responses and undesirable_responses are counts.
 
 1 - sigmoid(z) is computed as sigmoid(-z), in the form that keeps its gradient when the sigmoid saturates.
 """
@@ -110,7 +110,7 @@ def _unpaired_loss(
         chosen_logps=torch.where(desirable, chosen_logps, 0.0),
         rejected_logps=torch.where(undesirable, rejected_logps, 0.0),
     )
-    return replace(output, metrics=output.metrics | _metrics(output, desirable, undesirable, beta * kl))
+    return replace(output, metrics=output.metrics | _metrics(output, desirable, undesirable, beta, kl))
 
 
 def _labelled(policy: PairLogprobs) -> tuple[Tensor, Tensor]:
@@ -123,8 +123,9 @@ def _labelled(policy: PairLogprobs) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _metrics(output: LossOutput, desirable: Tensor, undesirable: Tensor, point: Tensor) -> dict[str, Tensor]:
-    """Means over the responses with a label, not over pairs. point: the reward of the reference point, beta * z0."""
+def _metrics(output: LossOutput, desirable: Tensor, undesirable: Tensor, beta: float, kl: Tensor) -> dict[str, Tensor]:
+    """Means over the responses with a label, not over pairs."""
+    point = beta * kl
     num_desirable, num_undesirable = desirable.sum(), undesirable.sum()
 
     def mean(values: Tensor, count: Tensor) -> Tensor:
@@ -145,6 +146,7 @@ def _metrics(output: LossOutput, desirable: Tensor, undesirable: Tensor, point: 
         "rewards/accuracies": right.to(dtype) / (num_desirable + num_undesirable).clamp(min=1),
         "logps/chosen": mean(output.chosen_logps, num_desirable),
         "logps/rejected": mean(output.rejected_logps, num_undesirable),
+        "kl": kl.to(dtype),
         "desirable_responses": num_desirable.to(dtype),
         "undesirable_responses": num_undesirable.to(dtype),
     }

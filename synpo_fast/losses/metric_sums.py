@@ -17,9 +17,17 @@ WEIGHTS = {
     "rewards/margins": "preference_pairs",
     "logps/chosen": "preference_pairs",
     "logps/rejected": "preference_pairs",
+    "kl": "preference_pairs",
     "nll_loss": "chosen_tokens",
     "logits/chosen": "chosen_tokens",
     "logits/rejected": "rejected_tokens",
+}
+# The counts of a loss that reads single responses with a label (kto). Its margin is a difference of two means.
+_LABELLED = {
+    "rewards/chosen": "desirable_responses",
+    "rewards/rejected": "undesirable_responses",
+    "logps/chosen": "desirable_responses",
+    "logps/rejected": "undesirable_responses",
 }
 
 
@@ -36,7 +44,8 @@ def metric_sums(output: LossOutput, outputs: Mapping[str, Tensor]) -> dict[str, 
         "chosen_tokens": outputs["chosen_tokens"].sum(),
         "rejected_tokens": outputs["rejected_tokens"].sum(),
     }
-    for name, weight in WEIGHTS.items():
+    sums |= {name: output.metrics[name] for name in _LABELLED.values() if name in output.metrics}
+    for name, weight in _weights(sums).items():
         if name in output.metrics:
             sums[name] = output.metrics[name] * sums[weight]
     if "chosen_logits" in outputs:
@@ -48,7 +57,17 @@ def metric_sums(output: LossOutput, outputs: Mapping[str, Tensor]) -> dict[str, 
 def metric_means(sums: Mapping[str, float]) -> dict[str, float]:
     """Returns the metrics from added sums. Leaves out metrics with nothing to average (rewards if no pair was compared), and
     empty_pairs if it is 0."""
-    means = {name: sums[name] / sums[weight] for name, weight in WEIGHTS.items() if name in sums and sums[weight] > 0}
+    weights = _weights(sums)
+    means = {name: sums[name] / sums[weight] for name, weight in weights.items() if name in sums and sums[weight] > 0}
+    if weights is not WEIGHTS and {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     if sums["empty_pairs"] > 0:
         means["empty_pairs"] = sums["empty_pairs"]
     return means
+
+
+def _weights(sums: Mapping[str, object]) -> dict[str, str]:
+    """The count that each metric is a mean over."""
+    if "desirable_responses" not in sums:
+        return WEIGHTS
+    return {name: _LABELLED.get(name, weight) for name, weight in WEIGHTS.items() if name != "rewards/margins"}

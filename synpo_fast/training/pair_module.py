@@ -18,12 +18,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.errors import UserError
-from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss
+from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, kl_reference_point, preference_loss
 from synpo_fast.losses.metric_sums import metric_sums
 from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.models.shared_features import shared_video_features
@@ -61,7 +62,8 @@ class PairModule(nn.Module):
             # Not called through __call__: see Policy.
             logps = self.policy.forward(samples, share_prefix=self.share_prefix)
             reference = None if self.reference is None else self.reference_logps(samples)
-        output = self.loss_of_logps(pairs, logps, reference)
+            kl = self._reference_point(pairs, logps, reference, counted=scale != 0)
+        output = self.loss_of_logps(pairs, logps, reference, kl)
         loss = output.losses.sum() * scale
         # A loss that is not finite makes every gradient nan, so that the engine skips the step on all ranks.
         loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
@@ -82,14 +84,37 @@ class PairModule(nn.Module):
         sent = to_device(places, self.policy.device)
         return [[sent[i, j] for j in range(len(each))] for i, each in enumerate(logps)]
 
-    def loss_of_logps(self, pairs: Sequence[EncodedPair], logps: Logps, reference: Logps | None) -> LossOutput:
+    @property
+    def needs_kl(self) -> bool:
+        """True if the loss needs a reference point from mismatched responses. All ranks then run each forward together."""
+        return self.loss_type in LOSSES and LOSSES[self.loss_type].needs_kl
+
+    @torch.no_grad()
+    def _reference_point(
+        self, pairs: Sequence[EncodedPair], logps: Logps, reference: Logps | None, *, counted: bool
+    ) -> Tensor | None:
+        """kto's reference point, over the mismatched responses of this forward on all ranks. counted: False for a placeholder."""
+        if not self.needs_kl or reference is None:
+            return None
+        sums = torch.zeros(2, dtype=torch.float64, device=self.policy.device)
+        for pair, own, ref in zip(pairs, logps, reference, strict=True):
+            if counted and pair.mismatched is not None:
+                sums[0] += own[pair.mismatched].sum() - ref[pair.mismatched].sum()
+                sums[1] += 1
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        return kl_reference_point(sums[0], sums[1]).float()
+
+    def loss_of_logps(
+        self, pairs: Sequence[EncodedPair], logps: Logps, reference: Logps | None, kl: Tensor | None = None
+    ) -> LossOutput:
         """The loss of each pair, from token log-probs in the layout of the samples' responses."""
         if self.loss_type == "sft":
             # SynPO on pairs that are all marked "sft" is the NLL of the chosen responses.
             return preference_loss("synpo", pair_logprobs(pairs, logps, all_sft=True))
         ref = None if reference is None else pair_logprobs(pairs, reference)
         return preference_loss(
-            self.loss_type, pair_logprobs(pairs, logps), ref, auxiliary=self.auxiliary, **self.options
+            self.loss_type, pair_logprobs(pairs, logps, kl=kl), ref, auxiliary=self.auxiliary, **self.options
         )
 
     def _sums(self, pairs: Sequence[EncodedPair], output: LossOutput) -> Sums:
@@ -99,15 +124,21 @@ class PairModule(nn.Module):
 
         lengths = [[len(response) for response in pair.sample.responses] for pair in pairs]
         each = list(zip(pairs, lengths, strict=True))
-        tokens = {  # per comparison, as the loss sees them
-            "chosen_tokens": sum(length[better] for pair, length in each for better in pair.better),
-            "rejected_tokens": sum(length[worse] for pair, length in each for _, worse in pair.comparisons),
+        compared = [(length, both) for pair, length in each for both in pair.pairs]  # as the loss sees them
+        tokens = {
+            "chosen_tokens": sum(length[better] for length, (better, _) in compared if better is not None),
+            "rejected_tokens": sum(length[worse] for length, (_, worse) in compared if worse is not None),
         }
         sums = metric_sums(output, {name: number(n) for name, n in tokens.items()})
         sums["loss"] = output.losses.sum().float()
         sums["pairs"] = number(sum(pair.num_pairs for pair in pairs))
-        truths = sum(length[pair.ground_truth] for pair, length in each if pair.ground_truth is not None)
-        sums["tokens"] = number(sum(len(pair.sample.prompt) + sum(length) for pair, length in each) - truths)
+        more = sum(
+            length[index]
+            for pair, length in each
+            for index in (pair.ground_truth, pair.mismatched)
+            if index is not None
+        )
+        sums["tokens"] = number(sum(len(pair.sample.prompt) + sum(length) for pair, length in each) - more)
         return sums
 
 
@@ -118,23 +149,32 @@ def loss_options(config: TrainConfig) -> dict[str, Any]:
     return {"nll_reduce": "token_mean", **config.loss_options} if has_nll else config.loss_options
 
 
-def pair_logprobs(pairs: Sequence[EncodedPair], logps: Logps, *, all_sft: bool = False) -> PairLogprobs:
-    """Converts the log-probs of each response of each row to the flat tensors that losses read: one pair per comparison.
+def pair_logprobs(
+    pairs: Sequence[EncodedPair], logps: Logps, *, all_sft: bool = False, kl: Tensor | None = None
+) -> PairLogprobs:
+    """Converts the log-probs of each response of each row to the flat tensors that losses read: one pair per comparison or label.
 
-    all_sft: the loss reads only the better response of each comparison."""
+    all_sft: the loss reads only the better response of each comparison. kl: kto's reference point."""
     couples: list[tuple[Tensor, Tensor]] = []
-    truths, preference = [], []
+    truths, preference, unpaired = [], [], []
     for pair, responses in zip(pairs, logps, strict=True):
-        compared = pair.preference and not all_sft
-        better = [responses[index] for index in pair.better]
-        worse = [responses[index] for _, index in pair.comparisons] if compared else [each[:0] for each in better]
-        couples += zip(better, worse, strict=True)
-        preference += [compared] * len(better)
+        empty = responses[0][:0]
+        for better, worse in pair.pairs:
+            worse = None if all_sft else worse
+            couples.append(
+                (empty if better is None else responses[better], empty if worse is None else responses[worse])
+            )
+        preference += [pair.preference and not all_sft] * pair.num_pairs
+        unpaired += [bool(pair.labels) and not all_sft] * pair.num_pairs
         if pair.ground_truth is not None:
-            truths += [responses[pair.ground_truth]] * len(better)
+            truths += [responses[pair.ground_truth]] * pair.num_pairs
     if truths and len(truths) != len(couples):
         without = sum(pair.ground_truth is None for pair in pairs)
         raise UserError(f"{without} of {len(pairs)} pairs of a micro-batch have no ground truth")
     return PairLogprobs.from_pairs(
-        couples, ground_truth=truths or None, preference=None if all(preference) else preference
+        couples,
+        ground_truth=truths or None,
+        preference=None if all(preference) else preference,
+        unpaired=unpaired if any(unpaired) else None,
+        kl=kl,
     )

@@ -15,6 +15,8 @@ from synpo_fast.training.pair_module import PairModule
 NEEDED = {"model_name_or_path": "tiny:text", "train_file": "pairs.jsonl", "output_dir": "out"}
 OPTIONS_OF_LOSSES = [(loss, name) for loss, spec in LOSSES.items() for name in spec.options]
 PAIRS = [EncodedPair(None, "a")] * 2
+LABELLED = [EncodedPair(None, "a", (), labels=((0, True), (1, False)))] * 2
+KL = torch.tensor(0.2)
 LOGPS = [  # lengths differ, so that sums, means of responses and means of tokens do
     [torch.tensor([-0.5, -1.0, -0.3]), torch.tensor([-2.0, -0.7])],
     [torch.tensor([-0.2]), torch.tensor([-0.4, -0.6, -1.5, -0.1])],
@@ -25,7 +27,8 @@ REFERENCE = [[values * 1.3 - 0.1 for values in pair] for pair in LOGPS]
 def of_the_trainer(config):
     """The losses of two pairs as the trainer computes them under this config."""
     reference = REFERENCE if config.needs_reference else None
-    return PairModule(nn.Identity(), config).loss_of_logps(PAIRS, LOGPS, reference).losses
+    pairs = LABELLED if config.reads_single_responses else PAIRS
+    return PairModule(nn.Identity(), config).loss_of_logps(pairs, LOGPS, reference, KL).losses
 
 
 def of_the_loss(loss, **options):
@@ -35,8 +38,14 @@ def of_the_loss(loss, **options):
         options = {"nll_reduce": "token_mean", **options}
     reference = None
     if spec.needs_reference and not options.get("reference_free"):
-        reference = PairLogprobs.from_pairs(REFERENCE)
-    return preference_loss(loss, PairLogprobs.from_pairs(LOGPS), reference, **options).losses
+        reference = _logprobs(spec, REFERENCE)
+    return preference_loss(loss, _logprobs(spec, LOGPS), reference, **options).losses
+
+
+def _logprobs(spec, pairs):
+    if not spec.unpaired:
+        return PairLogprobs.from_pairs(pairs)
+    return PairLogprobs.from_unpaired([logps for pair in pairs for logps in pair], [True, False] * len(pairs), kl=KL)
 
 
 def other_values(loss, name):

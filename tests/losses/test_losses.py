@@ -103,7 +103,8 @@ def test_metrics_by_hand(name, options):
     if LOSSES[name].unpaired:  # accuracy: the side of the reference point
         point = options.get("beta", 0.1) * truth.KL if LOSSES[name].needs_kl else 0.0
         right = [float(reward > point) for reward in chosen] + [float(reward < point) for reward in rejected]
-        counts = {"desirable_responses": 4.0, "undesirable_responses": 4.0}
+        kl = truth.KL if LOSSES[name].needs_kl else 0.0
+        counts = {"desirable_responses": 4.0, "undesirable_responses": 4.0, "kl": kl}
     assert {key: value.item() for key, value in output.metrics.items()} == pytest.approx(
         {
             "rewards/chosen": truth.mean(chosen),
