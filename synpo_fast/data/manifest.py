@@ -4,7 +4,9 @@
      "chosen_score": 12.1, "rejected_score": 6.4, "ground_truth": "...", "loss": "preference",
      "clips": [{"path": "...", "start": 0.0, "end": 9.5}], "audio": false, "meta": {...}}
 
-prompt, chosen and rejected are required, except that a row with loss "sft" needs no rejected. A row has a video, or clips, or
+prompt, chosen and rejected are required, except that a row with loss "sft" needs no rejected. A row may have one response with a
+label in place of a pair, true for a desirable one: {"prompt": "...", "completion": "...", "label": true}.
+A row has a video, or clips, or
 neither, which makes it a text pair. Video paths are relative to a video root and may not leave it. This file checks only their
 text, since the videos may be on another machine. Every row that cannot be right is an error that names file, line and reason,
 because training would not notice a wrong pair.
@@ -23,7 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from synpo_fast.data.format_hints import import_hint
-from synpo_fast.data.pair import Clip, Pair
+from synpo_fast.data.pair import LABELS, Clip, Pair
 from synpo_fast.data.row_files import read_rows
 from synpo_fast.errors import UserError
 
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN_ROWS = 20
 SCORE_SLACK = 1e-9
+OF_A_PAIR = ("chosen", "rejected", "chosen_score", "rejected_score")
 NO_SOUND = "sound is not read yet, and the pair would be used as if it were silent"
 
 
@@ -57,16 +60,19 @@ class ManifestError(UserError):
         self.path, self.bad_rows = str(path), bad_rows
 
 
-def read_manifest(path: str | Path, *, on_bad: str = "raise") -> list[Pair]:
+def read_manifest(
+    path: str | Path, *, on_bad: str = "raise", check: Callable[[Pair], None] | None = None
+) -> list[Pair]:
     """Reads the pairs of a manifest, in its order.
 
     Args:
         path: JSON Lines, a JSON list, Parquet, or a folder of the datasets package; FOLDER:train names a split.
         on_bad: "raise" a ManifestError for bad rows, or "skip" them and log a warning for each.
+        check: called with each pair; a ValueError that it raises makes the row a bad one.
     """
     if on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad must be 'raise' or 'skip', got {on_bad!r}")
-    pairs, bad_rows = read_manifest_rows(path)
+    pairs, bad_rows = read_manifest_rows(path, check)
     if bad_rows and (on_bad == "raise" or not pairs):
         raise ManifestError(path, bad_rows, f"{path}: {len(bad_rows)} of {len(pairs) + len(bad_rows)} rows are bad")
     for row in bad_rows:
@@ -74,8 +80,10 @@ def read_manifest(path: str | Path, *, on_bad: str = "raise") -> list[Pair]:
     return pairs
 
 
-def read_manifest_rows(path: str | Path) -> tuple[list[Pair], list[BadRow]]:
-    """Reads (pairs, bad rows) from a manifest. A bad row has file, line and reason.
+def read_manifest_rows(
+    path: str | Path, check: Callable[[Pair], None] | None = None
+) -> tuple[list[Pair], list[BadRow]]:
+    """Reads (pairs, bad rows) from a manifest. A bad row has file, line and reason. check: as in read_manifest.
 
     Raises ManifestError for a file that is not a manifest: an empty file, a damaged one, or an unknown format.
     """
@@ -92,6 +100,8 @@ def read_manifest_rows(path: str | Path) -> tuple[list[Pair], list[BadRow]]:
                 pair = pair_from_row(row.content, default_id=f"{Path(row.file).stem}-{row.line}")
                 if pair.id in first_use:
                     raise ValueError(f"id {pair.id!r} is already used in line {first_use[pair.id]}")
+                if check is not None:
+                    check(pair)
             except ValueError as error:
                 # Only the first bad row gets the hint.
                 hint = import_hint(row.content) if row.content is not None and not bad_rows else ""
@@ -116,11 +126,30 @@ def pair_from_row(row: dict[str, Any], *, default_id: str = "") -> Pair:
             raise ValueError(f"unknown key {key!r}{hint} (other data belongs under 'meta')")
     parsed = {key: PARSERS[key](key, value) for key, value in given.items()}
     values = {key: value for key, value in parsed.items() if value is not None}  # None: the key is checked but not read
+    if "completion" in values or "label" in values:
+        return _labelled_pair(values, default_id)
+    if values.get("loss") in LABELS.values():
+        raise ValueError(
+            f"a row with loss {values['loss']!r} is written with completion and label, without chosen and rejected"
+        )
     required = ("prompt", "chosen") if values.get("loss") == "sft" else ("prompt", "chosen", "rejected")
     missing = [key for key in required if key not in values]
     if missing:
         raise ValueError(f"{' and '.join(repr(key) for key in missing)} missing")
     return Pair(**{"id": default_id, "rejected": "", **values})
+
+
+def _labelled_pair(values: dict[str, Any], default_id: str) -> Pair:
+    """The pair of a row of one response with a label."""
+    others = [key for key in (*OF_A_PAIR, "loss") if key in values]
+    if others:
+        raise ValueError(f"a row with completion and label has no {others[0]}: leave out one of the two")
+    missing = [key for key in ("prompt", "completion", "label") if key not in values]
+    if missing:
+        raise ValueError(f"{' and '.join(repr(key) for key in missing)} missing")
+    completion, label = values.pop("completion"), values.pop("label")
+    texts = {"chosen": completion if label else "", "rejected": "" if label else completion}
+    return Pair(**{"id": default_id, **values, **texts, "loss": LABELS[label]})
 
 
 def _text(key: str, value: object) -> str:
@@ -137,6 +166,12 @@ def _id(key: str, value: object) -> str:
     if not _text(key, value).strip():
         raise ValueError("id is empty; leave it out, and it is made from file name and line")
     return str(value)
+
+
+def _label(key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true for a desirable completion or false, got {value!r:.60}")
+    return value
 
 
 def _number(key: str, value: object) -> float:
@@ -204,6 +239,8 @@ PARSERS: dict[str, Callable[[str, object], Any]] = {
     "prompt": _text,
     "chosen": _text,
     "rejected": _text,
+    "completion": _text,
+    "label": _label,
     "chosen_score": _number,
     "rejected_score": _number,
     "ground_truth": _text,
@@ -220,9 +257,12 @@ def row_from_pair(pair: Pair) -> dict[str, Any]:
     if isinstance(pair.video, Tensor):
         raise ValueError(f"pair {pair.id!r} holds frames {list(pair.video.shape)}; a manifest names video files")
     row: dict[str, Any] = {"id": pair.id or None, "video": None if pair.video is None else Path(pair.video).as_posix()}
-    row |= {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-    row |= {"chosen_score": pair.chosen_score, "rejected_score": pair.rejected_score}
-    row |= {"ground_truth": pair.ground_truth, "loss": None if pair.loss == "preference" else pair.loss}
+    row |= {"prompt": pair.prompt}
+    if pair.has_label:
+        row |= {"completion": pair.chosen or pair.rejected, "label": pair.loss == LABELS[True]}
+    else:
+        row |= {key: getattr(pair, key) for key in OF_A_PAIR}
+    row |= {"ground_truth": pair.ground_truth, "loss": "sft" if pair.loss == "sft" else None}
     clips = [{"path": clip.path, "start": clip.start, "end": clip.end} for clip in pair.clips]
     row["clips"] = [{name: value for name, value in clip.items() if value is not None} for clip in clips] or None
     return {key: value for key, value in row.items() if value is not None}
@@ -260,7 +300,7 @@ class ScoreGapFilter:
 
 
 def filter_by_score_gap(pairs: Iterable[Pair], min_score_gap: float) -> ScoreGapFilter:
-    """Keeps pairs with chosen_score - rejected_score >= min_score_gap (SynPO: 4), and all rows with loss "sft".
+    """Keeps pairs with chosen_score - rejected_score >= min_score_gap (SynPO: 4), and all rows that are no pairs.
 
     Scores are sums of decimals such as 1.1, so a gap that falls short by a rounding error still counts.
     """
@@ -268,7 +308,7 @@ def filter_by_score_gap(pairs: Iterable[Pair], min_score_gap: float) -> ScoreGap
         raise ValueError(f"min_score_gap must be finite, got {min_score_gap}")
     kept, below, without_scores = [], 0, 0
     for pair in pairs:
-        if pair.loss == "sft":
+        if pair.loss != "preference":
             kept.append(pair)
         elif pair.chosen_score is None or pair.rejected_score is None:
             without_scores += 1

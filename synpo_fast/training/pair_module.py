@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.encoded import EncodedPair
-from synpo_fast.errors import UserError
-from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, kl_reference_point, preference_loss
+from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, kl_reference_point, preference_loss
 from synpo_fast.losses.metric_sums import metric_sums
 from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.models.shared_features import shared_video_features
 from synpo_fast.ops.host_copy import to_device
+from synpo_fast.pair_logprobs import mismatched_log_ratios, pair_logprobs
 from synpo_fast.references import Reference
 
 Sums = dict[str, Tensor]
@@ -96,11 +96,9 @@ class PairModule(nn.Module):
         """kto's reference point, over the mismatched responses of this forward on all ranks. counted: False for a placeholder."""
         if not self.needs_kl or reference is None:
             return None
-        sums = torch.zeros(2, dtype=torch.float64, device=self.policy.device)
-        for pair, own, ref in zip(pairs, logps, reference, strict=True):
-            if counted and pair.mismatched is not None:
-                sums[0] += own[pair.mismatched].sum() - ref[pair.mismatched].sum()
-                sums[1] += 1
+        total, count = mismatched_log_ratios(pairs, logps, reference)
+        sums = torch.stack([total, torch.full_like(total, count)])
+        sums = sums if counted else torch.zeros_like(sums)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
         return kl_reference_point(sums[0], sums[1]).float()
@@ -147,34 +145,3 @@ def loss_options(config: TrainConfig) -> dict[str, Any]:
     micro-batch's tokens would make the loss depend on how a step is split."""
     has_nll = config.loss_type in LOSSES and LOSSES[config.loss_type].has_nll
     return {"nll_reduce": "token_mean", **config.loss_options} if has_nll else config.loss_options
-
-
-def pair_logprobs(
-    pairs: Sequence[EncodedPair], logps: Logps, *, all_sft: bool = False, kl: Tensor | None = None
-) -> PairLogprobs:
-    """Converts the log-probs of each response of each row to the flat tensors that losses read: one pair per comparison or label.
-
-    all_sft: the loss reads only the better response of each comparison. kl: kto's reference point."""
-    couples: list[tuple[Tensor, Tensor]] = []
-    truths, preference, unpaired = [], [], []
-    for pair, responses in zip(pairs, logps, strict=True):
-        empty = responses[0][:0]
-        for better, worse in pair.pairs:
-            worse = None if all_sft else worse
-            couples.append(
-                (empty if better is None else responses[better], empty if worse is None else responses[worse])
-            )
-        preference += [pair.preference and not all_sft] * pair.num_pairs
-        unpaired += [bool(pair.labels) and not all_sft] * pair.num_pairs
-        if pair.ground_truth is not None:
-            truths += [responses[pair.ground_truth]] * pair.num_pairs
-    if truths and len(truths) != len(couples):
-        without = sum(pair.ground_truth is None for pair in pairs)
-        raise UserError(f"{without} of {len(pairs)} pairs of a micro-batch have no ground truth")
-    return PairLogprobs.from_pairs(
-        couples,
-        ground_truth=truths or None,
-        preference=None if all(preference) else preference,
-        unpaired=unpaired if any(unpaired) else None,
-        kl=kl,
-    )

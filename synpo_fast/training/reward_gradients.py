@@ -17,7 +17,8 @@ from torch import Tensor
 
 from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.losses.segments import geometric_mean, segment_mean, segment_sum
-from synpo_fast.training.pair_module import PairModule, pair_logprobs
+from synpo_fast.pair_logprobs import pair_logprobs
+from synpo_fast.training.pair_module import PairModule
 
 Numbers = dict[str, float]
 

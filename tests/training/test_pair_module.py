@@ -9,10 +9,11 @@ from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.pair import Pair
 from synpo_fast.models import load_policy
 from synpo_fast.models.lora import add_lora
+from synpo_fast.pair_logprobs import pair_logprobs
 from synpo_fast.references import AdapterOff, FrozenCopy
 from synpo_fast.scoring import PairEncoder
 from synpo_fast.training.metrics import add_sums, means_of
-from synpo_fast.training.pair_module import PairModule, pair_logprobs
+from synpo_fast.training.pair_module import PairModule
 
 PAIRS = [
     Pair("Say a.", "first answer", "no", id="a", ground_truth="truth one"),
