@@ -70,19 +70,16 @@ class PairEncoder:
         """Encodes a pair whose video has already been prepared; None for a text pair. Raises the same errors as __call__."""
         self._check_texts(pair)
         prompt = self.family.prompt_ids(self.tokenizer, pair.prompt, None if video is None else video.token_ids)
-        preference = pair.loss == "preference"
-        texts = [pair.chosen, *([pair.rejected] if preference else [])]
+        texts, comparisons = _responses_of(pair)
         ground_truth = None
         if self.with_ground_truth and pair.ground_truth is not None:
             ground_truth = len(texts)
             texts.append(pair.ground_truth)
         responses = tuple(self._response_ids(text) for text in texts)
-        if preference and responses[0] == responses[1]:
-            raise ValueError(
-                f"pair {pair.id!r}: chosen and rejected are the same tokens, so there is nothing to prefer"
-            )
+        if any(responses[better] == responses[worse] for better, worse in comparisons):
+            which = "two of its responses" if pair.responses else "chosen and rejected"
+            raise ValueError(f"pair {pair.id!r}: {which} are the same tokens, so there is nothing to prefer")
         self._check_length(pair, len(prompt), max(len(response) for response in responses))
-        comparisons = ((0, 1),) if preference else ()
         sample = Sample(tuple(prompt), responses, video, pair.id)
         return EncodedPair(sample, pair.id, comparisons, ground_truth=ground_truth)
 
@@ -141,9 +138,20 @@ class PairEncoder:
             )
 
 
+def _responses_of(pair: Pair) -> tuple[list[str], tuple[tuple[int, int], ...]]:
+    """The texts that the model runs, and the (better, worse) indices of those that the loss compares."""
+    if not pair.responses:
+        return ([pair.chosen, pair.rejected], ((0, 1),)) if pair.loss == "preference" else ([pair.chosen], ())
+    if not pair.comparisons:
+        raise ValueError(f"pair {pair.id!r}: all its responses have the same score, so there is nothing to prefer")
+    return [response.text for response in pair.responses], pair.comparisons
+
+
 @dataclass(frozen=True)
 class EncodedPairs:
-    """The result of encode_pairs: samples[i] has the responses (chosen, rejected) of pair kept[i]; dropped: pairs too long."""
+    """The result of encode_pairs: samples[i] has the responses of pair kept[i], chosen and rejected or all of `responses`.
+
+    dropped: pairs too long."""
 
     samples: list[Sample]
     kept: list[int]
@@ -204,7 +212,7 @@ def score_pairs(
     sampling: FrameSampling = DEFAULT_SAMPLING,
     share_prefix: bool = True,
     pack: bool = True,
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, ...]]:
     """Returns (chosen_logps, rejected_logps) for each pair: 1-D fp32, one value per response token, EOS included, with autograd.
 
     Args:
@@ -212,14 +220,13 @@ def score_pairs(
         video_root: the folder that video paths are relative to and may not leave; None: paths are used unchanged.
         sampling: the frames to take from videos given by path or as clips: by default one every two seconds, at least 8
             and at most 16.
-        share_prefix: run a pair's video and prompt once for both responses.
+        share_prefix: run a pair's video and prompt once for all its responses.
         pack: put several pairs into one row.
 
-    An "sft" pair has no rejected response: its rejected_logps is empty.
+    An "sft" pair has no rejected response: its rejected_logps is empty. A pair with several `responses` has one tensor for each,
+    in their order.
     Raises ValueError for a text that contains a special token of the model's tokenizer, as training does.
     """
     encoded = encode_pairs(policy, pairs, video_root=video_root, sampling=sampling)
-    scored = []
-    for chosen, *rejected in policy(encoded.samples, share_prefix=share_prefix, pack=pack):
-        scored.append((chosen, rejected[0] if rejected else chosen.new_empty(0)))
-    return scored
+    scored = policy(encoded.samples, share_prefix=share_prefix, pack=pack)
+    return [tuple(logps) if len(logps) > 1 else (logps[0], logps[0].new_empty(0)) for logps in scored]

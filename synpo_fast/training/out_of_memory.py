@@ -22,7 +22,8 @@ class MicroBatchTooLarge(torch.OutOfMemoryError):
 def tokens_of(pair: EncodedPair) -> str:
     sample = pair.sample
     video = "" if sample.video is None else f", {len(sample.video.token_ids):,} of them its video"
-    responses = " and ".join(f"{len(response):,}" for response in sample.responses)
+    *others, last = (f"{len(response):,}" for response in sample.responses)
+    responses = f"{', '.join(others)} and {last}" if others else last
     return f"{packed_tokens(sample):,} tokens: prompt {len(sample.prompt):,}{video}; responses {responses}"
 
 
