@@ -50,7 +50,7 @@ PUBLIC = (
     Section(
         "synpo_fast.data",
         "Pairs, manifests and frames. [manifest.md](manifest.md) describes the files.",
-        ("Pair", "Clip", "read_manifest", "read_manifest_rows", "write_manifest", "ManifestError", "decode_frames"),
+        ("Pair", "Response", "Clip", "read_manifest", "read_manifest_rows", "write_manifest", "ManifestError", "decode_frames"),
     ),
     Section("synpo_fast.data.manifest", "The errors of a manifest's rows.", ("BadRow",)),
     Section("synpo_fast.data.video.video_info", "Facts about a video file, and its errors.", ("VideoInfo", "VideoError")),

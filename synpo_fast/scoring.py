@@ -80,9 +80,8 @@ class PairEncoder:
             texts.append(pair.ground_truth)
         responses = tuple(self._response_ids(text) for text in texts)
         if any(responses[better] == responses[worse] for better, worse in comparisons):
-            raise ValueError(
-                f"pair {pair.id!r}: chosen and rejected are the same tokens, so there is nothing to prefer"
-            )
+            which = "two of its responses" if pair.responses else "chosen and rejected"
+            raise ValueError(f"pair {pair.id!r}: {which} are the same tokens, so there is nothing to prefer")
         self._check_length(pair, len(prompt), max(len(response) for response in responses))
         if pair.mismatched is not None:  # belongs to another pair, so its length is no reason to refuse this one
             mismatched = len(responses)
@@ -153,14 +152,20 @@ class PairEncoder:
 
 def _responses_of(pair: Pair) -> tuple[list[str], tuple[tuple[int, int], ...]]:
     """The texts that the model runs, and the (better, worse) indices of those that the loss compares."""
-    if pair.loss == "preference":
+    if pair.loss != "preference":
+        return [pair.rejected if pair.loss == LABELS[False] else pair.chosen], ()
+    if not pair.responses:
         return [pair.chosen, pair.rejected], ((0, 1),)
-    return [pair.rejected if pair.loss == LABELS[False] else pair.chosen], ()
+    if not pair.comparisons:
+        raise ValueError(f"pair {pair.id!r}: all its responses have the same score, so there is nothing to prefer")
+    return [response.text for response in pair.responses], pair.comparisons
 
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """The result of encode_pairs: samples[i] has the responses (chosen, rejected) of pair kept[i]; dropped: pairs too long."""
+    """The result of encode_pairs: samples[i] has the responses of pair kept[i], chosen and rejected or all of `responses`.
+
+    dropped: pairs too long."""
 
     samples: list[Sample]
     kept: list[int]
@@ -221,7 +226,7 @@ def score_pairs(
     sampling: FrameSampling = DEFAULT_SAMPLING,
     share_prefix: bool = True,
     pack: bool = True,
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, ...]]:
     """Returns (chosen_logps, rejected_logps) for each pair: 1-D fp32, one value per response token, EOS included, with autograd.
 
     Args:
@@ -229,16 +234,16 @@ def score_pairs(
         video_root: the folder that video paths are relative to and may not leave; None: paths are used unchanged.
         sampling: the frames to take from videos given by path or as clips: by default one every two seconds, at least 8
             and at most 16.
-        share_prefix: run a pair's video and prompt once for both responses.
+        share_prefix: run a pair's video and prompt once for all its responses.
         pack: put several pairs into one row.
 
-    An "sft" pair has no rejected response: its rejected_logps is empty. A row of one labelled response has only
-    chosen_logps or only rejected_logps.
+    An "sft" pair has no rejected response: its rejected_logps is empty. A row of one labelled response has only chosen_logps
+    or only rejected_logps. A pair with several `responses` has one tensor for each, in their order.
     Raises ValueError for a text that contains a special token of the model's tokenizer, as training does.
     """
     encoded = encode_pairs(policy, pairs, video_root=video_root, sampling=sampling)
-    scored = []
+    scored: list[tuple[Tensor, ...]] = []
     for pair, logps in zip(pairs, policy(encoded.samples, share_prefix=share_prefix, pack=pack), strict=True):
-        both = (logps[0], logps[1] if len(logps) > 1 else logps[0].new_empty(0))
-        scored.append(both[::-1] if pair.loss == LABELS[False] else both)
+        every = tuple(logps) if len(logps) > 1 else (logps[0], logps[0].new_empty(0))
+        scored.append(every[::-1] if pair.loss == LABELS[False] else every)
     return scored

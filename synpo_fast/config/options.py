@@ -14,6 +14,7 @@ from synpo_fast.losses import LOSSES
 from synpo_fast.losses.nll import TARGETS
 
 REFERENCES = ("auto", "adapter_off", "frozen_copy", "precomputed")
+PAIRS_FROM = ("all", "best_worst", "best_rest")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 _model = partial(option, group="Model")
@@ -123,7 +124,19 @@ class TrainOptions:
     max_length: int | None = _data(
         None, "a pair with more tokens is skipped and counted; text is never truncated", above=0
     )
-    min_score_gap: float | None = _data(None, "leave out pairs whose scores differ by less than this", at_least=0)
+    min_score_gap: float | None = _data(
+        None,
+        "leave out pairs whose scores differ by less than this; of a row with several responses, only comparisons of "
+        "such responses",
+        at_least=0,
+    )
+    pairs_from: str = _data(
+        "all",
+        "which responses of a row with several are compared. all: every two whose scores differ, since prompt and "
+        "video run once for all of them; best_worst: the best with the worst, as SynPO's authors train; best_rest: the "
+        "best with each other one. The loss is a mean over comparisons",
+        PAIRS_FROM,
+    )
     allow_bad_rows: bool = _data(
         False, "train although the manifest has bad rows, which are left out. Default: stop and list them"
     )
@@ -167,14 +180,14 @@ class TrainOptions:
         "where the reference of a loss that needs one comes from. auto: adapter_off, or frozen_copy without an adapter",
         REFERENCES,
     )
-    share_prefix: bool = _loss(True, "run video and prompt once for both responses")
+    share_prefix: bool = _loss(True, "run video and prompt once for all responses of a row")
     row_tokens: int | None = _loss(
         None,
         "bound on the tokens of a packed row; a longer pair gets a row of its own. Default: a micro-batch is one row",
         above=0,
     )
 
-    per_device_train_batch_size: int = _optim(1, "pairs in a micro-batch", above=0)
+    per_device_train_batch_size: int = _optim(1, "rows of the manifest in a micro-batch", above=0)
     gradient_accumulation_steps: int = _optim(1, "micro-batches in an optimiser step, on each device", above=0)
     max_batch_tokens: int | None = _optim(None, "a micro-batch with more tokens than this is split further", above=0)
     num_train_epochs: float = _optim(
@@ -251,7 +264,7 @@ class TrainOptions:
     early_stopping_patience: int | None = _output(
         None, "stop after this many evaluations in a row that do not improve on the best one before them", above=0
     )
-    per_device_eval_batch_size: int = _output(4, "pairs in an evaluation step", above=0)
+    per_device_eval_batch_size: int = _output(4, "rows of the manifest in an evaluation step", above=0)
     num_eval_captions: int = _output(2, "captions that the model writes at each evaluation", at_least=0)
     max_new_tokens: int = _output(256, "most tokens in such a caption", above=0)
     diagnostics: int = _output(

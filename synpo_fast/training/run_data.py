@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.data.comparisons import filter_by_score_gap
 from synpo_fast.data.encoded import EncodedPair, FindStored
 from synpo_fast.data.encoding import BadPair, PairReader
 from synpo_fast.data.hold_out import files_of, hold_out
 from synpo_fast.data.loader import WORKER_SLACK_S, PairLoader
-from synpo_fast.data.manifest import filter_by_score_gap, read_manifest
+from synpo_fast.data.manifest import read_manifest
 from synpo_fast.data.mismatched import with_mismatched
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.row_folders import named_split
@@ -33,6 +34,7 @@ from synpo_fast.models.feature_cache import StoredVideos
 from synpo_fast.models.policy import Policy
 from synpo_fast.scoring import PairEncoder
 from synpo_fast.terminal.console import say
+from synpo_fast.terminal.printable import counted
 from synpo_fast.training.start_checks import check_videos
 
 logger = logging.getLogger(__name__)
@@ -53,15 +55,8 @@ class RunData:
 def read_data(config: TrainConfig) -> RunData:
     """Reads the pairs. Raises UserError for bad rows (unless allow_bad_rows is set), or if no pair is left to train on."""
     say(f"reading {config.train_file}")
-    train = _read(config.train_file, config)
-    if config.min_score_gap is not None:
-        result = filter_by_score_gap(train, config.min_score_gap)
-        logger.warning(
-            "min_score_gap=%s keeps %d of %d pairs (%d below it, %d without scores)",
-            config.min_score_gap, len(result.kept), len(train), result.below, result.without_scores,
-        )  # fmt: skip
-        train = list(result.kept)
-    evaluation = _read(config.eval_file, config) if config.eval_file else []
+    train = _compared(_read(config.train_file, config), config, config.min_score_gap)
+    evaluation = _compared(_read(config.eval_file, config), config, None) if config.eval_file else []
     root = Path(config.video_root) if config.video_root else None
     train_root = root or Path(config.train_file).resolve().parent
     eval_root = root or Path(config.eval_file or config.train_file).resolve().parent
@@ -77,6 +72,27 @@ def read_data(config: TrainConfig) -> RunData:
     return RunData(train, evaluation, train_root, eval_root, data_key(train))
 
 
+def _compared(pairs: list[Pair], config: TrainConfig, min_score_gap: float | None) -> list[Pair]:
+    """The pairs that min_score_gap keeps, with the comparisons that pairs_from names."""
+    result = filter_by_score_gap(pairs, min_score_gap, pairs_from=config.pairs_from)
+    if min_score_gap is not None:
+        logger.warning(
+            "min_score_gap=%s keeps %d of %d pairs (%d below it, %d without scores)",
+            min_score_gap, len(result.kept), len(pairs), result.below, result.without_scores,
+        )  # fmt: skip
+    elif result.below:
+        logger.warning("left out %d of %d rows: their responses have equal scores", result.below, len(pairs))
+    several = [pair for pair in pairs if pair.responses]
+    if several:
+        kept = [pair for pair in result.kept if pair.responses]
+        say(
+            f"pairs_from={config.pairs_from}: {counted(sum(len(pair.comparisons) for pair in kept), 'comparison')} of "
+            f"{counted(len(kept), 'row')} with several responses, which use {sum(len(pair.responses) for pair in kept)} of "
+            f"{counted(sum(len(pair.responses) for pair in several), 'response')}"
+        )
+    return result.kept
+
+
 def with_mismatched_responses(data: RunData) -> RunData:
     """The data in which every row carries a response that belongs to another row, for kto's reference point."""
     train = with_mismatched(data.train)
@@ -86,7 +102,9 @@ def with_mismatched_responses(data: RunData) -> RunData:
 def data_key(pairs: Sequence[Pair]) -> str:
     facts = [
         (pair.id, str(pair.video), [(clip.path, clip.start, clip.end) for clip in pair.clips], pair.prompt, pair.chosen,
-         pair.rejected, pair.ground_truth, pair.loss, *([pair.mismatched] if pair.mismatched is not None else []))
+         pair.rejected, pair.ground_truth, pair.loss,
+         *([[response.text for response in pair.responses], pair.comparisons] if pair.responses else []),
+         *([pair.mismatched] if pair.mismatched is not None else []))
         for pair in pairs
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -79,6 +79,51 @@ def test_the_sample_in_the_docs_becomes_the_pair_in_the_docs(tmp_path, videos, n
         assert {**row_from_pair(pair), "id": None} == {**expected, "id": None}
 
 
+SCORED = {
+    "long_answers": ["Two eggs.", "Bread.", "Lost.", "Bread.", " ", "Cut."],
+    "hallu_scores": [5.0, 1.0, 0.0, 2.0, 5.0, 4],
+    "harmo_scores": [5.0, 4.0, 5.0, 4.0, 5.0, 2.5],
+    "consi_scores": [3.0, 1.0, 3.0, 1.0, 3.0, None],
+    "pos_pre": "Two eggs.",
+    "neg_pre": "Lost.",
+    "neg_score": 0,
+}
+
+
+@pytest.mark.parametrize("form", [".jsonl", ".parquet"])
+def test_every_scored_caption_of_synpo_is_kept(tmp_path, videos, form):
+    """By the published formula: 1.1 * factuality + fluency + consistency. 0 and null: the judge's reply was not read."""
+    path = tmp_path / f"rows{form}"
+    if form == ".jsonl":
+        path.write_text(json.dumps(sample("synpo", **SCORED)))
+    else:
+        parquet.write_table(pa.Table.from_struct_array(pa.array([sample("synpo", **SCORED)])), path)
+    result = import_pairs(path, "synpo", ImportOptions(videos, responses="all"))
+    ((pair,), kept) = result.pairs, {"Two eggs.": 13.5, "Bread.": (6.1 + 7.2) / 2}
+    assert {each.text: each.score for each in pair.responses} == pytest.approx(kept)
+    assert result.unused_keys["long_answers without a score"] == 1
+    assert row_from_pair(pair).keys() == {"id", "video", "prompt", "responses"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"long_answers": None}, "long_answers is not a list of texts: None"),
+        ({"long_answers": "Two eggs."}, "long_answers is not a list of texts"),
+        ({"hallu_scores": [5.0]}, "hallu_scores is not a list of 6 numbers"),
+        ({"consi_scores": None}, "consi_scores is not a list of 6 numbers"),
+        ({"consi_scores": [3.0, 0, 0, 0, 0, 0]}, "fewer than two of long_answers were scored: 1 of 6"),
+        ({"consi_scores": [3.0, "1", 0, True, 0, float("nan")]}, "fewer than two of long_answers were scored: 1 of 6"),
+        ({"pos_score": 14.0}, "pos_score is not the score of pos_pre in long_answers: 14"),
+        ({"pos_pre": "Other."}, "pos_score is not the score of pos_pre in long_answers"),
+        ({"pos_score": 0}, "pos_score means that the caption was not scored"),
+    ],
+)
+def test_rows_of_synpo_whose_scores_cannot_be_read_are_refused(videos, changes, reason):
+    said = refusal("synpo", sample("synpo", **{**SCORED, **changes}), video_root=videos, responses="all")
+    assert said.startswith(reason)
+
+
 def test_columns_of_turns_in_both_notations(tmp_path):
     """In a column every turn has the keys of all turns, null where it had none."""
     rows = [sample("llama-factory"), sample("ms-swift", conversations=None)]
