@@ -79,7 +79,7 @@ PUBLIC = (
         (
             "preference_loss", "PairLogprobs", "PairLogprobs.from_pairs", "PairLogprobs.from_padded", "PairLogprobs.from_sums",
             "PairLogprobs.from_unpaired",
-            "LossOutput", "AuxiliaryNLL", "LOSSES", "LossSpec", "check_options",
+            "LossOutput", "AuxiliaryNLL", "LOSSES", "LossSpec", "spec_of", "check_options", "wpo_weights",
             "synpo", "synpo_token_coefficients", "synpo_ref", "dpo", "simpo", "orpo", "cpo", "cpo_simpo",
             "kto", "apo_zero_unpaired", "kl_reference_point", "nll",
         ),

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from synpo_fast.losses.checks import check_number
-from synpo_fast.losses.dpo import reference_sums
+from synpo_fast.losses.dpo_types.log_ratios import reference_sums
 from synpo_fast.losses.pair import LossOutput, PairLogprobs, compared_pairs, preference_output
 from synpo_fast.losses.segments import segment_lengths, segment_sum
 from synpo_fast.losses.synpo import link_function

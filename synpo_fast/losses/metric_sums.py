@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from synpo_fast.losses import LossOutput
+from synpo_fast.losses.weighted_sum import LOSS_METRIC
 
-# For each metric, the count that it is a mean over.
+# For each metric, the count that it is a mean over. A member of a sum of losses has the metric loss/NAME, over the pairs.
 WEIGHTS = {
     "rewards/chosen": "preference_pairs",
     "rewards/rejected": "preference_pairs",
@@ -31,23 +32,29 @@ _LABELLED = {
 }
 
 
+def weight_of(name: str) -> str | None:
+    """The count that a metric is a mean over; None for a metric that is not shown."""
+    return "pairs" if name.startswith(LOSS_METRIC) else WEIGHTS.get(name)
+
+
 @torch.no_grad()
 def metric_sums(output: LossOutput, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns each metric times its weight, and the weights, as fp32 scalars on one device. The host does not read them.
 
     output: what the loss returned. outputs: the batch's numbers beside the loss: chosen_tokens and rejected_tokens, and with them
-    chosen_logits and rejected_logits (mean logits) where the caller has logits. A metric counts only if WEIGHTS names it.
+    chosen_logits and rejected_logits (mean logits) where the caller has logits. A metric counts only if
+    `weight_of` names its weight.
     """
     sums = {
+        "pairs": output.losses.new_full((), output.losses.shape[0]),
         "preference_pairs": output.metrics["preference_pairs"],
         "empty_pairs": output.metrics["empty_pairs"],
         "chosen_tokens": outputs["chosen_tokens"].sum(),
         "rejected_tokens": outputs["rejected_tokens"].sum(),
     }
     sums |= {name: output.metrics[name] for name in _LABELLED.values() if name in output.metrics}
-    for name, weight in _weights(sums).items():
-        if name in output.metrics:
-            sums[name] = output.metrics[name] * sums[weight]
+    for name, weight in _weights(output.metrics).items():
+        sums[name] = output.metrics[name] * sums[weight]
     if "chosen_logits" in outputs:
         sums["logits/chosen"] = (outputs["chosen_logits"] * outputs["chosen_tokens"]).sum()
         sums["logits/rejected"] = (outputs["rejected_logits"] * outputs["rejected_tokens"]).sum()
@@ -58,16 +65,17 @@ def metric_means(sums: Mapping[str, float]) -> dict[str, float]:
     """Returns the metrics from added sums. Leaves out metrics with nothing to average (rewards if no pair was compared), and
     empty_pairs if it is 0."""
     weights = _weights(sums)
-    means = {name: sums[name] / sums[weight] for name, weight in weights.items() if name in sums and sums[weight] > 0}
-    if weights is not WEIGHTS and {"rewards/chosen", "rewards/rejected"} <= means.keys():
+    means = {name: sums[name] / sums[weight] for name, weight in weights.items() if sums[weight] > 0}
+    if "desirable_responses" in sums and {"rewards/chosen", "rewards/rejected"} <= means.keys():
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     if sums["empty_pairs"] > 0:
         means["empty_pairs"] = sums["empty_pairs"]
     return means
 
 
-def _weights(sums: Mapping[str, object]) -> dict[str, str]:
-    """The count that each metric is a mean over."""
-    if "desirable_responses" not in sums:
-        return WEIGHTS
-    return {name: _LABELLED.get(name, weight) for name, weight in WEIGHTS.items() if name != "rewards/margins"}
+def _weights(names: Collection[str]) -> dict[str, str]:
+    """The count that each of these metrics is a mean over."""
+    weights = {name: weight for name in names if (weight := weight_of(name)) is not None}
+    if "desirable_responses" in names:
+        weights = {name: _LABELLED.get(name, weight) for name, weight in weights.items() if name != "rewards/margins"}
+    return weights

@@ -35,6 +35,7 @@ class PairLogprobs:
     unpaired [P] bool: True for a row of one labelled response. It is in `chosen` if desirable and in `rejected` if
         undesirable, and the other one is empty. None means all False.
     kl: the reference point of kto, a scalar (see kto.py).
+    weights [P]: factors of the pairs' preference terms, without grad (see wpo.py); None means all 1. An NLL is not multiplied.
 
     Raises ValueError on shapes, dtypes or devices that do not match. For CPU tensors it also raises ValueError on offsets
     that do not cover the tokens and on an empty response in a pair that is compared.
@@ -49,6 +50,7 @@ class PairLogprobs:
     preference: Tensor | None = None
     unpaired: Tensor | None = None
     kl: Tensor | None = None
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_ragged("chosen", self.chosen, self.chosen_offsets)
@@ -69,6 +71,13 @@ class PairLogprobs:
                 )
         if self.kl is not None and (self.kl.shape != () or self.kl.device != self.device):
             raise ValueError(f"kl is {tuple(self.kl.shape)} on {self.kl.device}, expected a scalar on {self.device}")
+        if self.weights is not None:
+            w = self.weights
+            if not w.is_floating_point() or w.shape != (self.num_pairs,) or w.device != self.device or w.requires_grad:
+                raise ValueError(
+                    f"weights are {w.dtype} of shape {tuple(w.shape)} on {w.device}{' with grad' * w.requires_grad}, expected "
+                    f"floating point of shape ({self.num_pairs},) on {self.device} without grad"
+                )
         _check_not_empty(self)
 
     @property
@@ -170,7 +179,9 @@ def preference_output(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
 ) -> LossOutput:
-    """Builds the LossOutput from values per pair [P]: masks the pairs that are not compared and computes the metrics."""
+    """Builds the LossOutput from values per pair [P]: weighs and masks them, and computes the metrics."""
+    if policy.weights is not None:
+        losses = losses * policy.weights.to(losses.dtype)
     with torch.no_grad():
         chosen_nll = -segment_sum(policy.chosen, policy.chosen_offsets).sum()
     return masked_output(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from synpo_fast.losses.dpo import reference_sums
+from synpo_fast.losses.dpo_types.log_ratios import reference_sums
 from synpo_fast.losses.pair import LossOutput, PairLogprobs, preference_output
 from synpo_fast.losses.segments import arithmetic_mean, segment_lengths, segment_mean
 from synpo_fast.losses.synpo import check_synpo_options, link_function
@@ -45,8 +45,8 @@ def synpo_ref(
     chosen_logps = segment_mean(policy.chosen, policy.chosen_offsets)
     rejected_logps = segment_mean(policy.rejected, policy.rejected_offsets)
     chosen_ref, rejected_ref = reference_sums(policy, reference)
-    chosen_rewards = chosen_logps.exp() - _geometric_mean(chosen_ref, policy.chosen_offsets)
-    rejected_rewards = rejected_logps.exp() - _geometric_mean(rejected_ref, policy.rejected_offsets)
+    chosen_rewards = chosen_logps.exp() - mean_probability(chosen_ref, policy.chosen_offsets)
+    rejected_rewards = rejected_logps.exp() - mean_probability(rejected_ref, policy.rejected_offsets)
     x = alpha * (chosen_rewards - rejected_rewards)
     A_chosen = arithmetic_mean(policy.chosen, policy.chosen_offsets)
     return preference_output(
@@ -59,6 +59,6 @@ def synpo_ref(
     )
 
 
-def _geometric_mean(sums: Tensor, offsets: Tensor) -> Tensor:
+def mean_probability(sums: Tensor, offsets: Tensor) -> Tensor:
     """Geometric mean probability from the summed log-probs of each response, [P]."""
     return (sums / segment_lengths(offsets).clamp(min=1)).exp()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.encoded import EncodedPair
-from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, kl_reference_point, preference_loss
+from synpo_fast.losses import AuxiliaryNLL, LossOutput, kl_reference_point, preference_loss, spec_of, wpo_weights
 from synpo_fast.losses.metric_sums import metric_sums
+from synpo_fast.losses.weighted_sum import SFT
 from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.models.shared_features import shared_video_features
 from synpo_fast.ops.host_copy import to_device
@@ -40,7 +40,7 @@ class PairModule(nn.Module):
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         super().__init__()
         self.policy = policy
-        self.loss_type, self.options = config.loss_type, loss_options(config)
+        self.loss_type, self.options = config.loss_type, config.applied_loss_options
         self.share_prefix = config.share_prefix
         self.encodes_once = True  # policy and reference share one pass of a frozen tower
         self.auxiliary: AuxiliaryNLL | None = None
@@ -87,7 +87,7 @@ class PairModule(nn.Module):
     @property
     def needs_kl(self) -> bool:
         """True if the loss needs a reference point from mismatched responses. All ranks then run each forward together."""
-        return self.loss_type in LOSSES and LOSSES[self.loss_type].needs_kl
+        return self.loss_type != SFT and spec_of(self.loss_type).needs_kl
 
     @torch.no_grad()
     def _reference_point(
@@ -104,15 +104,27 @@ class PairModule(nn.Module):
         return kl_reference_point(sums[0], sums[1]).float()
 
     def loss_of_logps(
-        self, pairs: Sequence[EncodedPair], logps: Logps, reference: Logps | None, kl: Tensor | None = None
+        self,
+        pairs: Sequence[EncodedPair],
+        logps: Logps,
+        reference: Logps | None,
+        kl: Tensor | None = None,
+        log_sum_sq_probs: Logps | None = None,
     ) -> LossOutput:
-        """The loss of each pair, from token log-probs in the layout of the samples' responses."""
-        if self.loss_type == "sft":
+        """The loss of each pair, from token log-probs in the layout of the samples' responses.
+
+        kl: kto's reference point. log_sum_sq_probs: in the same layout, for the weights of WPO (wpo.py); without it no pair is
+        weighed.
+        """
+        if self.loss_type == SFT:
             # SynPO on pairs that are all marked "sft" is the NLL of the chosen responses.
             return preference_loss("synpo", pair_logprobs(pairs, logps, all_sft=True))
         ref = None if reference is None else pair_logprobs(pairs, reference)
+        policy, weights = pair_logprobs(pairs, logps, kl=kl), None
+        if log_sum_sq_probs is not None:
+            weights = wpo_weights(policy, pair_logprobs(pairs, log_sum_sq_probs))
         return preference_loss(
-            self.loss_type, pair_logprobs(pairs, logps, kl=kl), ref, auxiliary=self.auxiliary, **self.options
+            self.loss_type, policy, ref, auxiliary=self.auxiliary, pair_weights=weights, **self.options
         )
 
     def _sums(self, pairs: Sequence[EncodedPair], output: LossOutput) -> Sums:
@@ -138,10 +150,3 @@ class PairModule(nn.Module):
         )
         sums["tokens"] = number(sum(len(pair.sample.prompt) + sum(length) for pair, length in each) - more)
         return sums
-
-
-def loss_options(config: TrainConfig) -> dict[str, Any]:
-    """The loss options that were set. An NLL inside a loss is averaged per pair unless nll_reduce is set: a mean over a
-    micro-batch's tokens would make the loss depend on how a step is split."""
-    has_nll = config.loss_type in LOSSES and LOSSES[config.loss_type].has_nll
-    return {"nll_reduce": "token_mean", **config.loss_options} if has_nll else config.loss_options

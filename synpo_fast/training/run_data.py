@@ -243,7 +243,7 @@ def _read(file: str, config: TrainConfig) -> list[Pair]:
 def _check_is_compared(loss_type: str, pair: Pair) -> None:
     if pair.has_label:
         names = " or ".join(name for name, spec in LOSSES.items() if spec.unpaired)
-        raise ValueError(
+        raise UserError(
             f"one response with a label, but loss_type={loss_type} compares two: train with loss_type={names}"
         )
 

@@ -13,6 +13,9 @@ from synpo_fast.losses import LOSSES, PairLogprobs, preference_loss
 from synpo_fast.training.pair_module import PairModule
 
 NEEDED = {"model_name_or_path": "tiny:text", "train_file": "pairs.jsonl", "output_dir": "out"}
+NEEDED["per_device_train_batch_size"] = 2  # aot and aot_unpaired sort a batch
+# An option that has an effect only beside another one.
+BESIDE = {"f_alpha_divergence_coef": {"f_divergence": "alpha_divergence"}}
 OPTIONS_OF_LOSSES = [(loss, name) for loss, spec in LOSSES.items() for name in spec.options]
 PAIRS = [EncodedPair(None, "a")] * 2
 LABELLED = [EncodedPair(None, "a", (), labels=((0, True), (1, False)))] * 2
@@ -59,7 +62,7 @@ def other_values(loss, name):
     taken = []
     for value in (default + 0.25, default - 0.25, default / 2):
         try:
-            of_the_loss(loss, **{name: value})
+            of_the_loss(loss, **{name: value}, **BESIDE.get(name, {}))
         except ValueError:
             continue
         taken.append(value)
@@ -68,14 +71,15 @@ def other_values(loss, name):
 
 @pytest.mark.parametrize(("loss", "name"), OPTIONS_OF_LOSSES)
 def test_an_option_reaches_its_loss(loss, name):
-    default = of_the_trainer(TrainConfig(**NEEDED, loss_type=loss))
-    torch.testing.assert_close(default, of_the_loss(loss), rtol=0, atol=0)
+    beside = BESIDE.get(name, {})
+    default = of_the_trainer(TrainConfig(**NEEDED, loss_type=loss, **beside))
+    torch.testing.assert_close(default, of_the_loss(loss, **beside), rtol=0, atol=0)
     values, changed = other_values(loss, name), False
     assert values
     for value in values:
-        words = [f"--{key}={word}" for key, word in {**NEEDED, "loss_type": loss, name: value}.items()]
+        words = [f"--{key}={word}" for key, word in {**NEEDED, "loss_type": loss, name: value, **beside}.items()]
         found = of_the_trainer(resolve_config(words))
-        torch.testing.assert_close(found, of_the_loss(loss, **{name: value}), rtol=0, atol=0)
+        torch.testing.assert_close(found, of_the_loss(loss, **{name: value}, **beside), rtol=0, atol=0)
         changed |= not torch.equal(found, default)
     assert changed
 
@@ -84,13 +88,15 @@ def test_an_option_reaches_its_loss(loss, name):
 def test_an_option_of_another_loss_is_refused(loss):
     known = LOSSES[loss].options
     for name in set(LOSS_OPTIONS) - set(known):
-        value = next(spec.options[name] for spec in LOSSES.values() if name in spec.options)
+        value = next((spec.options[name] for spec in LOSSES.values() if name in spec.options), (1.0,))
         with pytest.raises(ValueError, match=f"^loss_type={loss} has no option {name}; it has {', '.join(known)}$"):
             TrainConfig(**NEEDED, loss_type=loss, **{name: value})
 
 
 def test_options_py_has_a_line_for_every_option_of_a_loss_and_no_other():
-    assert set(LOSS_OPTIONS) == {name for _, name in OPTIONS_OF_LOSSES}, "add a line to synpo_fast/config/options.py"
+    assert set(LOSS_OPTIONS) == {name for _, name in OPTIONS_OF_LOSSES} | {"loss_weights"}, (
+        "add a line to synpo_fast/config/options.py"
+    )
     for loss, name in OPTIONS_OF_LOSSES:
         assert TYPES[name] == type(LOSSES[loss].options[name]) | None, f"{name} of {loss}"
         assert getattr(TrainConfig(**NEEDED), name) is None

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from synpo_fast.losses import PairLogprobs
+from synpo_fast.losses import LOSSES, PairLogprobs
 
 Response = Sequence[float]
 
@@ -24,6 +24,26 @@ CASES: list[tuple[str, dict[str, float | str | bool]]] = [
     ("dpo", {"variant": "ipo", "beta": 0.5}),
     ("dpo", {"label_smoothing": 0.2}),
     ("dpo", {"reference_free": True}),
+    ("dpo", {"f_divergence": "js_divergence", "beta": 0.7}),
+    ("dpo", {"ld_alpha": 0.3}),
+    ("hinge", {"beta": 0.3, "f_divergence": "forward_kl"}),
+    ("ipo", {"beta": 0.5, "ld_alpha": 0.0}),
+    ("sigmoid_norm", {"beta": 2.0}),
+    ("robust", {}),
+    ("robust", {"label_smoothing": 0.2, "f_divergence": "alpha_divergence"}),
+    ("exo_pair", {}),
+    ("exo_pair", {"label_smoothing": 0.1, "reference_free": True}),
+    ("discopop", {}),
+    ("discopop", {"discopop_tau": 1.5, "f_divergence": "alpha_divergence", "f_alpha_divergence_coef": 1.0}),
+    ("nca_pair", {"ld_alpha": 0.5}),
+    ("bco_pair", {}),
+    ("bco_pair", {"reference_free": True}),
+    ("sppo_hard", {"beta": 0.5}),
+    ("apo_zero", {}),
+    ("apo_down", {"beta": 0.4}),
+    ("aot", {}),
+    ("aot", {"label_smoothing": 0.2, "ld_alpha": 0.4}),
+    ("aot_unpaired", {"label_smoothing": 0.1}),
     ("simpo", {}),
     ("simpo", {"gamma": -0.3, "label_smoothing": 0.1}),
     ("orpo", {}),
@@ -72,15 +92,64 @@ def synpo_ref(pair, reference, *, alpha=30.0, beta=0.2, link="sigmoid") -> float
     return -(sigmoid(x) if link == "sigmoid" else log_sigmoid(x)) - beta * A
 
 
-def dpo(pair, reference, *, beta=0.1, variant="sigmoid", label_smoothing=0.0, reference_free=False) -> float:
-    sums = [math.fsum(y) for y in pair]
-    ref_sums = [0.0, 0.0] if reference_free else [math.fsum(y) for y in reference]
-    r_chosen, r_rejected = sums[0] - ref_sums[0], sums[1] - ref_sums[1]
-    if variant == "hinge":
-        return max(0.0, 1 - beta * (r_chosen - r_rejected))
-    if variant == "ipo":
-        return (r_chosen / len(pair[0]) - r_rejected / len(pair[1]) - 1 / (2 * beta)) ** 2
-    return smoothed(beta * (r_chosen - r_rejected), label_smoothing)
+def ld_sum(pair, index: int, ld_alpha: float) -> float:
+    shared = min(map(len, pair))
+    return math.fsum(pair[index][:shared]) + ld_alpha * math.fsum(pair[index][shared:])
+
+
+def f_score(r: float, divergence: str, coefficient: float) -> float:
+    """f'(exp(r)) with the derivatives as the f-DPO paper lists them."""
+    t = math.exp(r)
+    if divergence == "forward_kl":
+        return 1 - 1 / t
+    if divergence == "js_divergence":
+        return math.log(2 * t / (1 + t))
+    if divergence == "alpha_divergence" and coefficient != 1:
+        return (t ** (coefficient - 1) - 1) / (coefficient - 1)
+    return r
+
+
+def dpo_type(name: str, pairs, references, options) -> list[float]:
+    """The losses of log-ratios to a reference. A batch at once, for the two that sort it."""
+    given = {"beta": 0.1, "ld_alpha": 1.0, "f_divergence": "reverse_kl", "f_alpha_divergence_coef": 0.5, **options}
+    beta, eps = given["beta"], given.get("label_smoothing", 1e-3 if name == "exo_pair" else 0.0)
+    name = given.get("variant", name) if name == "dpo" else name
+    sums = [[ld_sum(pair, i, given["ld_alpha"]) for i in (0, 1)] for pair in pairs]
+    refs = [
+        [0.0 if given.get("reference_free") else ld_sum(pair, i, given["ld_alpha"]) for i in (0, 1)]
+        for pair in references
+    ]
+    ratios = [[s - ref for s, ref in zip(*two, strict=True)] for two in zip(sums, refs, strict=True)]
+    if name.startswith("aot"):
+        u = [r[0] for r in ratios] if name == "aot_unpaired" else [s[0] - s[1] for s in sums]
+        v = [r[1] for r in ratios] if name == "aot_unpaired" else [s[0] - s[1] for s in refs]
+        return [smoothed(beta * (each - sorted(v)[sorted(u).index(each)]), eps) for each in u]
+    return [_of_pair(name, r, [len(y) for y in pair], beta, eps, given) for r, pair in zip(ratios, pairs, strict=True)]
+
+
+def _of_pair(name: str, r, lengths, beta: float, eps: float, given) -> float:
+    x, y = beta * r[0], beta * r[1]
+    by_response = {
+        "nca_pair": lambda: -log_sigmoid(x) - 0.5 * (log_sigmoid(-x) + log_sigmoid(-y)),
+        "bco_pair": lambda: -log_sigmoid(x) - log_sigmoid(-y),
+        "sppo_hard": lambda: (r[0] - 0.5 / beta) ** 2 + (r[1] + 0.5 / beta) ** 2,
+        "apo_zero": lambda: 1 - sigmoid(x) + sigmoid(y),
+        "apo_down": lambda: sigmoid(x) + 1 - sigmoid(x - y),
+    }
+    if name in by_response:
+        return by_response[name]()
+    s = [f_score(each, given["f_divergence"], given["f_alpha_divergence_coef"]) for each in r]
+    z, d = beta * (s[0] - s[1]), s[0] / lengths[0] - s[1] / lengths[1]
+    tau = given.get("discopop_tau", 0.05)
+    return {
+        "dpo": lambda: smoothed(z, eps),
+        "hinge": lambda: max(0.0, 1 - z),
+        "ipo": lambda: (d - 1 / (2 * beta)) ** 2,
+        "sigmoid_norm": lambda: -log_sigmoid(beta * d),
+        "robust": lambda: (eps * log_sigmoid(-z) - (1 - eps) * log_sigmoid(z)) / (1 - 2 * eps),
+        "exo_pair": lambda: sigmoid(z) * math.log(sigmoid(z) / (1 - eps)) + sigmoid(-z) * math.log(sigmoid(-z) / eps),
+        "discopop": lambda: -log_sigmoid(z) * (1 - sigmoid(z / tau)) + math.exp(-z) * sigmoid(z / tau),
+    }[name]()
 
 
 def kto_response(y, reference, desirable, *, kl, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0) -> float:
@@ -115,9 +184,8 @@ def nll(targets: Sequence[Response], reduce: str) -> list[float]:
 
 def losses(name, pairs, reference_pairs, options) -> list[float]:
     """Loss per pair; pairs and reference_pairs are lists of (chosen, rejected)."""
-    if name in ("dpo", "synpo_ref"):
-        compare = {"dpo": dpo, "synpo_ref": synpo_ref}[name]
-        return [compare(pair, reference, **options) for pair, reference in zip(pairs, reference_pairs, strict=True)]
+    if name == "synpo_ref":
+        return [synpo_ref(pair, reference, **options) for pair, reference in zip(pairs, reference_pairs, strict=True)]
     if name in ("kto", "apo_zero_unpaired"):
         point = {"kto": KL, "apo_zero_unpaired": 0.0}[name]
         return [
@@ -129,6 +197,8 @@ def losses(name, pairs, reference_pairs, options) -> list[float]:
             )
             for both in zip(pairs, reference_pairs, strict=True)
         ]
+    if LOSSES[name].reward == "beta*r":
+        return dpo_type(name, pairs, reference_pairs, options)
     if name in ("synpo", "simpo"):
         return [{"synpo": synpo, "simpo": simpo}[name](*pair, **options) for pair in pairs]
     rest = dict(options)

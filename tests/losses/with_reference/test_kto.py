@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from synpo_fast.losses import PairLogprobs, apo_zero_unpaired, kl_reference_point, kto, nll, preference_loss
-
-from . import truth
+from tests.losses import truth
 
 LABELS = [True, False, False, True, False]
 LENGTHS = [3, 5, 1, 6, 2]

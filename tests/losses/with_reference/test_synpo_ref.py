@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from synpo_fast.losses import PairLogprobs, synpo, synpo_ref
-
-from . import truth
+from tests.losses import truth
 
 LENGTHS = [(1, 1), (5, 5), (40, 2), (1, 17)]
 
