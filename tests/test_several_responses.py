@@ -218,6 +218,6 @@ def test_what_cannot_be_encoded_is_named(policy):
 
 
 def test_a_message_lists_the_tokens_of_every_response():
-    assert tokens_of(row()) == "30 tokens: prompt 20; responses 4, 3, 2 and 6"
+    assert tokens_of(row()) == "31 tokens: prompt 20; responses 4, 3, 2 and 6"
     assert tokens_of(EncodedPair(Sample(PROMPT, RESPONSES[:2]), "a")).endswith("responses 4 and 3")
     assert tokens_of(EncodedPair(Sample(PROMPT, RESPONSES[:1]), "a", ())).endswith("responses 4")
