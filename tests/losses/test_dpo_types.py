@@ -101,7 +101,7 @@ def test_sorting_does_not_see_pairs_that_are_not_compared(name):
 
     expected = losses(PAIRS, REFERENCE, None)
     more, mask = [PAIRS[0], ([-30.0], [-0.1]), *PAIRS[1:], ([-0.1], [-30.0])], [True, False, True, True, True, False]
-    more_reference = [REFERENCE[0], ([-0.1], [-9.0]), *REFERENCE[1:], ([-9.0], [-0.1])]
+    more_reference = [REFERENCE[0], ([-0.1], [-9.0]), *REFERENCE[1:], ([-0.1], [-9.0])]
     found = losses(more, more_reference, mask)
     assert [found[i] for i in (0, 2, 3, 4)] == pytest.approx(expected, rel=1e-12)
     # The loss of a pair is that of its own rank, wherever it stands in the batch.
@@ -143,5 +143,5 @@ def test_what_a_type_does_not_have_is_refused(name, options, message):
 def test_a_missing_reference_is_named():
     with pytest.raises(ValueError, match="apo_zero needs a reference, or reference_free=True"):
         preference_loss("apo_zero", truth.as_logprobs(PAIRS))
-    with pytest.raises(ValueError, match="aot needs a reference$"):
+    with pytest.raises(ValueError, match=r"aot needs a reference$"):
         preference_loss("aot", truth.as_logprobs(PAIRS))

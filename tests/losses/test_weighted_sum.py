@@ -101,17 +101,18 @@ def test_a_reference_goes_to_the_members_that_read_one():
 
 
 def test_metrics_of_the_members_are_averaged_over_pairs():
-    policy, reference = inputs([True, False, True])
-    output = preference_loss(MPO, policy, reference)
-    sums = metric_sums(output, {"chosen_tokens": torch.tensor(10.0), "rejected_tokens": torch.tensor(9.0)})
-    twice = {name: 2 * value.item() for name, value in sums.items()}
-    found = metric_means(twice)
+    tokens = {"chosen_tokens": torch.tensor(10.0), "rejected_tokens": torch.tensor(9.0)}
+    outputs = [preference_loss(MPO, *inputs(mask)) for mask in (None, [True, False, False])]
+    total = {}
+    for output in outputs:
+        for name, value in metric_sums(output, tokens).items():
+            total[name] = total.get(name, 0.0) + value.item()
+    found = metric_means(total)
     for member in MPO.split(","):
-        assert found[f"loss/{member}"] == pytest.approx(output.metrics[f"loss/{member}"].item(), rel=1e-6)
-    assert sum(found[f"loss/{member}"] for member in MPO.split(",")) == pytest.approx(
-        output.losses.mean().item(), rel=1e-6
-    )
-    assert twice["pairs"] == 6
+        mean = sum(output.metrics[f"loss/{member}"].item() for output in outputs) / 2  # both batches have 3 pairs
+        assert found[f"loss/{member}"] == pytest.approx(mean, rel=1e-6)
+    losses = torch.cat([output.losses for output in outputs])
+    assert sum(found[f"loss/{member}"] for member in MPO.split(",")) == pytest.approx(losses.mean().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
