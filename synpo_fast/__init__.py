@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         FusedLinearSynPOLoss,
     )
     from synpo_fast.losses import LOSSES
-    from synpo_fast.ops.linear_logprobs import fused_linear_logprobs
+    from synpo_fast.ops.linear_logprobs import fused_linear_logprobs, fused_linear_outputs
     from synpo_fast.scoring import score_pairs
 
 __version__ = "0.2.0"
@@ -27,6 +27,7 @@ _MODULES = {
     "FusedLinearSynPOLoss": "synpo_fast.fused",
     "LOSSES": "synpo_fast.losses",
     "fused_linear_logprobs": "synpo_fast.ops.linear_logprobs",
+    "fused_linear_outputs": "synpo_fast.ops.linear_logprobs",
     "score_pairs": "synpo_fast.scoring",
 }
 
@@ -51,5 +52,6 @@ __all__ = [
     "FusedLinearSynPOLoss",
     "__version__",
     "fused_linear_logprobs",
+    "fused_linear_outputs",
     "score_pairs",
 ]

@@ -1,17 +1,12 @@
-"""Preference losses on hidden states: LM head, token log-probs, loss and gradients in one module, without storing the logits.
+"""Preference losses on hidden states: LM head, token log-probs and loss in one module, without storing the logits.
 
 The calling convention is Liger's: forward(lin_weight, _input, target, bias=None) with _input [2B, T, D], the chosen half first,
 and target [2B, T] already shifted. A user of Liger's classes only changes the import.
 
-Frozen head (LoRA): the op computes log-probs and their direction together, and autograd does the rest. This costs 4*N*D*V for N
-valid tokens.
-Trainable head: the module processes groups of pairs. The log-probs of a group determine its coefficients, so the exponentials are
-kept only until then and all three products are computed for the group. This costs 6*N*D*V, with dW summed in fp32. If a pair is
-too large for `group_bytes`, its logits are recomputed (8*N*D*V), with one warning.
+The module calls the op and then the loss; autograd does the rest. For N valid tokens this costs 4*N*D*V with a frozen head (LoRA)
+and 6*N*D*V with a trained one, as long as the exponentials of its logits fit keep_bytes (see fused_linear_logprobs).
 """
 
-import functools
-import warnings
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -20,15 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, nll, preference_loss
-from synpo_fast.losses.pair import masked_output
 from synpo_fast.ops.linear_logprobs import BACKENDS, fused_linear_logprobs
-from synpo_fast.ops.linear_logprobs.kept import linear_logprobs_kept
-from synpo_fast.ops.linear_logprobs.linear_logprobs import autocast_inputs, without_autocast
-from synpo_fast.ops.linear_logprobs.problem import check_numbers, make_problem
-from synpo_fast.ops.pair_loss import synpo_pair_loss
+from synpo_fast.ops.linear_logprobs.problem import check_numbers
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-GROUP_BYTES = {"cuda": 2 * 2**30, "cpu": 256 * 2**20}
 
 
 class FusedLinearPreferenceLoss(nn.Module):
@@ -40,8 +30,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         auxiliary: an NLL term on the chosen response, added to the loss.
         average_log_prob: losses that use sums use means instead (each response's log-probs are divided by its length).
         logit_scale, softcap: as in fused_linear_logprobs.
-        group_bytes: memory limit of the kept exponentials with a trainable head; None: 2 GiB on a GPU, 256 MiB on a CPU.
-        backend: as in fused_linear_logprobs.
+        keep_bytes, backend: as in fused_linear_logprobs.
 
     forward(lin_weight, _input, target, bias=None, ref_input=None, ref_weight=None, ref_bias=None) returns
         loss, (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss, chosen_rewards, rejected_rewards)
@@ -59,7 +48,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         average_log_prob: bool = False,
         logit_scale: float = 1.0,
         softcap: float | None = None,
-        group_bytes: int | None = None,
+        keep_bytes: int | None = None,
         backend: str | None = None,
         **options: Any,
     ) -> None:
@@ -75,8 +64,8 @@ class FusedLinearPreferenceLoss(nn.Module):
             raise ValueError(
                 f"auxiliary target {auxiliary.target!r} needs rows of its own; this module supports only 'chosen'"
             )
-        if group_bytes is not None and group_bytes < 0:
-            raise ValueError(f"group_bytes must not be negative, got {group_bytes}")
+        if keep_bytes is not None and keep_bytes < 0:
+            raise ValueError(f"keep_bytes must not be negative, got {keep_bytes}")
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
         if average_log_prob and (LOSSES[loss].reads == "mean" or options.get("variant") == "ipo"):
@@ -86,7 +75,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         check_numbers(logit_scale, softcap, ignore_index)
         self.loss, self.options = loss, {**LOSSES[loss].options, **options}
         self.ignore_index, self.auxiliary, self.average_log_prob = ignore_index, auxiliary, average_log_prob
-        self.logit_scale, self.softcap, self.group_bytes, self.backend = logit_scale, softcap, group_bytes, backend
+        self.logit_scale, self.softcap, self.keep_bytes, self.backend = logit_scale, softcap, keep_bytes, backend
         self.last_output: LossOutput | None = None
         self._mean_row: tuple[Any, int, Tensor] | None = None
         # The losses check their own options: a run on one pair with one token each shows a mistake here, not in the first step.
@@ -112,17 +101,9 @@ class FusedLinearPreferenceLoss(nn.Module):
     ) -> tuple[Tensor, Outputs]:
         self._check(lin_weight, _input, target, ref_input, ref_weight)
         reference = self._reference_logps(target, ref_input, ref_weight, ref_bias) if self.needs_reference else None
-        if (
-            torch.is_grad_enabled()
-            and lin_weight.requires_grad
-            and _input.requires_grad
-            and self.backend != "reference"
-        ):
-            loss, output = self._forward_groups(lin_weight, _input, target, bias, reference)
-        else:
-            logps = self._logps(_input, lin_weight, target, bias)
-            output = self.loss_of_logps(logps, target, reference)
-            loss = output.losses.mean()
+        logps = self._logps(_input, lin_weight, target, bias)
+        output = self.loss_of_logps(logps, target, reference)
+        loss = output.losses.mean()
         self.last_output = replace(output, losses=output.losses.detach())
         chosen_mean, rejected_mean = self._logit_means(lin_weight, _input, bias)
         nll = output.metrics["nll_loss"]
@@ -136,8 +117,6 @@ class FusedLinearPreferenceLoss(nn.Module):
         mask = target != self.ignore_index
         if self.average_log_prob:
             return self._averaged(logps, mask, reference)
-        if self.loss == "synpo" and self.auxiliary is None:
-            return _synpo_output(logps, mask, **self.options)
         policy = PairLogprobs.from_padded(logps, mask)
         ref = None if reference is None else PairLogprobs.from_padded(reference, mask)
         return preference_loss(self.loss, policy, ref, auxiliary=self.auxiliary, **self.options)
@@ -157,7 +136,7 @@ class FusedLinearPreferenceLoss(nn.Module):
     def _logps(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
         return fused_linear_logprobs(
             hidden, weight, target, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap,
-            ignore_index=self.ignore_index, backend=self.backend,
+            ignore_index=self.ignore_index, keep_bytes=self.keep_bytes, backend=self.backend,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -202,162 +181,6 @@ class FusedLinearPreferenceLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_mean_row": None, "last_output": None}
-
-    def _forward_groups(
-        self, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None, reference: Tensor | None
-    ) -> tuple[Tensor, LossOutput]:
-        hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-        with without_autocast(hidden):
-            loss, logps = _GroupedPreference.apply(weight, hidden, bias, target, reference, self)
-        with torch.no_grad():
-            return loss, self.loss_of_logps(logps, target, reference)
-
-    def coefficients(self, logps: Tensor, target: Tensor, reference: Tensor | None, pairs: slice) -> Tensor:
-        """Gradient of the batch's loss to each token log-prob [2B, T], for the losses of the given pairs only.
-
-        Whole-batch counts (batch_token_mean) come from target, so log-probs of other pairs may still be missing.
-        """
-        with torch.enable_grad():
-            leaf = logps.detach().clone().requires_grad_()
-            losses = self.loss_of_logps(leaf, target, reference).losses
-            (grad,) = torch.autograd.grad(losses[pairs].sum() / losses.shape[0], leaf)
-        return grad
-
-
-def _synpo_output(logps: Tensor, mask: Tensor, *, alpha: float, beta: float, link: str) -> LossOutput:
-    """Computes SynPO on a padded batch with the fused pair loss, which needs no compaction of the responses."""
-    num_pairs, length = logps.shape[0] // 2, logps.shape[1]
-    offsets = torch.arange(2 * num_pairs + 1, device=logps.device) * length
-    pair = synpo_pair_loss(
-        logps.flatten(), offsets[: num_pairs + 1], offsets[num_pairs:], mask=mask.flatten(),
-        alpha=alpha, beta=beta, link=link,
-    )  # fmt: skip
-    lengths = mask.sum(1)
-    return masked_output(
-        lengths.view(2, num_pairs).amin(0) > 0,
-        pair.losses,
-        chosen_rewards=pair.chosen_geometric,
-        rejected_rewards=pair.rejected_geometric,
-        chosen_logps=pair.chosen_mean,
-        rejected_logps=pair.rejected_mean,
-        chosen_nll=-(logps[:num_pairs] * mask[:num_pairs]).sum(),
-        num_chosen_tokens=lengths[:num_pairs].sum(),
-        num_empty=pair.num_empty.squeeze(0),
-    )
-
-
-def cut_groups(tokens: list[int], bytes_per_token: int, allowed: int) -> list[tuple[slice, bool]]:
-    """Splits the pairs into groups of neighbours whose exponentials fit. The bool is False for a pair that does not fit alone."""
-    groups: list[tuple[slice, bool]] = []
-    first, size = 0, 0
-    for pair, count in enumerate(tokens):
-        if pair > first and (size + count) * bytes_per_token > allowed:
-            groups.append((slice(first, pair), size * bytes_per_token <= allowed))
-            first, size = pair, 0
-        size += count
-    groups.append((slice(first, len(tokens)), size * bytes_per_token <= allowed))
-    return groups
-
-
-class _GroupedPreference(torch.autograd.Function):
-    """Computes loss and all gradients of a batch in the forward, group by group. The backward only scales and returns them.
-
-    Returns the loss and the log-probs [2B, T]; the log-probs carry no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, hidden, bias, target, reference, module):
-        num_pairs, (rows, length, dim) = hidden.shape[0] // 2, hidden.shape
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logps = torch.zeros(rows, length, dtype=dtype, device=hidden.device)
-        # The host reads the positions that count: the only sync of this path. Memory and work then depend on valid tokens only.
-        positions = (target.flatten() != module.ignore_index).nonzero().squeeze(1)
-        pairs = positions // length % num_pairs
-        groups = cut_groups(*_group_limits(module, weight, pairs, num_pairs))
-        grad_hidden = torch.zeros(rows * length, dim, dtype=_kept_dtype(hidden), device=hidden.device)
-        grad_weight: Tensor | None = None
-        grad_bias: Tensor | None = None
-        for group, fits in groups:
-            if not fits:
-                _warn_once_pair_too_large()
-            at = positions if len(groups) == 1 else positions[(pairs >= group.start) & (pairs < group.stop)]
-            kept = linear_logprobs_kept(
-                make_problem(
-                    hidden.flatten(0, 1)[at], weight, target.flatten()[at], bias=bias, rows=None,
-                    logit_scale=module.logit_scale, softcap=module.softcap, ignore_index=module.ignore_index,
-                ),
-                backend=module.backend,
-                keep=fits,
-            )  # fmt: skip
-            logps.view(-1)[at] = kept.logps
-            c = module.coefficients(logps, target, reference, group).view(-1)[at]
-            parts = _gradients(kept, c, bias is not None)
-            grad_hidden[at] = parts[0].to(grad_hidden.dtype)
-            grad_weight = _add(grad_weight, parts[1], len(groups))
-            grad_bias = None if parts[2] is None else _add(grad_bias, parts[2], len(groups))
-        assert grad_weight is not None
-        with torch.no_grad():
-            loss = module.loss_of_logps(logps, target, reference).losses.mean()
-        ctx.grads = [
-            None if grad is None else grad.to(_kept_dtype(hidden))
-            for grad in (grad_weight, grad_hidden.view(hidden.shape), grad_bias)
-        ]
-        ctx.dtype = hidden.dtype
-        ctx.mark_non_differentiable(logps)
-        return loss, logps
-
-    @staticmethod
-    def backward(ctx, grad_loss, _):
-        if ctx.grads is None:
-            raise RuntimeError("the fused loss returns its gradients only once, so retain_graph=True is not supported")
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("the fused loss can be differentiated once, and create_graph=True asks for more")
-        grads, ctx.grads = ctx.grads, None
-        return *[None if g is None else g.mul_(grad_loss).to(ctx.dtype) for g in grads], None, None, None
-
-
-def _kept_dtype(hidden: Tensor) -> torch.dtype:
-    """Dtype of gradients kept until the backward: fp32 for fp16, where late SynPO gradients are 0 before the loss scale."""
-    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-
-
-def _gradients(kept: Any, c: Tensor, want_bias: bool) -> list[Any]:
-    """Gradients to hidden, weight and bias. For fp16 the backend gets c / max |c|, and the result is rescaled in fp32."""
-    if kept.problem.hidden.dtype != torch.float16:
-        return list(kept.gradients(c, want_bias))
-    if c.numel() == 0:
-        return list(kept.gradients(c, want_bias))
-    peak = c.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    return [None if grad is None else grad.float().mul_(peak) for grad in kept.gradients(c / peak, want_bias)]
-
-
-def _group_limits(
-    module: FusedLinearPreferenceLoss, weight: Tensor, pairs: Tensor, num_pairs: int
-) -> tuple[list[int], int, int]:
-    """Returns the number of valid tokens of each pair, the bytes of a token's exponentials, and the bytes allowed."""
-    tokens = torch.bincount(pairs, minlength=num_pairs).tolist()
-    on_cpu = weight.device.type == "cpu"
-    # The native backend keeps the exponentials of fp16 inputs in fp32.
-    element_size = 4 if on_cpu and weight.dtype == torch.float16 else weight.element_size()
-    allowed = GROUP_BYTES["cpu" if on_cpu else "cuda"] if module.group_bytes is None else module.group_bytes
-    return tokens, weight.shape[0] * element_size, allowed
-
-
-def _add(total: Tensor | None, part: Tensor, num_groups: int) -> Tensor:
-    """Adds part to total in fp32. A single group needs no sum."""
-    if num_groups == 1:
-        return part
-    part = part.to(torch.promote_types(part.dtype, torch.float32))
-    return part if total is None else total.add_(part)
-
-
-@functools.cache
-def _warn_once_pair_too_large() -> None:
-    warnings.warn(
-        "a pair's exponentials exceed group_bytes: its logits are computed twice (8NDV instead of 6NDV); "
-        "increase group_bytes if memory allows",
-        stacklevel=2,
-    )
 
 
 class FusedLinearSynPOLoss(FusedLinearPreferenceLoss):

@@ -13,7 +13,6 @@ from synpo_fast import (
     FusedLinearPreferenceLoss,
     FusedLinearSimPOLoss,
     FusedLinearSynPOLoss,
-    fused,
 )
 from synpo_fast.losses import AuxiliaryNLL, PairLogprobs, preference_loss
 from synpo_fast.ops import native_library
@@ -67,15 +66,14 @@ def backend(request):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("head", ["frozen", "one group", "groups", "too large"])
+@pytest.mark.parametrize("head", ["frozen", "all kept", "some kept", "none kept"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_against_eager(backend, name, head, bias):
     device = device_of(backend, torch.float32)
     build, ours, theirs = LOSSES[name]
     weight, hidden, target, row = batch(device=device, bias=bias)
-    group_bytes = {"groups": V * 4 * 2 * T, "too large": 0}.get(head)
-    module = build(backend=backend, group_bytes=group_bytes, **ours)
-    fused._warn_once_pair_too_large.cache_clear()
+    keep_bytes = {"some kept": V * 4 * 2 * T, "none kept": 0}.get(head)
+    module = build(backend=backend, keep_bytes=keep_bytes, **ours)
     reference = None
     if name == "dpo":
         reference = (weight.detach() + 0.1, hidden.detach() * 0.9)
@@ -87,11 +85,7 @@ def test_against_eager(backend, name, head, bias):
             row.requires_grad_(False)
         leaves = [hidden]
     expected = eager(name, theirs, weight, hidden, target, row, reference)
-    if head == "too large":
-        with pytest.warns(UserWarning, match="a pair's exponentials exceed group_bytes"):
-            loss, outputs = module(weight, hidden, target, row, **ref_arguments)
-    else:
-        loss, outputs = module(weight, hidden, target, row, **ref_arguments)
+    loss, outputs = module(weight, hidden, target, row, **ref_arguments)
     torch.testing.assert_close(loss.double(), expected.losses.mean(), rtol=1e-5, atol=1e-6)
     for found, true in zip(grads_of(loss, *leaves), grads_of(expected.losses.mean(), *leaves), strict=True):
         assert error(found, true) < 2e-5
@@ -109,7 +103,7 @@ def test_against_eager(backend, name, head, bias):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_heads_beside_eager(backend, dtype):
-    """Trainable head in groups: no worse than eager in the same dtype, against fp64."""
+    """Trainable head, some exponentials kept: no worse than eager in the same dtype, against fp64."""
     device = device_of(backend, dtype)
     weight, hidden, target, _ = batch(dtype, device)
     truth = grads_of(eager("synpo", {}, weight, hidden, target).losses.mean(), hidden, weight)
@@ -120,7 +114,7 @@ def test_sixteen_bit_heads_beside_eager(backend, dtype):
     )
     peer = preference_loss("synpo", PairLogprobs.from_padded(logps, target != -100)).losses.mean()
     peers = grads_of(peer, low[1], low[0])
-    module = FusedLinearSynPOLoss(backend=backend, group_bytes=V * 4 * 2 * T)
+    module = FusedLinearSynPOLoss(backend=backend, keep_bytes=V * 4 * 2 * T)
     loss, _ = module(weight, hidden, target)
     for found, other, true in zip(grads_of(loss, hidden, weight), peers, truth, strict=True):
         assert error(found, true) <= 1.25 * error(other, true) + 5e-3
@@ -169,29 +163,16 @@ def flops(module, weight, hidden, target):
 
 @pytest.mark.parametrize("backend", ["chunked", "native"])
 def test_flops(backend):
-    """4NDV with a frozen head, 6NDV with a trainable one whatever the groups, 8NDV where a pair does not fit."""
+    """4NDV with a frozen head, 6NDV with a trainable one, 8NDV where no exponentials fit."""
     if backend == "native" and not native_library.is_available():
         pytest.skip(str(native_library.reason_unavailable()))
     weight, hidden, target, _ = batch()
     valid = int((target != -100).sum())
     unit = valid * D * V
     means = 4 * D  # the two logit means: a dot product each
-    groups = V * 4 * 2 * T
-    for products, head, group_bytes in [
-        (4, weight.detach(), None),
-        (6, weight, None),
-        (6, weight, groups),
-        (8, weight, 0),
-    ]:
-        module = FusedLinearSynPOLoss(backend=backend, group_bytes=group_bytes)
-        assert 0 <= flops(module, head, hidden, target) - products * unit <= means, (products, group_bytes)
-
-
-def test_groups_are_cut_to_the_bound():
-    assert fused.cut_groups([10, 10, 10], 1, 20) == [(slice(0, 2), True), (slice(2, 3), True)]
-    assert fused.cut_groups([10, 30, 10], 1, 20) == [(slice(0, 1), True), (slice(1, 2), False), (slice(2, 3), True)]
-    assert fused.cut_groups([10], 1, 5) == [(slice(0, 1), False)]
-    assert fused.cut_groups([1] * 5, 4, 1000) == [(slice(0, 5), True)]
+    for products, head, keep_bytes in [(4, weight.detach(), None), (6, weight, None), (8, weight, 0)]:
+        module = FusedLinearSynPOLoss(backend=backend, keep_bytes=keep_bytes)
+        assert 0 <= flops(module, head, hidden, target) - products * unit <= means, (products, keep_bytes)
 
 
 def test_no_gradient_is_computed_under_no_grad():
@@ -232,12 +213,12 @@ def test_inside_a_compiled_model(trainable):
         torch.testing.assert_close(found, expected)
 
 
-def test_gradients_are_handed_over_once():
+def test_the_loss_can_be_differentiated_again_but_not_twice():
     weight, hidden, target, _ = batch()
     loss, _ = FusedLinearSynPOLoss(backend="chunked")(weight, hidden, target)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="retain_graph=True is not supported"):
-        loss.backward()
+    first = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
+    for one, two in zip(first, torch.autograd.grad(loss, [hidden, weight]), strict=True):
+        assert torch.equal(one, two)
     loss, _ = FusedLinearSynPOLoss(backend="chunked")(weight, hidden, target)
     with pytest.raises(RuntimeError, match="create_graph=True asks for more"):
         torch.autograd.grad(loss, hidden, create_graph=True)
@@ -319,11 +300,11 @@ def test_scale_softcap_and_many_tiles(trainable):
                 assert error(found, true) < 1e-4, (backend, options)
 
 
-def test_auxiliary_nll_over_groups_counts_the_whole_batch():
-    """batch_token_mean divides by the tokens of all pairs, also where a group has seen only its own."""
+def test_auxiliary_nll_with_some_exponentials_kept():
+    """batch_token_mean divides by the tokens of all pairs."""
     weight, hidden, target, _ = batch(pairs=4)
     auxiliary = AuxiliaryNLL(weight=0.5, reduce="batch_token_mean")
-    module = FusedLinearPreferenceLoss("simpo", auxiliary=auxiliary, group_bytes=V * 4 * 2 * T, backend="chunked")
+    module = FusedLinearPreferenceLoss("simpo", auxiliary=auxiliary, keep_bytes=V * 4 * 2 * T, backend="chunked")
     expected = eager("simpo", {}, weight, hidden, target, auxiliary=auxiliary).losses.mean()
     loss, _ = module(weight, hidden, target)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
@@ -357,7 +338,7 @@ def test_identical_responses_cancel():
         (lambda: FusedLinearSynPOLoss(backend="nope"), r"backend must be one of .*'nope'"),
         (lambda: FusedLinearDPOLoss(average_log_prob=True, loss_type="ipo"), r"already uses means"),
         (lambda: FusedLinearSimPOLoss(average_log_prob=True), r"already uses means"),
-        (lambda: FusedLinearSynPOLoss(group_bytes=-1), r"group_bytes must not be negative, got -1"),
+        (lambda: FusedLinearSynPOLoss(keep_bytes=-1), r"keep_bytes must not be negative, got -1"),
         (lambda: FusedLinearDPOLoss(loss_type="robust")(*batch()[:3], ref_input=batch()[1], ref_weight=batch()[0]), r"'robust'"),
         (lambda: FusedLinearDPOLoss()(*batch()[:3]), r"'dpo' needs ref_input and ref_weight"),
         (lambda: FusedLinearSynPOLoss()(*batch()[:3], ref_input=batch()[1]), r"uses no reference"),

@@ -30,9 +30,7 @@ if __package__ in (None, ""):  # started by path: import from the repository roo
 
 from benchmarks.head.shapes import find_shapes
 from synpo_fast.ops.linear_logprobs import triton_kernels, triton_launch
-from synpo_fast.ops.linear_logprobs.problem import make_problem
-from synpo_fast.ops.pair_loss import triton_kernels as pair_kernels
-from synpo_fast.ops.pair_loss.triton_launch import synpo_pair_loss_forward
+from synpo_fast.ops.linear_logprobs.problem import Wanted, make_problem
 from synpo_fast.ops.video_patches import Packing
 from synpo_fast.ops.video_patches import triton_kernels as video_kernels
 from synpo_fast.ops.video_patches.triton_launch import video_patches_forward
@@ -98,12 +96,12 @@ class _Recorder:
 def record_launches(
     dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, arch: int, softcap: float | None = None
 ) -> list[Launch]:
-    """Records all launches: scoring without gradients, training steps with frozen and trainable head, the pair loss, and
-    the preparation of a video for the tower."""
+    """Records all launches: scoring without gradients, training steps with frozen and trainable head, and the preparation
+    of a video for the tower."""
     launches: list[Launch] = []
     kernels = {
         (module, name): kernel
-        for module in (triton_kernels, pair_kernels, video_kernels)
+        for module in (triton_kernels, video_kernels)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     }
@@ -126,13 +124,10 @@ def record_launches(
             softcap=softcap,
             ignore_index=-100,
         )
-        triton_launch.linear_logprobs_forward(problem, False)
-        saved = triton_launch.linear_logprobs_forward(problem, True)
-        triton_launch.linear_logprobs_backward(problem, saved[0], *saved, (True, True, False))
-        triton_launch.linear_logprobs_kept_on_gpu(problem).gradients(saved[0], False)
-        offsets = torch.empty(9, dtype=torch.int64, device="meta")
-        for mask in (None, torch.empty(num_rows, dtype=torch.bool, device="meta")):
-            synpo_pair_loss_forward(saved[0], offsets, offsets, mask, 30.0, 0.2, False)
+        triton_launch.linear_logprobs_forward(problem, Wanted(direction=False))
+        for wanted in (Wanted(direction=True), Wanted(direction=True, keep_rows=num_rows, stats=True)):
+            computed = triton_launch.linear_logprobs_forward(problem, wanted)
+            triton_launch.linear_logprobs_backward(problem, computed.logps, computed, (True, True, False))
         frames = torch.empty(15, 1080, 1920, 3, dtype=torch.uint8, device="meta")
         for kind in {dtype, torch.float32}:  # the families' processors return fp32
             video_patches_forward(frames, (448, 784), (0.5,) * 3, (0.5,) * 3, Packing(14, 2, 2), kind)

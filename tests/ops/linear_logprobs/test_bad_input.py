@@ -101,17 +101,25 @@ def test_the_native_operators_check_for_themselves():
         pytest.skip(str(native_library.reason_unavailable()))
     forward = torch.ops.synpo_fast_native.linear_logprobs_forward
     with pytest.raises(ValueError, match="label 10 at position 1 is outside"):
-        forward(H, W, torch.tensor([1, 10, 3, 3]), None, 1.0, None, True)
-    pair_loss = torch.ops.synpo_fast_native.synpo_pair_loss
-    with pytest.raises(ValueError, match="offsets must rise"):
-        pair_loss(torch.zeros(9), torch.tensor([0, 5, 3]), torch.tensor([5, 6, 9]), None, 30.0, 0.2, False)
+        forward(H, W, torch.tensor([1, 10, 3, 3]), None, 1.0, None, *_results(4))
+    for place, name in enumerate(("logps", "normalisers", "direction", "exponentials", "stats")):
+        wrong = list(_results(4))
+        wrong[place] = wrong[place].new_empty(5, *wrong[place].shape[1:])
+        with pytest.raises(ValueError, match=f"{name} must be contiguous|exponentials of 5 rows cannot be kept"):
+            forward(H, W, torch.tensor([1, 2, 3, 3]), None, 1.0, None, *wrong)
+
+
+def _results(num_rows):
+    """Tensors that the native forward fills, for H and W."""
+    shapes = ((num_rows,), (num_rows, 2), (num_rows, H.shape[1]), (num_rows, W.shape[0]), (num_rows, 4))
+    return tuple(torch.empty(shape) for shape in shapes)
 
 
 def test_a_missing_native_library_is_said_once(monkeypatch):
-    from synpo_fast.ops.linear_logprobs import linear_logprobs
+    from synpo_fast.ops.linear_logprobs import backends
 
     monkeypatch.setattr(native_library, "reason_unavailable", lambda: "not built here")
-    linear_logprobs._warn_once.cache_clear()
+    backends._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="'chunked', not 'native': not built here"):
         call()
     import warnings

@@ -327,8 +327,9 @@ def test_any_shape_and_options(backend, data):
 
 def test_coefficients_below_fp16_reach_the_head():
     """Coefficients of 1e-9 are 0 in fp16: the head's gradient is computed from normalised ones and scaled in fp32."""
-    from synpo_fast.ops.linear_logprobs import kept, linear_logprobs
-    from synpo_fast.ops.linear_logprobs.problem import make_problem
+    from synpo_fast.ops.linear_logprobs import backends
+    from synpo_fast.ops.linear_logprobs.linear_logprobs import LARGEST_FP16
+    from synpo_fast.ops.linear_logprobs.problem import Wanted, make_problem
 
     case = make_case(16, 16, 40).rounded(torch.float16)
     expected = run_eager(case, torch.float64).grads["weight"]
@@ -338,8 +339,9 @@ def test_coefficients_below_fp16_reach_the_head():
             case.hidden.to(device, torch.float16), case.weight.to(device, torch.float16), case.labels.to(device),
             bias=None, rows=None, logit_scale=1.0, softcap=None, ignore_index=-100,
         )  # fmt: skip
-        saved = linear_logprobs.forward(problem, True, backend)
         tiny = (case.upstream * 2.0**-8).float().to(device)  # results stay normal in fp16, c * (1 - p) often does not
-        _, grad, _ = linear_logprobs.backward(problem, tiny, saved, (False, True, False), backend)
-        assert error(grad.double().cpu() * 2.0**8, expected) < 5e-3, backend
-        assert torch.finfo(torch.float16).max == kept.LARGEST_FP16
+        for keep_rows in (0, 16):
+            computed = backends.forward(problem, Wanted(True, keep_rows), backend)
+            _, grad, _ = backends.backward(problem, tiny, computed, (False, True, False), backend)
+            assert error(grad.double().cpu() * 2.0**8, expected) < 5e-3, (backend, keep_rows)
+        assert torch.finfo(torch.float16).max == LARGEST_FP16
