@@ -105,7 +105,8 @@ class Pair:
     def _take_responses(self, name: str) -> None:
         """Checks the responses and their comparisons, and fills in what follows from them."""
         if self.loss != "preference":
-            raise ValueError(f"{name}: a row with loss {self.loss!r} trains on one response; leave out its responses")
+            what = "chosen alone" if self.loss == "sft" else "one response"
+            raise ValueError(f"{name}: a row with loss {self.loss!r} trains on {what}; leave out its responses")
         _check_responses(self.responses, name)
         ordered = by_score(self.responses)
         best, worst = ordered[0], ordered[-1]

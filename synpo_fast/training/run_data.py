@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.comparisons import filter_by_score_gap
+from synpo_fast.data.data_key import data_key
 from synpo_fast.data.encoded import EncodedPair, FindStored
 from synpo_fast.data.encoding import BadPair, PairReader
 from synpo_fast.data.hold_out import files_of, hold_out
@@ -93,21 +95,14 @@ def _compared(pairs: list[Pair], config: TrainConfig, min_score_gap: float | Non
     return result.kept
 
 
-def with_mismatched_responses(data: RunData) -> RunData:
+def with_mismatched_responses(config: TrainConfig, data: RunData) -> RunData:
     """The data in which every row carries a response that belongs to another row, for kto's reference point."""
+    if config.per_device_train_batch_size == 1 and dist.get_world_size() == 1:
+        logger.warning(
+            "kto's reference point is a mean over the rows of a forward, which has one: raise per_device_train_batch_size"
+        )
     train = with_mismatched(data.train)
     return replace(data, train=train, evaluation=with_mismatched(data.evaluation), key=data_key(train))
-
-
-def data_key(pairs: Sequence[Pair]) -> str:
-    facts = [
-        (pair.id, str(pair.video), [(clip.path, clip.start, clip.end) for clip in pair.clips], pair.prompt, pair.chosen,
-         pair.rejected, pair.ground_truth, pair.loss,
-         *([[response.text for response in pair.responses], pair.comparisons] if pair.responses else []),
-         *([pair.mismatched] if pair.mismatched is not None else []))
-        for pair in pairs
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def videos_key(config: TrainConfig, data: RunData, policy: Policy) -> str:

@@ -147,7 +147,7 @@ def _train(
 ) -> RunState:
     data = check_texts(config, read_data(config))
     if config.needs_kl:
-        data = with_mismatched_responses(data)
+        data = with_mismatched_responses(config, data)
     warn_of_schedule(config, data, dist.get_world_size())
     check_held_out(config, data.evaluation)
     early = start_early_workers(config, data)

@@ -114,3 +114,22 @@ def test_the_words_an_option_takes_are_those_its_loss_takes(loss, name):
         of_the_loss(loss, **{name: "nonsense"})
     text = {option: text for _, options in groups() for option, _, text in options}[name]
     assert loss in text and all(word in text for word in words)
+
+
+@pytest.mark.parametrize(
+    ("loss", "more", "reason"),
+    [
+        ("kto", {"diagnostics": 5}, "diagnostics compares pairs"),
+        ("apo_zero_unpaired", {"profile": 3}, "profile compares pairs"),
+        ("kto", {"oom_policy": "skip"}, "oom_policy=skip is not possible with loss_type=kto"),
+        ("kto,sft", {"use_weighting": True}, "use_weighting=true weighs pairs"),
+        ("kto,dpo", {}, r"mixes losses of single responses \(kto\)"),
+        ("dpo", {"metric_for_best_model": "kl"}, "metric_for_best_model is 'kl'"),
+    ],
+)
+def test_what_single_responses_exclude(loss, more, reason):
+    best = {"load_best_model_at_end": True, "eval_split": 0.1, "eval_steps": 5}
+    with pytest.raises(ValueError, match=reason):
+        TrainConfig(**{**NEEDED, **best, "loss_type": loss, **more})
+    if "metric_for_best_model" in more:
+        assert TrainConfig(**{**NEEDED, **best, "loss_type": "kto", **more}).best_metric == "eval_kl"
