@@ -276,7 +276,7 @@ class TrainOptions:
         None, "number of an evaluation to compare, with or without eval_: loss, rewards/accuracies, ... Default: loss"
     )
     greater_is_better: bool | None = _output(
-        None, "a greater number is better. Default: true unless the metric's name ends in loss"
+        None, "a greater number is better. Default: true unless the metric's name ends in loss or begins with loss/"
     )
     early_stopping_patience: int | None = _output(
         None, "stop after this many evaluations in a row that do not improve on the best one before them", above=0

@@ -11,7 +11,7 @@ from typing import Any
 
 from synpo_fast.config.checks import check_config
 from synpo_fast.config.options import LOSS_OPTIONS, TrainOptions
-from synpo_fast.losses.weighted_sum import SFT, canonical_name, spec_of
+from synpo_fast.losses.weighted_sum import LOSS_METRIC, SFT, canonical_name, spec_of
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,10 @@ class TrainConfig(TrainOptions):
 
     @property
     def best_is_greater(self) -> bool:
-        """The value of `greater_is_better`, its default resolved by Hugging Face's rule."""
-        return not self.best_metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
+        """The value of `greater_is_better`, its default resolved by Hugging Face's rule; a member's loss/NAME is a loss, too."""
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return not self.best_metric.endswith("loss") and not self.best_metric.startswith(f"eval_{LOSS_METRIC}")
 
     @property
     def needs_reference(self) -> bool:

@@ -1,7 +1,7 @@
 """The losses shared with TRL, computed by TRL's own code on the same log-probs.
 
-trl_oracle.py calls DPOTrainer; CPOTrainer.cpo_loss and ORPOTrainer.odds_ratio_loss need only a few attributes. DPO's loss types,
-sums of losses and WPO are in test_trl_types.py.
+dpo_types/trl_oracle.py calls DPOTrainer; CPOTrainer.cpo_loss and ORPOTrainer.odds_ratio_loss need only a few attributes. DPO's loss types,
+sums of losses and WPO are in dpo_types/test_trl_types.py.
 """
 
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ import torch
 from synpo_fast.losses import PairLogprobs, preference_loss
 
 from . import truth
-from .trl_oracle import KEEP_ALL, our_dpo, trl_dpo
+from .dpo_types.trl_oracle import KEEP_ALL, our_dpo, trl_dpo
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL is the oracle here and is not installed")
 

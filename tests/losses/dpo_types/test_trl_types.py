@@ -5,7 +5,7 @@ import torch
 
 from synpo_fast.losses import wpo_weights
 
-from . import truth
+from .. import truth
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL is the oracle here and is not installed")
 

@@ -7,7 +7,7 @@ import torch
 
 from synpo_fast.losses import LOSSES, PairLogprobs, preference_loss
 
-from . import truth
+from .. import truth
 
 LENGTHS = [(3, 5), (1, 1), (6, 2), (4, 4)]
 PAIRS, REFERENCE = truth.ragged_pairs(LENGTHS), truth.ragged_pairs(LENGTHS, seed=1)

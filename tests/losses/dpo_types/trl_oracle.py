@@ -11,7 +11,7 @@ import torch
 
 from synpo_fast.losses import PairLogprobs, preference_loss
 
-from . import truth
+from .. import truth
 
 PROMPT = 2
 KEEP_ALL = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
