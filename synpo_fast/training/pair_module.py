@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.losses import AuxiliaryNLL, LossOutput, kl_reference_point, preference_loss, spec_of, wpo_weights
-from synpo_fast.losses.metric_sums import metric_sums
 from synpo_fast.losses.nll import TokenPenalties, token_penalties
 from synpo_fast.losses.weighted_sum import SFT
 from synpo_fast.models.policy import Logps, Policy, Sample
@@ -32,6 +31,7 @@ from synpo_fast.models.shared_features import shared_video_features
 from synpo_fast.ops.host_copy import to_device
 from synpo_fast.ops.linear_logprobs import TokenOutputs
 from synpo_fast.pair_logprobs import mismatched_log_ratios, pair_logprobs
+from synpo_fast.pair_sums import batch_sums, outputs_of_pairs
 from synpo_fast.references import Reference
 
 Sums = dict[str, Tensor]
@@ -76,7 +76,7 @@ class PairModule(nn.Module):
         # A loss that is not finite makes every gradient nan, so that the engine skips the step on all ranks.
         loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         with torch.no_grad():
-            return loss, self._sums(pairs, output, outputs)
+            return loss, batch_sums(pairs, output, outputs)
 
     def _one_pass_of_the_tower(self) -> AbstractContextManager[None]:
         other = None if self.reference is None else self.reference.same_tower
@@ -143,46 +143,6 @@ class PairModule(nn.Module):
             return output
         means = [
             token_penalties(each.logps, each.logsumexp, each.mean_logits, self.penalties).mean()
-            for each in _of_pairs(pairs, outputs, 0)
+            for each in outputs_of_pairs(pairs, outputs, better=True)
         ]
         return replace(output, losses=output.losses + torch.stack(means))
-
-    def _sums(
-        self, pairs: Sequence[EncodedPair], output: LossOutput, outputs: Sequence[Sequence[TokenOutputs]]
-    ) -> Sums:
-        def number(value: int) -> Tensor:
-            """A scalar filled on the device: a tensor made from a host number would be copied, and the host would wait for it."""
-            return torch.full((), float(value), device=output.losses.device)
-
-        lengths = [[len(response) for response in pair.sample.responses] for pair in pairs]
-        each = list(zip(pairs, lengths, strict=True))
-        compared = [(length, both) for pair, length in each for both in pair.pairs]  # as the loss sees them
-        tokens = {
-            "chosen_tokens": sum(length[better] for length, (better, _) in compared if better is not None),
-            "rejected_tokens": sum(length[worse] for length, (_, worse) in compared if worse is not None),
-        }
-        numbers = {name: number(n) for name, n in tokens.items()}
-        better, worse = (_of_pairs(pairs, outputs, side) for side in (0, 1))
-        numbers["top1_tokens"] = sum((each.is_top1.sum() for each in better), start=number(0))
-        numbers["entropies"] = sum((each.entropy.sum() for each in (*better, *worse)), start=number(0))
-        sums = metric_sums(output, numbers)
-        sums["loss"] = output.losses.sum().float()
-        sums["pairs"] = number(sum(pair.num_pairs for pair in pairs))
-        more = sum(
-            length[index]
-            for pair, length in each
-            for index in (pair.ground_truth, pair.mismatched)
-            if index is not None
-        )
-        sums["tokens"] = number(sum(len(pair.sample.prompt) + sum(length) for pair, length in each) - more)
-        return sums
-
-
-def _of_pairs(pairs: Sequence[EncodedPair], outputs: Sequence[Sequence[TokenOutputs]], side: int) -> list[TokenOutputs]:
-    """The outputs of the better (side 0) or the worse (side 1) response of each pair that the loss sees."""
-    return [
-        responses[index]
-        for pair, responses in zip(pairs, outputs, strict=True)
-        for index in (both[side] for both in pair.pairs)
-        if index is not None
-    ]
