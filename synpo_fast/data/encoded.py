@@ -1,4 +1,6 @@
-"""Encoded pairs: the tokens and pixels of a Pair, as the loader passes them to the training loop.
+"""Encoded pairs: the tokens and pixels of a Pair, and which of its responses the loss compares.
+
+The loader passes them to the training loop.
 
 Tokens and pixels depend on the model family, and this layer knows no model. The caller therefore passes the encoder and the
 store of features as arguments (scoring.PairEncoder, models.feature_cache.StoredVideos). This layer does not look into what
@@ -22,16 +24,45 @@ class PairTooLong(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class EncodedPair:
-    """One pair as tokens and pixels.
+    """One row of a manifest as tokens and pixels. Every response runs once, however many comparisons use it.
 
-    sample: a models.policy.Sample. Its responses are chosen, then rejected if `preference`, then the ground truth if
-    `has_ground_truth`.
+    sample: a models.policy.Sample with all responses of the row. The numbers below are indices of its responses.
+    comparisons: (better, worse) responses. The loss sees each comparison as one pair. Empty for a row with labels, and for a row
+        that trains on one response alone ("sft").
+    labels: (response, desirable) for a loss that reads each response by itself (kto). The loss sees each as a row of its own.
+    target: the response that a row without comparisons and labels trains on.
+    ground_truth: the response that is the ground truth, None without one.
+    mismatched: the response that belongs to another row, for the reference point of kto; None without one.
     """
 
     sample: Any
     id: str
-    preference: bool
-    has_ground_truth: bool
+    comparisons: tuple[tuple[int, int], ...] = ((0, 1),)
+    target: int = 0
+    ground_truth: int | None = None
+    labels: tuple[tuple[int, bool], ...] = ()
+    mismatched: int | None = None
+
+    @property
+    def preference(self) -> bool:
+        """True if the row compares or labels responses, False if it trains on one alone."""
+        return bool(self.comparisons or self.labels)
+
+    @property
+    def has_ground_truth(self) -> bool:
+        return self.ground_truth is not None
+
+    @property
+    def pairs(self) -> tuple[tuple[int | None, int | None], ...]:
+        """The pairs that the loss sees, each as the responses (better, worse). A label gives a pair with one response, and so
+        does a row that trains on one response."""
+        labelled = tuple((index, None) if desirable else (None, index) for index, desirable in self.labels)
+        return self.comparisons or labelled or ((self.target, None),)
+
+    @property
+    def num_pairs(self) -> int:
+        """The number of pairs that the loss sees: a row with several comparisons or labels counts as several pairs."""
+        return len(self.pairs)
 
     @property
     def num_bytes(self) -> int:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from synpo_fast.config.deepspeed_config import deepspeed_config
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import MissingPackage, UserError
-from synpo_fast.training.fp32_parameters import keep_from_casting
+from synpo_fast.models.fp32_parameters import keep_from_casting
 from synpo_fast.training.optimizer import MOMENTS, AdamW
 
 LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default

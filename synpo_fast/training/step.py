@@ -79,7 +79,8 @@ class Stepper:
 
     def agree_on_micro_batches(self, batch: StepBatch) -> tuple[MicroBatches, int]:
         """Returns this rank's micro-batches with weight 1, padded with placeholders of weight 0 to the largest number of any
-        rank, and the number of pairs on all ranks. The list is empty if no rank has a pair."""
+        rank, and the number of pairs on all ranks: of comparisons, for rows that have several. The list is empty if no rank has
+        a pair."""
         groups = micro_batches(
             [pair.sample for pair in batch.pairs],
             max_pairs=self.config.per_device_train_batch_size,
@@ -89,7 +90,7 @@ class Stepper:
         if batch.pairs:
             self.placeholder = min(batch.pairs, key=lambda pair: packed_tokens(pair.sample))
         most, pairs_in_step, self.placeholder = agree_on_forwards(
-            len(micros), len(batch.pairs), self.placeholder, self.device
+            len(micros), sum(pair.num_pairs for pair in batch.pairs), self.placeholder, self.device
         )
         assert self.placeholder is not None or not most
         micros += [([self.placeholder], 0.0) for _ in range(most - len(micros)) if self.placeholder is not None]

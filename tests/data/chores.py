@@ -88,4 +88,4 @@ class LightEncoder:
                 flag.touch()
                 raise OSError("the file system is tired")
         video = None if frames is None else VideoInputs({"frames": frames}, (7,), 7, seconds_per_frame)
-        return EncodedPair(Sample((1, 7), ((2,), (3,)), video, pair.id), pair.id, True, False)
+        return EncodedPair(Sample((1, 7), ((2,), (3,)), video, pair.id), pair.id)

@@ -20,9 +20,7 @@ from tests.data.chores import LightEncoder
 def result_of(pair: Pair) -> EncodedPair:
     """A result with as many bytes as the pair's id ends with."""
     frames = torch.zeros(int(pair.id.split()[1]), dtype=torch.uint8)
-    return EncodedPair(
-        Sample((1,), ((2,), (3,)), VideoInputs({"frames": frames}, (7,), 7), pair.id), pair.id, True, False
-    )
+    return EncodedPair(Sample((1,), ((2,), (3,)), VideoInputs({"frames": frames}, (7,), 7), pair.id), pair.id)
 
 
 class Readers:

@@ -117,7 +117,7 @@ def test_a_rows_time_is_divided_by_whose_tokens_stand_in_it(share):
 def test_the_clock_leaves_every_object_as_it_was(group):
     module = torch.nn.Linear(2, 2)
     module.loss_of_logps = module.reference_logps = lambda: "own"
-    policy = SimpleNamespace(encode_videos=lambda: 1, hidden_states=lambda row: 2, _row_logps=lambda: 3)
+    policy = SimpleNamespace(encode_videos=lambda: 1, hidden_states=lambda row: 2, _logps=lambda: 3, _outputs=lambda: 4)
     module.policy = policy
     engine = SimpleNamespace(module=module, backward=lambda loss: 4, step=lambda rate: 5)
     before = [dict(vars(each)) for each in (policy, module, engine, dist.ProcessGroup, dist.Work)]
@@ -190,7 +190,7 @@ def a_batch(pairs, *, step=0, wait_s=0.0):
 
 def a_bench(**config):
     config = a_config(**config)
-    pair = EncodedPair(Sample((1, 2), ((3,), (4,))), "a", preference=True, has_ground_truth=False)
+    pair = EncodedPair(Sample((1, 2), ((3,), (4,))), "a")
     engine = SimpleNamespace(dtype=torch.float32, module=SimpleNamespace(auxiliary=None))
     variants = variants_of(config, copied=True)
     return Bench(config, engine, None, variants, [ProfiledStep(a_batch([pair]), 1, 2, 2, 2, 0.0)], CPU)
@@ -228,10 +228,7 @@ def test_a_loss_of_another_form_need_not_begin_at_log_2_but_must_agree():
 
 
 def some_pairs(step, num_pairs):
-    return [
-        EncodedPair(Sample(tuple(range(5 + i)), ((1, 2), (3,))), f"{step}-{i}", preference=True, has_ground_truth=False)
-        for i in range(num_pairs)
-    ]
+    return [EncodedPair(Sample(tuple(range(5 + i)), ((1, 2), (3,))), f"{step}-{i}") for i in range(num_pairs)]
 
 
 def read(sizes, waits, **config):

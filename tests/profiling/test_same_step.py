@@ -17,10 +17,7 @@ CPU = torch.device("cpu")
 
 def test_ranks_with_fewer_micro_batches_are_filled_up_with_weight_0(monkeypatch):
     """Another rank has 4 pairs and as many micro-batches. The placeholder is this rank's shortest pair."""
-    pairs = [
-        EncodedPair(Sample(tuple(range(length)), ((1, 2), (3,))), str(length), preference=True, has_ground_truth=False)
-        for length in (6, 5)
-    ]
+    pairs = [EncodedPair(Sample(tuple(range(length)), ((1, 2), (3,))), str(length)) for length in (6, 5)]
     monkeypatch.setattr(
         training_step, "agree_on_forwards", lambda micros, pairs, placeholder, device: (4, pairs + 4, placeholder)
     )

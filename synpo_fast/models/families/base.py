@@ -254,7 +254,7 @@ def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Returns device and dtype of the first floating-point weight.
 
     A weight may be a buffer: frozen parameters that stay in fp32 during 16-bit training become buffers
-    (training/fp32_parameters.py).
+    (fp32_parameters.py).
     """
     for owner in module.modules():
         for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:

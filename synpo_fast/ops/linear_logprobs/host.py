@@ -7,6 +7,8 @@ The head's gradient of the first k rows, whose exponentials E were kept, is one 
 factor_n = -c_n / b_n (see problem.Computed). The logits of the other rows are computed again.
 """
 
+import functools
+import warnings
 from types import ModuleType
 
 import torch
@@ -32,11 +34,22 @@ def forward(backend: ModuleType, problem: Problem, wanted: Wanted) -> Computed:
         ),
         stats=hidden.new_empty(count if wanted.stats else 0, len(STATS), dtype=dtype),
     )
+    if 0 < wanted.keep_rows < count:
+        _warn_once_that_logits_are_computed_again()
     if count:
         backend.forward_rows(problem, hidden, valid.labels, computed)
     stats = valid.spread(computed.stats, num_labels) if wanted.stats else computed.stats
     return Computed(
         valid.spread(computed.logps, num_labels), computed.normalisers, computed.direction, computed.exponentials, stats
+    )
+
+
+@functools.cache
+def _warn_once_that_logits_are_computed_again() -> None:
+    warnings.warn(
+        "the exponentials of a batch exceed keep_bytes, so the logits of the remaining rows are computed again for the head's "
+        "gradient (8NDV instead of 6NDV); increase keep_bytes if memory allows",
+        stacklevel=2,
     )
 
 

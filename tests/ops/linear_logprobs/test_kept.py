@@ -1,9 +1,12 @@
 """Gradients of a trained head from kept exponentials: for all rows, some and none, and memory that was not written."""
 
+import warnings
+
 import pytest
 import torch
 
 from synpo_fast import fused_linear_logprobs
+from synpo_fast.ops.linear_logprobs import host
 from tests.ops.linear_logprobs.problems import (
     BACKEND_DTYPES,
     NAMES,
@@ -101,3 +104,14 @@ def test_confident_tokens_in_fp16_with_a_loss_scale(backend, trained):
     for name in names:
         ours, theirs = error(fused.grads[name], truth.grads[name]), error(eager.grads[name], truth.grads[name])
         assert ours <= allowed(theirs, torch.float16), f"{name}: error {ours:.3g}, eager {theirs:.3g}"
+
+
+def test_a_bound_that_is_exceeded_is_said_once():
+    host._warn_once_that_logits_are_computed_again.cache_clear()
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    labels = torch.tensor([0, 1, 2, 3, 4, -100])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused_linear_logprobs(hidden, weight, labels, keep_bytes=5 * 5 * 4, backend="chunked")  # the valid rows fit
+    with pytest.warns(UserWarning, match="exceed keep_bytes"):
+        fused_linear_logprobs(hidden, weight, labels, keep_bytes=4 * 5 * 4, backend="chunked")
