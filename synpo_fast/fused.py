@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, nll, preference_loss
-from synpo_fast.ops.linear_logprobs import BACKENDS, fused_linear_logprobs
+from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss
+from synpo_fast.ops.linear_logprobs import BACKENDS, TokenOutputs, fused_linear_logprobs, fused_linear_outputs
 from synpo_fast.ops.linear_logprobs.problem import check_numbers
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+DPO_TYPES = (
+    "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
+    "ipo", "sigmoid_norm", "aot", "aot_unpaired",
+)  # fmt: skip
+PER_TOKEN = ("ipo", "sigmoid_norm")  # divide a sum by the response's length
 
 
 class FusedLinearPreferenceLoss(nn.Module):
@@ -31,12 +36,17 @@ class FusedLinearPreferenceLoss(nn.Module):
         average_log_prob: losses that use sums use means instead (each response's log-probs are divided by its length).
         logit_scale, softcap: as in fused_linear_logprobs.
         keep_bytes, backend: as in fused_linear_logprobs.
+        like_liger: treat a response without any target and nll_loss as Liger does; see below.
 
     forward(lin_weight, _input, target, bias=None, ref_input=None, ref_weight=None, ref_bias=None) returns
         loss, (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss, chosen_rewards, rejected_rewards)
     where everything in the tuple is detached. chosen_logps and rejected_logps [B] are the sums or means that the loss uses.
     The logit means are over all positions and the whole vocabulary, as in Liger. `last_output` keeps the LossOutput with all
-    metrics.
+    metrics, `last_tokens` the TokenOutputs [2B, T] of the policy (entropy, is_top1, ...), both detached.
+
+    A response whose targets are all ignored raises ValueError on a CPU; on a GPU its pair has loss 0 and is counted in
+    empty_pairs. With like_liger it has log-prob 0 and its pair counts. nll_loss is the NLL per chosen token; with like_liger it
+    is 0 unless it is part of the loss.
     """
 
     def __init__(
@@ -50,6 +60,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         softcap: float | None = None,
         keep_bytes: int | None = None,
         backend: str | None = None,
+        like_liger: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -68,7 +79,8 @@ class FusedLinearPreferenceLoss(nn.Module):
             raise ValueError(f"keep_bytes must not be negative, got {keep_bytes}")
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
-        if average_log_prob and (LOSSES[loss].reads == "mean" or options.get("variant") == "ipo"):
+        uses_means = LOSSES[loss].reads == "mean" or loss in PER_TOKEN or options.get("variant") == "ipo"
+        if average_log_prob and uses_means:
             raise ValueError(
                 f"average_log_prob is for losses that use sums; {loss!r} with these options already uses means"
             )
@@ -76,7 +88,9 @@ class FusedLinearPreferenceLoss(nn.Module):
         self.loss, self.options = loss, {**LOSSES[loss].options, **options}
         self.ignore_index, self.auxiliary, self.average_log_prob = ignore_index, auxiliary, average_log_prob
         self.logit_scale, self.softcap, self.keep_bytes, self.backend = logit_scale, softcap, keep_bytes, backend
+        self.like_liger = like_liger
         self.last_output: LossOutput | None = None
+        self.last_tokens: TokenOutputs | None = None
         self._mean_row: tuple[Any, int, Tensor] | None = None
         # The losses check their own options: a run on one pair with one token each shows a mistake here, not in the first step.
         one = torch.zeros(2, 1)
@@ -101,12 +115,15 @@ class FusedLinearPreferenceLoss(nn.Module):
     ) -> tuple[Tensor, Outputs]:
         self._check(lin_weight, _input, target, ref_input, ref_weight)
         reference = self._reference_logps(target, ref_input, ref_weight, ref_bias) if self.needs_reference else None
-        logps = self._logps(_input, lin_weight, target, bias)
-        output = self.loss_of_logps(logps, target, reference)
+        tokens = fused_linear_outputs(_input, lin_weight, target, bias=bias, **self._of_the_op())
+        output = self.loss_of_logps(tokens.logps, target, reference)
         loss = output.losses.mean()
+        self.last_tokens = tokens.detach()
         self.last_output = replace(output, losses=output.losses.detach())
         chosen_mean, rejected_mean = self._logit_means(lin_weight, _input, bias)
         nll = output.metrics["nll_loss"]
+        if self.like_liger and self.auxiliary is None:
+            nll = torch.zeros_like(nll)
         return loss, (
             output.chosen_logps, output.rejected_logps, chosen_mean, rejected_mean, nll,
             output.chosen_rewards, output.rejected_rewards,
@@ -115,29 +132,51 @@ class FusedLinearPreferenceLoss(nn.Module):
     def loss_of_logps(self, logps: Tensor, target: Tensor, reference: Tensor | None = None) -> LossOutput:
         """Computes the loss per pair from token log-probs [2B, T] (0 where ignored), with autograd."""
         mask = target != self.ignore_index
-        if self.average_log_prob:
-            return self._averaged(logps, mask, reference)
+        if self.average_log_prob or self._reads_one_value():
+            return self._on_values(logps, mask, reference)
         policy = PairLogprobs.from_padded(logps, mask)
         ref = None if reference is None else PairLogprobs.from_padded(reference, mask)
         return preference_loss(self.loss, policy, ref, auxiliary=self.auxiliary, **self.options)
 
-    def _averaged(self, logps: Tensor, mask: Tensor, reference: Tensor | None) -> LossOutput:
-        """Computes the loss with each response's log-probs divided by its length; the NLL uses the undivided log-probs."""
-        lengths = mask.sum(1, keepdim=True).clamp(min=1)
-        ref = None if reference is None else PairLogprobs.from_padded(reference / lengths, mask)
-        output = preference_loss(self.loss, PairLogprobs.from_padded(logps / lengths, mask), ref, **self.options)
-        plain = PairLogprobs.from_padded(logps, mask)
+    def _reads_one_value(self) -> bool:
+        """True for a loss of Liger's, which reads one number of each response: a sum or a mean of log-probs."""
+        return self.like_liger and self.loss not in PER_TOKEN and self.options.get("ld_alpha", 1.0) == 1.0
+
+    def _on_values(self, logps: Tensor, mask: Tensor, reference: Tensor | None) -> LossOutput:
+        """Computes the loss of one value of each response: the sum or mean of its log-probs, 0 if it has no target.
+
+        The NLL reads the log-probs themselves."""
+        averaged = self.average_log_prob or LOSSES[self.loss].reads == "mean"
+        lengths = mask.sum(1)
+
+        def values(logps: Tensor) -> PairLogprobs:
+            sums = torch.where(mask, logps, 0.0).sum(1)
+            return PairLogprobs.from_sums(*(sums / lengths.clamp(min=1) if averaged else sums).chunk(2))
+
+        output = preference_loss(
+            self.loss, values(logps), None if reference is None else values(reference), **self.options
+        )
+        num_pairs = lengths.shape[0] // 2
+        chosen = -torch.where(mask, logps, 0.0)[:num_pairs].sum(1)
+        per_token = chosen.sum() / lengths[:num_pairs].sum().clamp(min=1)
         losses = output.losses
         if self.auxiliary is not None:
-            losses = losses + self.auxiliary.weight * nll(plain, target="chosen", reduce=self.auxiliary.reduce)
-        mean_nll = nll(plain, reduce="batch_token_mean").detach().mean()
-        return replace(output, losses=losses, metrics={**output.metrics, "nll_loss": mean_nll})
+            reduced = {
+                "batch_token_mean": per_token,
+                "token_mean": chosen / lengths[:num_pairs].clamp(min=1),
+                "sum": chosen,
+            }[self.auxiliary.reduce]
+            losses = losses + self.auxiliary.weight * reduced
+        return replace(output, losses=losses, metrics={**output.metrics, "nll_loss": per_token.detach()})
 
-    def _logps(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
-        return fused_linear_logprobs(
-            hidden, weight, target, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap,
-            ignore_index=self.ignore_index, keep_bytes=self.keep_bytes, backend=self.backend,
-        )  # fmt: skip
+    def _of_the_op(self) -> dict[str, Any]:
+        return {
+            "logit_scale": self.logit_scale,
+            "softcap": self.softcap,
+            "ignore_index": self.ignore_index,
+            "keep_bytes": self.keep_bytes,
+            "backend": self.backend,
+        }
 
     @torch.no_grad()
     def _reference_logps(
@@ -145,7 +184,7 @@ class FusedLinearPreferenceLoss(nn.Module):
     ) -> Tensor:
         if ref_input is None or ref_weight is None:
             raise ValueError(f"loss {self.loss!r} needs ref_input and ref_weight, or reference_free=True")
-        return self._logps(ref_input, ref_weight, target, ref_bias)
+        return fused_linear_logprobs(ref_input, ref_weight, target, bias=ref_bias, **self._of_the_op())
 
     def _check(
         self, weight: Tensor, hidden: Tensor, target: Tensor, ref_input: Tensor | None, ref_weight: Tensor | None
@@ -180,7 +219,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         return mean
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_mean_row": None, "last_output": None}
+        return {**super().__getstate__(), "_mean_row": None, "last_output": None, "last_tokens": None}
 
 
 class FusedLinearSynPOLoss(FusedLinearPreferenceLoss):
@@ -205,14 +244,19 @@ class FusedLinearSynPOLoss(FusedLinearPreferenceLoss):
 
 
 class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
-    """DPO with the arguments of LigerFusedLinearDPOLoss; loss_type is "sigmoid", "hinge" or "ipo".
+    """DPO and its relatives, with the arguments of LigerFusedLinearDPOLoss.
+
+    loss_type: Liger's ten types (sigmoid, hinge, exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero, apo_down, discopop),
+    and ipo, sigmoid_norm, aot and aot_unpaired of TRL. nll_loss and a response whose targets are all ignored are treated as in
+    Liger (like_liger); with average_log_prob Liger's loss is NaN for such a response, here its log-prob is 0.
 
     Args:
         beta: scale of the log-ratios to the reference.
         alpha: weight of the NLL on the chosen response, with compute_nll_loss.
         use_ref_model: with False the reference log-probs are 0.
         average_log_prob: use means over tokens instead of sums.
-        label_smoothing: conservative DPO, only with "sigmoid". Liger ignores it.
+        label_smoothing: for the types that have one. With "sigmoid" it gives conservative DPO; Liger ignores it there.
+        discopop_tau: temperature of discopop.
         compiled, chunk_size: tune Liger's implementation and have no effect here.
         settings: those of FusedLinearPreferenceLoss.
     """
@@ -229,17 +273,26 @@ class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
         chunk_size: int = 1,
         loss_type: str = "sigmoid",
         label_smoothing: float = 0.0,
+        discopop_tau: float = 0.05,
         **settings: Any,
     ) -> None:
+        name = {"sigmoid": "dpo"}.get(loss_type, loss_type)
+        if loss_type not in DPO_TYPES:
+            raise ValueError(f"loss_type must be one of {', '.join(DPO_TYPES)}, got {loss_type!r}")
+        optional = {"label_smoothing": (label_smoothing, 0.0), "discopop_tau": (discopop_tau, 0.05)}
+        for option, (value, default) in optional.items():
+            if option in LOSSES[name].options:
+                settings[option] = value
+            elif value != default:
+                raise ValueError(f"loss_type {loss_type!r} has no {option}: leave it at {default}, got {value}")
         super().__init__(
-            "dpo",
+            name,
             ignore_index=ignore_index,
             auxiliary=_chosen_nll(alpha) if compute_nll_loss else None,
             average_log_prob=average_log_prob,
             beta=beta,
-            variant=loss_type,
-            label_smoothing=label_smoothing,
             reference_free=not use_ref_model,
+            like_liger=True,
             **settings,
         )
 
@@ -273,6 +326,7 @@ class FusedLinearSimPOLoss(FusedLinearPreferenceLoss):
             beta=beta,
             gamma=gamma,
             label_smoothing=label_smoothing,
+            like_liger=True,
             **settings,
         )
 

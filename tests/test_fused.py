@@ -90,8 +90,9 @@ def test_against_eager(backend, name, head, bias):
     for found, true in zip(grads_of(loss, *leaves), grads_of(expected.losses.mean(), *leaves), strict=True):
         assert error(found, true) < 2e-5
     chosen, rejected, _, _, nll, chosen_rewards, rejected_rewards = outputs
+    shown_nll = torch.zeros(()) if module.like_liger else expected.metrics["nll_loss"]
     for found, true in [
-        (chosen, expected.chosen_logps), (rejected, expected.rejected_logps), (nll, expected.metrics["nll_loss"]),
+        (chosen, expected.chosen_logps), (rejected, expected.rejected_logps), (nll, shown_nll),
         (chosen_rewards, expected.chosen_rewards), (rejected_rewards, expected.rejected_rewards),
     ]:  # fmt: skip
         assert not found.requires_grad
@@ -147,11 +148,59 @@ def test_swapping_ligers_import(compute_nll_loss, trainable, average_log_prob):
             loss.backward()
             results.append([loss.detach(), *(o.detach() for o in outputs), *(leaf.grad for leaf in leaves)])
         for index, (liger_value, our_value) in enumerate(zip(*results, strict=True)):
-            if liger_value is None or (index == 5 and not compute_nll_loss):
-                continue  # frozen; Liger reports an NLL of 0 when it does not add it
+            if liger_value is None:
+                continue  # frozen
             torch.testing.assert_close(
                 our_value, liger_value.to(our_value), rtol=2e-4, atol=2e-5, msg=lambda m, i=index: f"{i}: {m}"
             )
+
+
+LIGERS_TYPES = (
+    "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", LIGERS_TYPES)
+@pytest.mark.parametrize("use_ref_model", [True, False])
+def test_every_loss_type_of_ligers(loss_type, use_ref_model):
+    """Also where all targets of a response are ignored: its log-prob is 0, and its pair counts."""
+    liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+    settings = {"loss_type": loss_type, "beta": 0.3, "use_ref_model": use_ref_model, "compiled": False}
+    settings |= {"label_smoothing": 0.1} if loss_type in ("exo_pair", "robust") else {}
+    settings |= {"discopop_tau": 0.4} if loss_type == "discopop" else {}
+    weight, hidden, target, bias = batch(bias=True)
+    target[1], target[P + 2] = -100, -100
+    ref = {"ref_input": hidden.detach() * 1.1, "ref_weight": weight.detach() * 0.9, "ref_bias": bias.detach() * 0.5}
+    results = []
+    for module in (liger.LigerFusedLinearDPOLoss(**settings), FusedLinearDPOLoss(**settings)):
+        leaves = [leaf.detach().requires_grad_() for leaf in (hidden, weight, bias)]
+        loss, outputs = module(leaves[1], leaves[0], target, leaves[2], **(ref if use_ref_model else {}))
+        loss.backward()
+        results.append([loss.detach(), *(each.detach() for each in outputs), *(leaf.grad for leaf in leaves)])
+    for index, (liger_value, our_value) in enumerate(zip(*results, strict=True)):
+        torch.testing.assert_close(
+            our_value, liger_value.to(our_value), rtol=2e-5, atol=2e-6, msg=lambda m, i=index: f"{i}: {m}"
+        )
+
+
+def test_a_type_without_an_option_refuses_it():
+    with pytest.raises(ValueError, match="'hinge' has no label_smoothing"):
+        FusedLinearDPOLoss(loss_type="hinge", label_smoothing=0.1)
+    with pytest.raises(ValueError, match="'sigmoid' has no discopop_tau"):
+        FusedLinearDPOLoss(discopop_tau=0.2)
+
+
+def test_what_the_model_would_have_said():
+    """last_tokens: entropy and top-1 of every target, as in materialised logits."""
+    weight, hidden, target, _ = batch()
+    module = FusedLinearSynPOLoss()
+    module(weight, hidden, target)
+    log_softmax = F.linear(hidden.detach(), weight.detach()).log_softmax(-1)
+    entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+    mask = target != -100
+    torch.testing.assert_close(module.last_tokens.entropy, torch.where(mask, entropy, 0.0))
+    assert torch.equal(module.last_tokens.is_top1, (log_softmax.argmax(-1) == target) & mask)
+    assert not any(each.requires_grad for each in module.last_tokens if each is not None)
 
 
 def flops(module, weight, hidden, target):
@@ -339,7 +388,6 @@ def test_identical_responses_cancel():
         (lambda: FusedLinearDPOLoss(average_log_prob=True, loss_type="ipo"), r"already uses means"),
         (lambda: FusedLinearSimPOLoss(average_log_prob=True), r"already uses means"),
         (lambda: FusedLinearSynPOLoss(keep_bytes=-1), r"keep_bytes must not be negative, got -1"),
-        (lambda: FusedLinearDPOLoss(loss_type="robust")(*batch()[:3], ref_input=batch()[1], ref_weight=batch()[0]), r"'robust'"),
         (lambda: FusedLinearDPOLoss()(*batch()[:3]), r"'dpo' needs ref_input and ref_weight"),
         (lambda: FusedLinearSynPOLoss()(*batch()[:3], ref_input=batch()[1]), r"uses no reference"),
         (lambda: FusedLinearSynPOLoss()(batch()[0], batch()[1][:3], batch()[2][:3]), r"\[2B, T, D\].*\[3, 11, 16\]"),

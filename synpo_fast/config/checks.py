@@ -12,14 +12,14 @@ from synpo_fast.config.option import facts_of
 from synpo_fast.errors import UserError
 from synpo_fast.losses import AuxiliaryNLL, check_options, spec_of
 from synpo_fast.losses.checks import check_number
-from synpo_fast.losses.metric_sums import WEIGHTS
+from synpo_fast.losses.metric_sums import LOGIT_METRICS, WEIGHTS
 from synpo_fast.losses.weighted_sum import LOSS_METRIC, SFT, members_of
 
 if TYPE_CHECKING:
     from synpo_fast.config.train_config import TrainConfig
 
 REPORTERS = ("tensorboard", "wandb")
-EVAL_METRICS = ("loss", *(name for name in WEIGHTS if not name.startswith("logits/")))  # the trainer makes no logits
+EVAL_METRICS = ("loss", *(name for name in WEIGHTS if name not in LOGIT_METRICS))  # the trainer makes no logits
 
 
 def check_config(config: TrainConfig) -> None:
@@ -102,6 +102,9 @@ def _check_loss(config: TrainConfig) -> None:
             raise UserError(f"loss_type={config.loss_type} has no option {name}; it has {', '.join(known) or 'none'}")
     if config.loss_type == SFT and config.auxiliary_nll:
         raise UserError("loss_type=sft is an NLL already: leave auxiliary_nll at 0")
+    for name in ("label_smoothing_factor", "z_loss"):
+        if getattr(config, name) and config.loss_type != SFT:
+            raise UserError(f"{name} is for loss_type=sft, not for {config.loss_type}")
     if config.loss_type != SFT:
         try:
             auxiliary = AuxiliaryNLL(config.auxiliary_target, config.auxiliary_nll) if config.auxiliary_nll else None
@@ -122,6 +125,10 @@ def _check_batch(config: TrainConfig) -> None:
         raise UserError(
             f"loss_type={config.loss_type} sorts the pairs of a micro-batch, and per_device_train_batch_size=1 leaves nothing to "
             "sort: set it to 2 or more, or use dpo"
+        )
+    if config.use_weighting and config.reads_single_responses:
+        raise UserError(
+            f"use_weighting=true weighs pairs, and loss_type={config.loss_type} reads single responses: leave it unset"
         )
     if config.use_weighting and (sorts or config.loss_type == SFT):
         raise UserError(
@@ -161,6 +168,11 @@ def _check_start(config: TrainConfig) -> None:
         raise UserError("profile compares with dpo's references: leave reference_free unset")
     if config.diagnostics and config.loss_type == SFT:
         raise UserError("diagnostics compare chosen and rejected rewards: loss_type=sft has none")
+    for name in ("diagnostics", "profile"):
+        if config.reads_single_responses and getattr(config, name):
+            raise UserError(
+                f"{name} compares pairs: leave it unset with loss_type={config.loss_type}, which reads single responses"
+            )
 
 
 def _check_memory(config: TrainConfig) -> None:
@@ -184,6 +196,11 @@ def _check_memory(config: TrainConfig) -> None:
             f"oom_policy=skip needs zero_stage 0 or 1 without offload_optimizer, got zero_stage={config.zero_stage}, "
             f"offload_optimizer={str(config.offload_optimizer).lower()}: otherwise processes exchange gradients or weights "
             "within a micro-batch, and a process that ran out of memory cannot take part"
+        )
+    if config.oom_policy == "skip" and config.needs_kl:
+        raise UserError(
+            f"oom_policy=skip is not possible with loss_type={config.loss_type}: processes exchange its reference point within a "
+            "forward, and a process that ran out of memory cannot take part; leave oom_policy unset"
         )
     if config.offload_optimizer and config.zero_stage == 0:
         raise UserError("offload_optimizer needs zero_stage 1, 2 or 3")
@@ -209,6 +226,7 @@ def _check_best(config: TrainConfig) -> None:
     if not config.eval_steps:
         raise UserError(f"{why} compares evaluations, but eval_steps=0 evaluates only at the end: set eval_steps")
     compared = [name for name in EVAL_METRICS if config.loss_type != SFT or name in ("loss", "nll_loss")]
+    compared = [name for name in compared if name != "kl" or config.reads_single_responses]
     if "," in config.loss_type:
         compared += [LOSS_METRIC + member for member in members_of(config.loss_type)]
     if config.best_metric.removeprefix("eval_") not in compared:

@@ -189,14 +189,14 @@ def converted_option(name: str, value: Any, source: str) -> Any:
             return ()
         raise UserError(f"{source}: {name} needs a value")
     kind = next(kind for kind in kinds if kind is not type(None))
+    of_numbers = kind == tuple[float, ...]
     try:
-        if typing.get_origin(kind) is tuple and typing.get_args(kind)[0] is float:
+        if of_numbers:
             return tuple(_converted(float, each) for each in _converted(tuple, value))
         return _converted(typing.get_origin(kind) or kind, value, several=facts_of(OPTIONS[name]).several)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{source}: {name} must be {IN_WORDS[typing.get_origin(kind) or kind]}, got {value!r}"
-        ) from error
+        expected = "numbers separated by commas" if of_numbers else IN_WORDS[typing.get_origin(kind) or kind]
+        raise UserError(f"{source}: {name} must be {expected}, got {value!r}") from error
 
 
 def _converted(kind: type, value: Any, *, several: bool = False) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from synpo_fast.config.checks import check_config
 from synpo_fast.config.options import LOSS_OPTIONS, TrainOptions
-from synpo_fast.losses.weighted_sum import SFT, canonical_name, spec_of
+from synpo_fast.losses.weighted_sum import LOSS_METRIC, SFT, canonical_name, spec_of
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,25 @@ class TrainConfig(TrainOptions):
 
     @property
     def best_is_greater(self) -> bool:
-        """The value of `greater_is_better`, its default resolved by Hugging Face's rule."""
-        return not self.best_metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
+        """The value of `greater_is_better`, its default resolved by Hugging Face's rule; a member's loss/NAME is a loss, too."""
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return not self.best_metric.endswith("loss") and not self.best_metric.startswith(f"eval_{LOSS_METRIC}")
 
     @property
     def needs_reference(self) -> bool:
         """True if the loss uses a reference's log-probs."""
         return self.loss_type != SFT and spec_of(self.loss_type).reads_reference(self.loss_options)
+
+    @property
+    def reads_single_responses(self) -> bool:
+        """True if the loss reads each response by itself, with a label (kto)."""
+        return self.loss_type != SFT and spec_of(self.loss_type).unpaired
+
+    @property
+    def needs_kl(self) -> bool:
+        """True if the loss needs a reference point from mismatched responses (kto)."""
+        return self.loss_type != SFT and spec_of(self.loss_type).needs_kl
 
     @property
     def reference_kind(self) -> str:

@@ -37,7 +37,7 @@ def eager_run(values: dict[str, Any], *, pairs_per_step: int = 4) -> tuple[list[
         seconds = (info.timestamps[at[-1]] - info.timestamps[at[0]]) / (len(at) - 1)
         encoded.append(encoder(pair, frames, seconds).sample)
     with torch.no_grad():
-        first = [sums(policy, sample) for sample in encoded]  # the reference is the untrained model
+        first = [both_logps(policy, sample) for sample in encoded]  # the reference is the untrained model
     trained = [p for p in policy.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": values["weight_decay"]},
@@ -63,18 +63,24 @@ def eager_run(values: dict[str, Any], *, pairs_per_step: int = 4) -> tuple[list[
 
 def pair_loss(values: dict[str, Any], policy: Any, sample: Sample, first: tuple[Tensor, Tensor]) -> Tensor:
     kind = values.get("loss_type", "synpo")
-    chosen, rejected = token_logps(policy, sample, 0), token_logps(policy, sample, 1)
+    chosen, rejected = both_logps(policy, sample)
     if kind == "synpo":
         contrast = torch.sigmoid(30 * (chosen.mean().exp() - rejected.mean().exp()))
         return -contrast - 0.2 * chosen.exp().mean()
     if kind == "sft":
         return -chosen.mean()
-    assert kind == "dpo"
-    return -torch.nn.functional.logsigmoid(0.1 * ((chosen.sum() - first[0]) - (rejected.sum() - first[1])))
+    shared, tail = min(len(chosen), len(rejected)), values.get("ld_alpha", 1.0)
+    x, y = (
+        0.1 * (each[:shared].sum() + tail * each[shared:].sum()) for each in (chosen - first[0], rejected - first[1])
+    )
+    log_sigmoid = torch.nn.functional.logsigmoid
+    parts = {"dpo": -log_sigmoid(x - y), "bco_pair": -log_sigmoid(x) - log_sigmoid(-y), "sft": -chosen.mean()}
+    names = kind.split(",")
+    return sum(w * parts[name] for w, name in zip(values.get("loss_weights", [1.0] * len(names)), names, strict=True))
 
 
-def sums(policy: Any, sample: Sample) -> tuple[Tensor, Tensor]:
-    return token_logps(policy, sample, 0).sum(), token_logps(policy, sample, 1).sum()
+def both_logps(policy: Any, sample: Sample) -> tuple[Tensor, Tensor]:
+    return token_logps(policy, sample, 0), token_logps(policy, sample, 1)
 
 
 def token_logps(policy: Any, sample: Sample, which: int) -> Tensor:

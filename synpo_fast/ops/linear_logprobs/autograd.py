@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from synpo_fast.ops.linear_logprobs.autocast import without_autocast
-from synpo_fast.ops.linear_logprobs.backends import backward, forward
+from synpo_fast.ops.linear_logprobs.backends import backward, choose_at_run_time, forward
 from synpo_fast.ops.linear_logprobs.problem import STATS, Computed, Problem
 from synpo_fast.ops.linear_logprobs.traced import is_traced, traced_backward, traced_forward
 
@@ -19,6 +19,8 @@ class LinearLogprobs(torch.autograd.Function):
             arguments = (hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
             computed = Computed(*traced_forward(*arguments, wanted.direction, wanted.keep_rows, wanted.stats, backend))
         else:
+            # A graph break between the choice of the backend and this call leaves "auto" here.
+            backend = choose_at_run_time(hidden, backend)
             problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
             computed = forward(problem, wanted, backend)
         logps = computed.logps
@@ -45,21 +47,21 @@ class LinearLogprobs(torch.autograd.Function):
                 "fused_linear_logprobs can be differentiated once, and create_graph=True asks for more; "
                 "use backend='reference' for higher derivatives"
             )
-        hidden, weight, bias, labels, rows, logps, logsumexp, *saved = ctx.saved_tensors
+        hidden, weight, bias, labels, rows, logps, logsumexp, normalisers, direction, exponentials = ctx.saved_tensors
         needs = tuple(ctx.needs_input_grad[:3])
         coefficients = torch.zeros_like(logps) if grad_logps is None else grad_logps
         grad_logsumexp = grad_logsumexp if ctx.has_stats else None
         if grad_logsumexp is not None:
             coefficients = coefficients - grad_logsumexp
         problem = Problem(hidden, weight, labels, bias, rows, *ctx.options)
-        computed = Computed(logps, *saved, logps.new_empty(0, len(STATS)))
+        computed = Computed(logps, normalisers, direction, exponentials, logps.new_empty(0, len(STATS)))
         with without_autocast(hidden):
             if is_traced(hidden):
-                tensors = (hidden, weight, labels, bias, rows, logps, *saved)
+                tensors = (hidden, weight, labels, bias, rows, logps, normalisers, direction, exponentials)
                 grads = traced_backward(coefficients, *tensors, *ctx.options, *needs, ctx.backend)
                 grads = tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
             else:
-                grads = backward(problem, coefficients, computed, needs, ctx.backend)
+                grads = backward(problem, coefficients, computed, needs, choose_at_run_time(hidden, ctx.backend))
             if grad_logsumexp is not None:
                 grads = _add_target_terms(problem, grads, grad_logsumexp, logps + logsumexp)
         grads = (None if grads[0] is None else grads[0].to(hidden.dtype), *grads[1:])

@@ -55,6 +55,11 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
+def choose_at_run_time(hidden: Tensor, requested: str) -> str:
+    """The backend for a request that may be "auto", as a compiled graph stores it."""
+    return choose_backend(hidden, None if requested == "auto" else requested)
+
+
 def forward(problem: Problem, wanted: Wanted, backend: str) -> Computed:
     """The forward of a backend, without autograd."""
     if backend == "triton":

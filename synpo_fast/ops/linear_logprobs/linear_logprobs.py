@@ -35,6 +35,7 @@ class TokenOutputs(NamedTuple):
 
     logps: log-prob of the label. logsumexp: log of the sum of exp(logit) over the vocabulary. entropy: in nats.
     is_top1: True if no other logit exceeds the label's. log_sum_sq_probs: log of the sum of squared probabilities.
+    mean_logits: mean logit over the vocabulary, with gradients; None unless requested.
     """
 
     logps: Tensor
@@ -42,6 +43,17 @@ class TokenOutputs(NamedTuple):
     entropy: Tensor
     is_top1: Tensor
     log_sum_sq_probs: Tensor
+    mean_logits: Tensor | None = None
+
+    def detach(self) -> "TokenOutputs":
+        """The same values without their graph."""
+        mean_logits = None if self.mean_logits is None else self.mean_logits.detach()
+        return self._replace(logps=self.logps.detach(), logsumexp=self.logsumexp.detach(), mean_logits=mean_logits)
+
+    def split(self, lengths: list[int]) -> "list[TokenOutputs]":
+        """Cuts 1-D outputs into parts of these lengths."""
+        columns = [[None] * len(lengths) if each is None else each.split(lengths) for each in self]
+        return [TokenOutputs(*parts) for parts in zip(*columns, strict=True)]
 
 
 def fused_linear_logprobs(
@@ -94,17 +106,40 @@ def fused_linear_outputs(
     softcap: float | None = None,
     ignore_index: int = -100,
     keep_bytes: int | None = None,
+    with_mean_logits: bool = False,
     backend: str | None = None,
 ) -> TokenOutputs:
     """Log-probs and what else a trainer reads off logits, from the same pass: see TokenOutputs.
 
     Arguments and errors are those of fused_linear_logprobs. The results are fp32 (fp64 for fp64 inputs), is_top1 is bool. Equal
     largest logits all count as the top. A gradient through logsumexp costs N*D operations more.
+
+    with_mean_logits: also return the mean logit of each position, which label smoothing needs. It is hidden x the mean row of
+        the weight, so a softcap is refused.
     """
     problem, chosen = _prepare(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index, backend)
     logps, logsumexp, others = _run(problem, chosen, keep_bytes, True)
     entropy, is_top1, log_sum_sq_probs = (column.view(labels.shape) for column in others.unbind(1))
-    return TokenOutputs(logps.view(labels.shape), logsumexp.view(labels.shape), entropy, is_top1 > 0, log_sum_sq_probs)
+    mean_logits = _mean_logits(problem).view(labels.shape) if with_mean_logits else None
+    return TokenOutputs(
+        logps.view(labels.shape), logsumexp.view(labels.shape), entropy, is_top1 > 0, log_sum_sq_probs, mean_logits
+    )
+
+
+def _mean_logits(problem: Problem) -> Tensor:
+    """Mean logit over the vocabulary of each label's position, [N], 0 where ignored, with autograd."""
+    if problem.softcap is not None:
+        raise ValueError(
+            f"mean logits are not available with a softcap ({problem.softcap}): they are not linear in hidden"
+        )
+    dtype = torch.promote_types(problem.hidden.dtype, torch.float32)
+    means = problem.hidden.to(dtype) @ problem.weight.mean(0).to(dtype)
+    if problem.bias is not None:
+        means = means + problem.bias.mean().to(dtype)
+    counted = problem.labels != problem.ignore_index
+    if problem.rows is not None:
+        means = means[torch.where(counted, problem.rows, 0).clamp(0, max(0, means.shape[0] - 1))]
+    return torch.where(counted, means * problem.logit_scale, 0.0)
 
 
 def _prepare(
@@ -153,5 +188,10 @@ def _rows_to_keep(problem: Problem, keep_bytes: int | None, backend: str) -> int
     if hidden.dtype == torch.float16 and is_traced(hidden):
         return 0  # the dtype that the backend keeps must be known before one is chosen
     element_size = 4 if on_cpu and hidden.dtype == torch.float16 else hidden.element_size()
-    allowed = KEEP_BYTES["cpu" if on_cpu else "cuda"] if keep_bytes is None else keep_bytes
+    allowed = default_keep_bytes(hidden.device) if keep_bytes is None else keep_bytes
     return min(problem.labels.shape[0], allowed // (vocabulary * element_size))
+
+
+def default_keep_bytes(device: torch.device) -> int:
+    """Memory that one call may take for exponentials if keep_bytes is None."""
+    return KEEP_BYTES["cpu" if device.type == "cpu" else "cuda"]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from synpo_fast.ops.linear_logprobs.backends import backward, choose_backend, forward
+from synpo_fast.ops.linear_logprobs.backends import backward, choose_at_run_time, forward
 from synpo_fast.ops.linear_logprobs.problem import STATS, Computed, Problem, Wanted, direction_dtype
 
 
@@ -21,17 +21,13 @@ def _padded(values: Tensor, num_rows: int) -> Tensor:
     return torch.cat([values, values.new_zeros(num_rows - values.shape[0], *values.shape[1:])])
 
 
-def _choose_at_run_time(hidden: Tensor, requested: str) -> str:
-    return choose_backend(hidden, None if requested == "auto" else requested)
-
-
 @torch.library.custom_op("synpo_fast::linear_logprobs_forward", mutates_args=())
 def traced_forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, rows: Tensor | None,
     logit_scale: float, softcap: float | None, ignore_index: int, direction: bool, keep_rows: int, stats: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
-    computed = forward(problem, Wanted(direction, keep_rows, stats), _choose_at_run_time(hidden, backend))
+    computed = forward(problem, Wanted(direction, keep_rows, stats), choose_at_run_time(hidden, backend))
     num_labels, vocabulary = labels.shape[0], weight.shape[0]
     return (
         computed.logps,
@@ -65,7 +61,7 @@ def traced_backward(
     problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
     needs = (needs_hidden, needs_weight, needs_bias)
     computed = Computed(logps, normalisers, direction, exponentials, logps.new_empty(0, len(STATS)))
-    grads = backward(problem, grad_logps, computed, needs, _choose_at_run_time(hidden, backend))
+    grads = backward(problem, grad_logps, computed, needs, choose_at_run_time(hidden, backend))
     gh, gw, gb = (hidden.new_empty(0) if grad is None else grad for grad in grads)
     return gh, gw, gb
 

@@ -32,9 +32,13 @@ def num_programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def config_of(problem: Problem, weight: Tensor) -> KernelConfig:
+def config_of(problem: Problem, weight: Tensor, stats: bool = False) -> KernelConfig:
     simple = problem.softcap is None and tma_fits(weight)
-    return kernel_config(problem.hidden.dtype, capability(problem.hidden.device), simple=simple)
+    config = kernel_config(problem.hidden.dtype, capability(problem.hidden.device), simple=simple)
+    if stats and problem.softcap is not None and not config.copy_engine:
+        # With wider tiles or fewer warps sm_80 spills 32 to 96 bytes.
+        config = replace(config, logits=replace(config.logit_grads, num_warps=8))
+    return config
 
 
 def _limit(dtype: torch.dtype) -> float:
@@ -133,7 +137,7 @@ def linear_logprobs_forward(problem: Problem, wanted: Wanted) -> Computed:
         device, dtype = problem.hidden.device, problem.hidden.dtype
         num_labels, (vocabulary, dim) = problem.labels.shape[0], problem.weight.shape
         weight = row_major(problem.weight)
-        config = config_of(problem, weight)
+        config = config_of(problem, weight, wanted.stats)
         whole = -(-vocabulary // config.logits.columns) * config.logits.columns
         kept = 0 if dtype == torch.float16 else min(wanted.keep_rows, num_labels)
         computed = Computed(
@@ -219,6 +223,7 @@ class _Forward:
         w_in = operand(self.weight, config.weighted.depth, config.weighted.columns, tma)
         numbers = (problem.logit_scale, problem.softcap or 0.0)
         has_softcap, stats = problem.softcap is not None, self.wanted.stats
+        most_tiles = triton.next_power_of_2(computed.exponentials.shape[1] // config.logits.columns)
         for first_column in range(0, self.vocabulary, columns):
             kernels._exp_logits_forward_kernel[(self.programs,)](
                 x, w, problem.bias, rows.labels, rows.top, e_out, tile_top, tile_sum, *tile_moments,
@@ -234,9 +239,8 @@ class _Forward:
                 rows.top, rows.others, *self.moments, tile_top, tile_sum, *tile_moments,
                 exponentials, sums, rows.count, first, block, columns, self.dim,
                 used, splits if first_column and self.wanted.direction else 0,
-                KEEP=stored, STATS=stats,
-                BLOCK_T=triton.next_power_of_2(computed.exponentials.shape[1] // config.logits.columns),
-                BLOCK_V=config.logits.columns, BLOCK_D=block_dim(self.dim),
+                KEEP=stored, STATS=stats, BLOCK_T=most_tiles, BLOCK_V=config.logits.columns,
+                BLOCK_D=block_dim(self.dim), num_warps=8,
             )  # fmt: skip
             if self.wanted.direction:
                 kernels._weighted_rows_kernel[(self.programs,)](
