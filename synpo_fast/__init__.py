@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         FusedLinearSimPOLoss,
         FusedLinearSynPOLoss,
     )
+    from synpo_fast.fused_cross_entropy import FusedLinearCrossEntropyLoss
     from synpo_fast.losses import LOSSES
     from synpo_fast.ops.linear_logprobs import fused_linear_logprobs, fused_linear_outputs
     from synpo_fast.scoring import score_pairs
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _MODULES = {
+    "FusedLinearCrossEntropyLoss": "synpo_fast.fused_cross_entropy",
     "FusedLinearDPOLoss": "synpo_fast.fused",
     "FusedLinearPreferenceLoss": "synpo_fast.fused",
     "FusedLinearSimPOLoss": "synpo_fast.fused",
@@ -46,6 +48,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "LOSSES",
+    "FusedLinearCrossEntropyLoss",
     "FusedLinearDPOLoss",
     "FusedLinearPreferenceLoss",
     "FusedLinearSimPOLoss",
