@@ -43,7 +43,7 @@ PUBLIC = (
         "The fused losses, the op below them, and the scores of pairs. Importing `synpo_fast` loads nothing: a name is loaded "
         "when it is first asked for. [using_the_loss.md](using_the_loss.md) shows the losses at work.",
         (
-            "FusedLinearSynPOLoss", "FusedLinearDPOLoss", "FusedLinearSimPOLoss", "FusedLinearPreferenceLoss",
+            "FusedLinearSynPOLoss", "FusedLinearDPOLoss", "FusedLinearSimPOLoss", "FusedLinearPreferenceLoss", "FusedLinearKTOLoss",
             "fused_linear_logprobs", "score_pairs", "LOSSES",
         ),
     ),

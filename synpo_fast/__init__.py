@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         FusedLinearSimPOLoss,
         FusedLinearSynPOLoss,
     )
+    from synpo_fast.fused_kto import FusedLinearKTOLoss
     from synpo_fast.losses import LOSSES
     from synpo_fast.ops.linear_logprobs import fused_linear_logprobs, fused_linear_outputs
     from synpo_fast.scoring import score_pairs
@@ -22,6 +23,7 @@ __version__ = "0.2.0"
 
 _MODULES = {
     "FusedLinearDPOLoss": "synpo_fast.fused",
+    "FusedLinearKTOLoss": "synpo_fast.fused_kto",
     "FusedLinearPreferenceLoss": "synpo_fast.fused",
     "FusedLinearSimPOLoss": "synpo_fast.fused",
     "FusedLinearSynPOLoss": "synpo_fast.fused",
@@ -47,6 +49,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "LOSSES",
     "FusedLinearDPOLoss",
+    "FusedLinearKTOLoss",
     "FusedLinearPreferenceLoss",
     "FusedLinearSimPOLoss",
     "FusedLinearSynPOLoss",

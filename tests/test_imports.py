@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"terminal", "testing"},
     {"ops"},
     {"losses"},
-    {"fused", "config"},
+    {"fused", "fused_kto", "config"},
     {"data", "models"},
     {"references", "scoring", "pair_logprobs", "run_folder", "integrations", "pairs"},
     {"training"},
@@ -32,13 +32,14 @@ LAYERS: list[set[str]] = [
 FORBIDDEN = {
     "losses": {"terminal"},
     "fused": {"terminal", "errors"},
+    "fused_kto": {"terminal", "errors"},
     "integrations": {"config", "terminal", "data"},
     "references": {"config", "data"},
     "scoring": {"config", "terminal"},
     "pair_logprobs": {"config", "terminal"},
-    "data": {"config", "losses", "fused"},
-    "models": {"config", "losses", "fused", "terminal"},
-    "pairs": {"config", "losses", "fused"},
+    "data": {"config", "losses", "fused", "fused_kto"},
+    "models": {"config", "losses", "fused", "fused_kto", "terminal"},
+    "pairs": {"config", "losses", "fused", "fused_kto"},
 }
 # Each of these is slow to load or needs an extra, so only one file imports it.
 OWNERS = {
