@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from synpo_fast.fused import (
+        FusedLinearCrossEntropyLoss,
         FusedLinearDPOLoss,
+        FusedLinearKTOLoss,
         FusedLinearPreferenceLoss,
         FusedLinearSimPOLoss,
         FusedLinearSynPOLoss,
     )
-    from synpo_fast.fused_cross_entropy import FusedLinearCrossEntropyLoss
     from synpo_fast.losses import LOSSES
     from synpo_fast.ops.linear_logprobs import fused_linear_logprobs, fused_linear_outputs
     from synpo_fast.scoring import score_pairs
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _MODULES = {
-    "FusedLinearCrossEntropyLoss": "synpo_fast.fused_cross_entropy",
+    "FusedLinearCrossEntropyLoss": "synpo_fast.fused",
     "FusedLinearDPOLoss": "synpo_fast.fused",
+    "FusedLinearKTOLoss": "synpo_fast.fused",
     "FusedLinearPreferenceLoss": "synpo_fast.fused",
     "FusedLinearSimPOLoss": "synpo_fast.fused",
     "FusedLinearSynPOLoss": "synpo_fast.fused",
@@ -50,6 +52,7 @@ __all__ = [
     "LOSSES",
     "FusedLinearCrossEntropyLoss",
     "FusedLinearDPOLoss",
+    "FusedLinearKTOLoss",
     "FusedLinearPreferenceLoss",
     "FusedLinearSimPOLoss",
     "FusedLinearSynPOLoss",

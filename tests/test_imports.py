@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"terminal", "testing"},
     {"ops"},
     {"losses"},
-    {"fused", "fused_cross_entropy", "config"},
+    {"fused", "config"},
     {"data", "models"},
     {"references", "scoring", "pair_logprobs", "pair_sums", "run_folder", "integrations", "pairs"},
     {"training"},
@@ -32,7 +32,6 @@ LAYERS: list[set[str]] = [
 FORBIDDEN = {
     "losses": {"terminal"},
     "fused": {"terminal", "errors"},
-    "fused_cross_entropy": {"terminal", "errors"},
     "integrations": {"config", "terminal", "data"},
     "references": {"config", "data"},
     "scoring": {"config", "terminal"},
