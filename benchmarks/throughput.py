@@ -5,6 +5,7 @@
     python benchmarks/throughput.py --repeat 3 --json out.json          the table three times, all in one file
     python benchmarks/throughput.py --sweep ratio frames valid --plot pictures
     python benchmarks/throughput.py --preset text-1024 --baseline synpo-fast-unshared --variants synpo-fast
+    python benchmarks/throughput.py --preset responses                  ten responses of one video beside their 45 pairs
     python benchmarks/throughput.py --preset gpu --largest_batch
 
 A step is forward, backward and optimiser step, on the same pairs with the same weights. Every variant is checked before its time
@@ -35,13 +36,14 @@ if __package__ in (None, ""):  # started by path: import from the repository roo
 
 from benchmarks.common import environment, gpu_state, write_json
 from benchmarks.contest import Options
-from benchmarks.steps import BASELINE, VARIANTS
+from benchmarks.steps import BASELINE, OF_PAIRS, OF_SEVERAL_RESPONSES, VARIANTS
 from benchmarks.steps.largest_batch import largest_batch
 from benchmarks.steps.measure import compare
 from benchmarks.steps.presets import PRESETS, Preset, build_policy
 from benchmarks.steps.sweeps import SWEEPS, presets_along
 from benchmarks.steps.tables import repeats_table, table
 from benchmarks.steps.workload import MARKERS, make_workload, visual_tokens
+from synpo_fast.data.comparisons import PAIRS_FROM
 
 LARGEST_FOR = (BASELINE, "synpo-released", "synpo-fast-unshared", "synpo-fast")
 
@@ -67,7 +69,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--spread", type=float, metavar="SHARE", help="response lengths differ from --completion by up to this share"
     )
-    parser.add_argument("--pairs", type=int, metavar="B", help="pairs in a step")
+    parser.add_argument(
+        "--pairs", type=int, metavar="B", help="prompts in a step; each is a pair if it has two responses"
+    )
+    parser.add_argument("--responses", type=int, metavar="K", help="responses to a prompt (default 2, or the preset's)")
+    parser.add_argument(
+        "--pairs_from", choices=list(PAIRS_FROM), help="which of more than two responses are compared (default all)"
+    )
     parser.add_argument("--lora_r", type=int, metavar="R", help="rank of the LoRA adapter")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="dtype of the model; default: the preset's")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in every variant")
@@ -112,10 +120,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def chosen_preset(args: argparse.Namespace) -> Preset:
     """The preset with the changes of the command line. Without --prefix the prompt grows and shrinks with --frames and --size."""
     preset = PRESETS[args.preset or ("gpu" if args.device.type == "cuda" else "cpu")]
-    names = ("frames", "size", "prefix", "completion", "spread", "pairs", "lora_r", "dtype")
+    names = (
+        "frames", "size", "prefix", "completion", "spread", "pairs", "responses", "pairs_from", "lora_r", "dtype"
+    )  # fmt: skip
     changes: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name, value in changes.items():
-        lowest = {"spread": 0.0, "frames": 0, "dtype": ""}.get(name, 1)
+        lowest = {"spread": 0.0, "frames": 0, "responses": 2, "dtype": "", "pairs_from": ""}.get(name, 1)
         if value < lowest:
             raise ValueError(f"--{name} must be at least {lowest}, not {value}")
     if not 0 <= changes.get("spread", 0.0) < 1:
@@ -140,7 +150,8 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
 def run_tables(args: argparse.Namespace, record: dict[str, Any]) -> None:
     """Measures the table --repeat times, each time with a newly built model, and puts workload and runs into the record."""
     options = Options(args.device, args.rounds or 5, args.budget, seed=args.seed)
-    variants = [VARIANTS[name] for name in args.variants or VARIANTS]
+    usual = OF_SEVERAL_RESPONSES if args.preset.responses > 2 else OF_PAIRS
+    variants = [VARIANTS[name] for name in args.variants or usual]
     record["runs"] = []
     for _ in range(args.repeat or 1):
         machine = environment(args.device)

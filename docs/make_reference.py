@@ -50,7 +50,7 @@ PUBLIC = (
     Section(
         "synpo_fast.data",
         "Pairs, manifests and frames. [manifest.md](manifest.md) describes the files.",
-        ("Pair", "Clip", "read_manifest", "read_manifest_rows", "write_manifest", "ManifestError", "decode_frames"),
+        ("Pair", "Response", "Clip", "read_manifest", "read_manifest_rows", "write_manifest", "ManifestError", "decode_frames"),
     ),
     Section("synpo_fast.data.manifest", "The errors of a manifest's rows.", ("BadRow",)),
     Section("synpo_fast.data.video.video_info", "Facts about a video file, and its errors.", ("VideoInfo", "VideoError")),
@@ -78,13 +78,15 @@ PUBLIC = (
         "Losses as functions of token log-probs. [synpo_fast/losses](../synpo_fast/losses/README.md) has formulas and options.",
         (
             "preference_loss", "PairLogprobs", "PairLogprobs.from_pairs", "PairLogprobs.from_padded", "PairLogprobs.from_sums",
+            "PairLogprobs.from_unpaired",
             "LossOutput", "AuxiliaryNLL", "LOSSES", "LossSpec", "spec_of", "check_options", "wpo_weights",
-            "synpo", "synpo_token_coefficients", "dpo", "simpo", "orpo", "cpo", "nll",
+            "synpo", "synpo_token_coefficients", "synpo_ref", "dpo", "simpo", "orpo", "cpo", "cpo_simpo",
+            "kto", "apo_zero_unpaired", "kl_reference_point", "nll",
         ),
     ),
     Section(
         "synpo_fast.references",
-        "Sources of reference log-probs, for losses that compare with a reference (dpo).",
+        "Sources of reference log-probs, for losses that compare with a reference.",
         ("FrozenCopy", "AdapterOff", "PreviousRound", "Precomputed", "precompute", "AnchorClip"),
     ),
     Section(

@@ -59,5 +59,16 @@ _every_variant = (
         "synpo-fast-dpo-precomputed", "dpo", Passes("shared", 2, 1, 2, "valid"),
         partial(packed.dpo_step, precomputed=True), ours=True,
     ),
+    StepVariant(
+        "synpo-fast-responses", "synpo", Passes("responses", 2, 1, 2, "valid"),
+        partial(packed.synpo_step, share_prefix=True, pack=True, rows=True), ours=True,
+    ),
+    StepVariant(
+        "synpo-fast-responses-dpo", "dpo", Passes("responses", 3, 1, 3, "valid"), partial(packed.dpo_step, rows=True), ours=True,
+    ),
 )  # fmt: skip
+# The variants of the table unless others are named: for prompts with two responses, and with more.
+_RESPONSES = ("synpo-fast-responses", "synpo-fast-responses-dpo")
+OF_SEVERAL_RESPONSES = (BASELINE, "synpo-fast-dpo", "synpo-fast", "synpo-fast-responses-dpo", "synpo-fast-responses")
+OF_PAIRS = tuple(variant.name for variant in _every_variant if variant.name not in _RESPONSES)
 VARIANTS: dict[str, StepVariant] = {variant.name: variant for variant in _every_variant}

@@ -17,11 +17,13 @@ from torch import nn
 
 from benchmarks.steps.step_variant import Passes
 from benchmarks.steps.workload import Workload
+from synpo_fast.models import Sample
 
 
 @dataclass(frozen=True)
 class Unit:
-    """FLOPs of one forward pass: of the language model per token, of the tower over all videos, of the head per row."""
+    """FLOPs of one forward pass: of the language model per token, of the tower over the videos of all pairs, of the head per
+    row. Videos are of equal size."""
 
     language: float
     vision: float
@@ -55,11 +57,16 @@ def _merger_weights(tower: nn.Module) -> int:
     return 0 if merger is None else _matrix_weights(merger)
 
 
+def samples_of(workload: Workload, rows: str) -> list[Sample]:
+    """The samples that a variant runs: one per prompt, or one per pair."""
+    return [row.sample for row in workload.rows] if rows == "responses" else workload.samples
+
+
 def tokens_of(workload: Workload, rows: str) -> int:
     """Tokens that the language model processes for all pairs, if they are laid out as `Passes.rows` says."""
     if rows == "padded":
         return workload.batch["input_ids"].numel()
-    lengths = [(len(sample.prompt), [len(r) - 1 for r in sample.responses]) for sample in workload.samples]
+    lengths = [(len(sample.prompt), [len(r) - 1 for r in sample.responses]) for sample in samples_of(workload, rows)]
     if rows == "apart":
         return sum(2 * prompt + sum(responses) for prompt, responses in lengths)
     return sum(prompt + sum(responses) for prompt, responses in lengths)
@@ -68,14 +75,15 @@ def tokens_of(workload: Workload, rows: str) -> int:
 def expected_flops(workload: Workload, passes: Passes, unit: Unit) -> float:
     return (
         passes.language * tokens_of(workload, passes.rows) * unit.language
-        + passes.vision * unit.vision
+        + passes.vision * unit.vision * len(samples_of(workload, passes.rows)) / len(workload.samples)
         + head_flops(workload, passes, unit)
     )
 
 
 def head_flops(workload: Workload, passes: Passes, unit: Unit) -> float:
     valid_only = passes.head_rows == "valid" or (passes.head_rows == "trl" and workload.device.type == "cuda")
-    valid = sum(len(response) for sample in workload.samples for response in sample.responses)
+    samples = samples_of(workload, passes.rows)
+    valid = sum(len(response) for sample in samples for response in sample.responses)
     return passes.head * (valid if valid_only else workload.batch["input_ids"].numel()) * unit.head
 
 

@@ -149,7 +149,8 @@ def describe(workload: Workload) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in parameters),
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "tokens": workload.tokens,
-        "language_tokens": {rows: tokens_of(workload, rows) for rows in ("padded", "apart", "shared")},
+        "comparisons": len(workload.samples),
+        "language_tokens": {rows: tokens_of(workload, rows) for rows in ("padded", "apart", "shared", "responses")},
         "prefix_over_completion": ratio,
         "limit_tokens_only": {
             "shared": tokens_only_limit(ratio, share_prefix=True),

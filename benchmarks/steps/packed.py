@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.steps.step_variant import DPO_BETA, Forward, Scores, use_attention
 from benchmarks.steps.workload import Workload
 from synpo_fast.losses import PairLogprobs, dpo, synpo
+from synpo_fast.models import Sample
 from synpo_fast.models.digest import tower_key, weights_key
 from synpo_fast.models.families.base import VideoFeatures, VideoInputs
 from synpo_fast.models.feature_cache import FeatureCache
@@ -34,17 +35,20 @@ class OncePerStep:
         self.kept.clear()
 
 
-def synpo_step(workload: Workload, *, share_prefix: bool, pack: bool, cached: bool = False) -> Forward:
+def synpo_step(
+    workload: Workload, *, share_prefix: bool, pack: bool, cached: bool = False, rows: bool = False
+) -> Forward:
+    """SynPO on the workload's pairs. rows: each prompt is one sample with all its responses, not one sample per pair."""
     store = _warm_cache(workload) if cached else None
 
     def loss(scores: Scores) -> Tensor:
-        return synpo(_policy_logps(workload, store, share_prefix, pack, scores)).losses.mean()
+        return synpo(_policy_logps(workload, store, share_prefix, pack, scores, rows)).losses.mean()
 
-    setting = f"policy(samples, share_prefix={share_prefix}, pack={pack}){', FeatureCache' if cached else ''}"
-    return Forward(loss, f"{setting}; {workload.policy.attn_implementation}")
+    setting = f"policy({'rows' if rows else 'samples'}, share_prefix={share_prefix}, pack={pack})"
+    return Forward(loss, f"{setting}{', FeatureCache' if cached else ''}; {workload.policy.attn_implementation}")
 
 
-def dpo_step(workload: Workload, *, precomputed: bool = False) -> Forward:
+def dpo_step(workload: Workload, *, precomputed: bool = False, rows: bool = False) -> Forward:
     """DPO with everything this package has: shared prompts, packed rows, one tower pass per step, head on response rows only."""
     policy = workload.policy
     use_attention(workload, policy.attn_implementation)
@@ -52,34 +56,48 @@ def dpo_step(workload: Workload, *, precomputed: bool = False) -> Forward:
     if precomputed:
         with tempfile.TemporaryDirectory() as folder:
             file, key = Path(folder) / "reference.pt", weights_key(policy)
-            precompute(reference, in_batches(workload.samples), file, weights_key=key)
+            precompute(reference, in_batches(_samples(workload, rows)), file, weights_key=key)
             reference = Precomputed(file, weights_key=key)
     store = OncePerStep()
 
     def loss(scores: Scores) -> Tensor:
         store.clear()
-        logps = _policy_logps(workload, store, True, True, scores)
-        other = _pair_logprobs([[r.to(policy.device) for r in sample] for sample in reference(workload.samples)])
+        logps = _policy_logps(workload, store, True, True, scores, rows)
+        found = [[r.to(policy.device) for r in sample] for sample in reference(_samples(workload, rows))]
+        other = _pair_logprobs(workload, found, rows)
         policy.feature_store = None
         return dpo(logps, other, beta=DPO_BETA).losses.mean()
 
     setting = "references.Precomputed" if precomputed else "references.AdapterOff"
-    return Forward(loss, f"policy(samples), {setting}; {policy.attn_implementation}")
+    return Forward(loss, f"policy({'rows' if rows else 'samples'}), {setting}; {policy.attn_implementation}")
 
 
 def _policy_logps(
-    workload: Workload, store: FeatureStore | None, share_prefix: bool, pack: bool, scores: Scores
+    workload: Workload, store: FeatureStore | None, share_prefix: bool, pack: bool, scores: Scores, rows: bool
 ) -> PairLogprobs:
     policy = workload.policy
     use_attention(workload, policy.attn_implementation)
     policy.feature_store = store
-    logps = policy(workload.samples, share_prefix=share_prefix, pack=pack)
-    scores.tokens = [sample[which].detach() for which in range(2) for sample in logps]
-    return _pair_logprobs(logps)
+    logps = policy(_samples(workload, rows), share_prefix=share_prefix, pack=pack)
+    pairs = _pairs(workload, logps, rows)
+    scores.tokens = [pair[which].detach() for which in range(2) for pair in pairs]
+    return PairLogprobs.from_pairs(pairs)
 
 
-def _pair_logprobs(logps: Logps) -> PairLogprobs:
-    return PairLogprobs.from_pairs([(chosen, rejected) for chosen, rejected in logps])
+def _samples(workload: Workload, rows: bool) -> list[Sample]:
+    return [row.sample for row in workload.rows] if rows else workload.samples
+
+
+def _pairs(workload: Workload, logps: Logps, rows: bool) -> list[tuple[Tensor, Tensor]]:
+    """The log-probs of chosen and rejected of every pair."""
+    if not rows:
+        return [(chosen, rejected) for chosen, rejected in logps]
+    each = zip(workload.rows, logps, strict=True)
+    return [(found[better], found[worse]) for row, found in each for better, worse in row.comparisons]
+
+
+def _pair_logprobs(workload: Workload, logps: Logps, rows: bool) -> PairLogprobs:
+    return PairLogprobs.from_pairs(_pairs(workload, logps, rows))
 
 
 def _warm_cache(workload: Workload) -> FeatureCache:

@@ -4,6 +4,7 @@ cpu        a small Qwen2.5-VL: 29 M parameters in about the proportions of the 7
            third of what it costs the language model, the head is a tenth of the language model)
 text       the same language model without a tower; TRL's own data pipeline can feed it
 text-1024  28 M parameters, prompts of 1024 tokens and responses of 128, to measure what sharing a long prompt saves
+responses  11 M parameters; ten responses to one video and all 45 comparisons of two of them
 gpu        Qwen2.5-VL-7B in its published dimensions, with random bf16 weights, built on the device
 """
 
@@ -24,6 +25,9 @@ from synpo_fast.models.lora import add_lora
 class Preset:
     """A model's shape and the sizes of its pairs.
 
+    pairs: prompts of a step, each with its own video. responses: of each prompt; with more than two, pairs_from names the
+    comparisons as the trainer's option does (data/comparisons.py), and each comparison is a pair.
+
     prefix: tokens of the prompt, including the video's. completion: tokens of a response on average, EOS included; lengths lie
     within the share `spread` of it. size: width and height of a frame in pixels.
     """
@@ -39,6 +43,8 @@ class Preset:
     spread: float
     pairs: int
     lora_r: int
+    responses: int = 2
+    pairs_from: str = "all"
     published: bool = False  # shape has the dimensions of a published config, not load_policy's tiny_options
     checkpointing: bool = False
     seconds_per_frame: float = 0.5
@@ -53,6 +59,14 @@ _CPU_LANGUAGE = {
     "vocab_size": 3072,
 }
 _NARROW_LANGUAGE = {"hidden_size": 512, "num_layers": 6, "intermediate_size": 1536, "vocab_size": 8000}
+_SMALL_LANGUAGE = {
+    "hidden_size": 384,
+    "num_layers": 3,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "intermediate_size": 1152,
+    "vocab_size": 2048,
+}
 # Qwen/Qwen2.5-VL-7B-Instruct, config.json
 _QWEN25_VL_7B = {
     "hidden_size": 3584,
@@ -78,6 +92,10 @@ PRESETS = {
     "text-1024": Preset(
         "text-1024", "text", _NARROW_LANGUAGE, "float32",
         frames=0, size=0, prefix=1024, completion=128, spread=0.0, pairs=2, lora_r=16,
+    ),
+    "responses": Preset(
+        "responses", "qwen2_5_vl", _SMALL_LANGUAGE | {"vision_hidden_size": 128, "vision_layers": 2}, "float32",
+        frames=8, size=112, prefix=160, completion=32, spread=0.0, pairs=1, lora_r=16, responses=10,
     ),
     "gpu": Preset(
         "gpu", "qwen2_5_vl", _QWEN25_VL_7B, "bfloat16",

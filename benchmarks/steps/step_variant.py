@@ -21,12 +21,13 @@ class Passes:
     """The passes that a variant computes, for the cost formula (cost.py).
 
     rows: the layout of the pairs in the language model: "padded" [2B, L]; "apart", each response after a copy of its prompt,
-    without padding; or "shared", each prompt once. language: passes of the language model over them, a backward counted as one.
+    without padding; "shared", each prompt once for the two responses of a pair; or "responses", each prompt once for all its
+    responses, and each response once. language: passes of the language model over them, a backward counted as one.
     vision: passes of the tower over each video. head: products with the vocabulary for each row of head_rows: "all" rows, the
     "valid" ones that predict a response token, or "trl", which is valid ones on a GPU and all elsewhere.
     """
 
-    rows: Literal["padded", "apart", "shared"]
+    rows: Literal["padded", "apart", "shared", "responses"]
     language: int
     vision: int
     head: int

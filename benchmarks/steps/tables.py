@@ -11,13 +11,26 @@ from benchmarks.common import format_bytes, format_seconds, format_table
 def title(workload: dict[str, Any], gemm: dict[str, Any]) -> str:
     video = f"{workload['frames']} frames of {workload['size']} px, " if workload["frames"] else ""
     limit = workload["limit_tokens_only"]
+    pairs = f"{workload['pairs']} pairs per step"
+    predicted = (
+        f"the language model's tokens alone predict {limit['shared']:.2f}x over DPO with the adapter off, "
+        f"{limit['apart']:.2f}x without prefix sharing: sharing gives {limit['shared'] / limit['apart']:.2f}x"
+    )
+    if workload["responses"] > 2:
+        tokens = workload["language_tokens"]
+        pairs = (
+            f"{workload['comparisons']} pairs per step, comparisons ({workload['pairs_from']}) of {workload['responses']} "
+            f"responses to each of {workload['pairs']} videos"
+        )
+        predicted = (
+            f"a pass of the language model runs {tokens['padded']} tokens in padded rows, {tokens['shared']} in pairs that "
+            f"share their prompt, {tokens['responses']} in rows with all responses"
+        )
     return (
         f"{workload['name']}: {workload['parameters'] / 1e6:.0f} M parameters, LoRA r={workload['lora_r']}, frozen tower, "
-        f"{workload['dtype']}; {workload['pairs']} pairs per step, {video}prefix {workload['prefix']}, completions "
+        f"{workload['dtype']}; {pairs}, {video}prefix {workload['prefix']}, completions "
         f"{workload['completion']} (+-{workload['spread']:.0%})\n"
-        f"a bare matrix product runs at {gemm['flops_per_s'] / 1e9:.0f} GFLOP/s; the language model's tokens alone predict "
-        f"{limit['shared']:.2f}x over DPO with the adapter off, {limit['apart']:.2f}x without prefix sharing: sharing gives "
-        f"{limit['shared'] / limit['apart']:.2f}x"
+        f"a bare matrix product runs at {gemm['flops_per_s'] / 1e9:.0f} GFLOP/s; {predicted}"
     )
 
 

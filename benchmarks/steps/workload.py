@@ -1,4 +1,4 @@
-"""The pairs that every variant gets, as samples and as the padded batch that TRL's collator makes."""
+"""The pairs that every variant gets: as rows, as separate samples, and as the padded batch that TRL's collator makes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.steps.presets import Preset, build_policy
+from synpo_fast.data.comparisons import PAIRS_FROM
+from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.models import Policy, Sample
 from synpo_fast.models.families.base import VideoInputs
 
@@ -21,12 +23,15 @@ MARKERS = 2  # tokens around a video
 class Workload:
     """A model with its pairs and optimiser.
 
-    batch: [2B, L], the chosen half first, padded on the right. optimizer: AdamW at learning rate 0, so that every step includes
-    an optimiser step and none changes what the next one computes.
+    rows: one per prompt, with all its responses. samples: one per pair, chosen and rejected, in the order of the rows'
+    comparisons; with two responses per prompt they are the rows' samples. batch: [2B, L], the samples, the chosen half first,
+    padded on the right. optimizer: AdamW at learning rate 0, so that every step includes an optimiser step and none changes what
+    the next one computes.
     """
 
     preset: Preset
     policy: Policy
+    rows: list[EncodedPair]
     samples: list[Sample]
     batch: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
@@ -50,20 +55,22 @@ class Workload:
 def make_workload(preset: Preset, device: torch.device, *, seed: int = 0, policy: Policy | None = None) -> Workload:
     """Makes a workload. policy: a model to reuse; by default a new one is built."""
     policy = build_policy(preset, device, seed) if policy is None else policy
-    samples = make_samples(policy, preset, seed)
+    rows = make_rows(policy, preset, seed)
+    samples = separate_samples(rows)
     batch = {name: tensor.to(device) for name, tensor in padded_batch(policy, samples).items()}
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    return Workload(preset, policy, samples, batch, torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0))
+    return Workload(preset, policy, rows, samples, batch, torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0))
 
 
-def make_samples(policy: Policy, preset: Preset, seed: int) -> list[Sample]:
-    """Samples with prompts of exactly `prefix` tokens (video, then text) and two responses that end in EOS.
+def make_rows(policy: Policy, preset: Preset, seed: int) -> list[EncodedPair]:
+    """Rows with prompts of exactly `prefix` tokens (video, then text) and `responses` responses that end in EOS, best first.
 
     Raises ValueError if the video leaves no room for text in the prefix.
     """
     generator = torch.Generator().manual_seed(seed)
     end = policy.tokenizer.eos_token_id
-    samples = []
+    comparisons = tuple(PAIRS_FROM[preset.pairs_from](preset.responses))
+    rows = []
     for index in range(preset.pairs):
         video = _video(policy, preset, generator) if preset.frames else None
         before = _around_video(policy, video)
@@ -73,9 +80,19 @@ def make_samples(policy: Policy, preset: Preset, seed: int) -> list[Sample]:
                 f"{preset.frames} frames of {preset.size} px are {len(before)} tokens, which leaves no text in a prefix of "
                 f"{preset.prefix}; raise --prefix or lower --frames"
             )
-        responses = [(*_draw(_length(preset, generator) - 1, generator), end) for _ in range(2)]
-        samples.append(Sample((*before, *_draw(text, generator)), tuple(responses), video, str(index)))
-    return samples
+        responses = tuple((*_draw(_length(preset, generator) - 1, generator), end) for _ in range(preset.responses))
+        sample = Sample((*before, *_draw(text, generator)), responses, video, str(index))
+        rows.append(EncodedPair(sample, str(index), comparisons))
+    return rows
+
+
+def separate_samples(rows: list[EncodedPair]) -> list[Sample]:
+    """One sample of two responses for each comparison."""
+    return [
+        replace(row.sample, responses=(row.sample.responses[better], row.sample.responses[worse]))
+        for row in rows
+        for better, worse in row.comparisons
+    ]
 
 
 def visual_tokens(preset: Preset) -> int:

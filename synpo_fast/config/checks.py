@@ -126,6 +126,10 @@ def _check_batch(config: TrainConfig) -> None:
             f"loss_type={config.loss_type} sorts the pairs of a micro-batch, and per_device_train_batch_size=1 leaves nothing to "
             "sort: set it to 2 or more, or use dpo"
         )
+    if config.use_weighting and config.reads_single_responses:
+        raise UserError(
+            f"use_weighting=true weighs pairs, and loss_type={config.loss_type} reads single responses: leave it unset"
+        )
     if config.use_weighting and (sorts or config.loss_type == SFT):
         raise UserError(
             f"use_weighting=true weighs the preference loss of each pair, and loss_type={config.loss_type} "
@@ -166,6 +170,11 @@ def _check_start(config: TrainConfig) -> None:
         raise UserError("profile compares with dpo, which has neither: leave label_smoothing_factor and z_loss unset")
     if config.diagnostics and config.loss_type == SFT:
         raise UserError("diagnostics compare chosen and rejected rewards: loss_type=sft has none")
+    for name in ("diagnostics", "profile"):
+        if config.reads_single_responses and getattr(config, name):
+            raise UserError(
+                f"{name} compares pairs: leave it unset with loss_type={config.loss_type}, which reads single responses"
+            )
 
 
 def _check_memory(config: TrainConfig) -> None:
@@ -189,6 +198,11 @@ def _check_memory(config: TrainConfig) -> None:
             f"oom_policy=skip needs zero_stage 0 or 1 without offload_optimizer, got zero_stage={config.zero_stage}, "
             f"offload_optimizer={str(config.offload_optimizer).lower()}: otherwise processes exchange gradients or weights "
             "within a micro-batch, and a process that ran out of memory cannot take part"
+        )
+    if config.oom_policy == "skip" and config.needs_kl:
+        raise UserError(
+            f"oom_policy=skip is not possible with loss_type={config.loss_type}: processes exchange its reference point within a "
+            "forward, and a process that ran out of memory cannot take part; leave oom_policy unset"
         )
     if config.offload_optimizer and config.zero_stage == 0:
         raise UserError("offload_optimizer needs zero_stage 1, 2 or 3")
@@ -214,6 +228,7 @@ def _check_best(config: TrainConfig) -> None:
     if not config.eval_steps:
         raise UserError(f"{why} compares evaluations, but eval_steps=0 evaluates only at the end: set eval_steps")
     compared = [name for name in EVAL_METRICS if config.loss_type != SFT or name in ("loss", "nll_loss")]
+    compared = [name for name in compared if name != "kl" or config.reads_single_responses]
     if "," in config.loss_type:
         compared += [LOSS_METRIC + member for member in members_of(config.loss_type)]
     if config.best_metric.removeprefix("eval_") not in compared:

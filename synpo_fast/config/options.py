@@ -15,6 +15,7 @@ from synpo_fast.losses.nll import TARGETS
 from synpo_fast.losses.weighted_sum import SFT
 
 REFERENCES = ("auto", "adapter_off", "frozen_copy", "precomputed")
+PAIRS_FROM = ("all", "best_worst", "best_rest")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 _model = partial(option, group="Model")
@@ -124,7 +125,19 @@ class TrainOptions:
     max_length: int | None = _data(
         None, "a pair with more tokens is skipped and counted; text is never truncated", above=0
     )
-    min_score_gap: float | None = _data(None, "leave out pairs whose scores differ by less than this", at_least=0)
+    min_score_gap: float | None = _data(
+        None,
+        "leave out pairs whose scores differ by less than this; of a row with several responses, only comparisons of "
+        "such responses",
+        at_least=0,
+    )
+    pairs_from: str = _data(
+        "all",
+        "which responses of a row with several are compared. all: every two whose scores differ, since prompt and "
+        "video run once for all of them; best_worst: the best with the worst, as SynPO's authors train; best_rest: the "
+        "best with each other one. The loss is a mean over comparisons",
+        PAIRS_FROM,
+    )
     allow_bad_rows: bool = _data(
         False, "train although the manifest has bad rows, which are left out. Default: stop and list them"
     )
@@ -155,11 +168,13 @@ class TrainOptions:
     loss_weights: tuple[float, ...] | None = _of_loss("a weight for each loss of loss_type. Default: 1 each")
     alpha: float | None = _of_loss("scale of the difference of the two rewards")
     beta: float | None = _of_loss(
-        "for synpo the weight of the chosen response's likelihood, else the scale of the rewards"
+        "for synpo and synpo_ref the weight of the chosen response's likelihood, else the scale of the rewards"
     )
     gamma: float | None = _of_loss("margin by which the chosen reward should be greater")
     link: str | None = _of_loss("applied to the scaled difference of the rewards")
     variant: str | None = _of_loss("form of the loss")
+    desirable_weight: float | None = _of_loss("weight of desirable (chosen) responses")
+    undesirable_weight: float | None = _of_loss("weight of undesirable (rejected) responses")
     label_smoothing: float | None = _of_loss("assumed probability that chosen and rejected are swapped")
     f_divergence: str | None = _of_loss("divergence from the reference")
     f_alpha_divergence_coef: float | None = _of_loss("exponent of alpha_divergence; 1 is reverse_kl")
@@ -186,7 +201,7 @@ class TrainOptions:
         "where the reference of a loss comes from. auto: adapter_off, or frozen_copy without an adapter",
         REFERENCES,
     )
-    share_prefix: bool = _loss(True, "run video and prompt once for both responses")
+    share_prefix: bool = _loss(True, "run video and prompt once for all responses of a row")
     head_memory_mb: int | None = _loss(
         None,
         "if the LM head trains, at most this many MiB of a micro-batch's logits are stored, as exponentials, for its "
@@ -199,7 +214,7 @@ class TrainOptions:
         above=0,
     )
 
-    per_device_train_batch_size: int = _optim(1, "pairs in a micro-batch", above=0)
+    per_device_train_batch_size: int = _optim(1, "rows of the manifest in a micro-batch", above=0)
     gradient_accumulation_steps: int = _optim(1, "micro-batches in an optimiser step, on each device", above=0)
     max_batch_tokens: int | None = _optim(None, "a micro-batch with more tokens than this is split further", above=0)
     num_train_epochs: float = _optim(
@@ -276,7 +291,7 @@ class TrainOptions:
     early_stopping_patience: int | None = _output(
         None, "stop after this many evaluations in a row that do not improve on the best one before them", above=0
     )
-    per_device_eval_batch_size: int = _output(4, "pairs in an evaluation step", above=0)
+    per_device_eval_batch_size: int = _output(4, "rows of the manifest in an evaluation step", above=0)
     num_eval_captions: int = _output(2, "captions that the model writes at each evaluation", at_least=0)
     max_new_tokens: int = _output(256, "most tokens in such a caption", above=0)
     diagnostics: int = _output(

@@ -75,6 +75,16 @@ class TrainConfig(TrainOptions):
         return self.loss_type != SFT and spec_of(self.loss_type).reads_reference(self.loss_options)
 
     @property
+    def reads_single_responses(self) -> bool:
+        """True if the loss reads each response by itself, with a label (kto)."""
+        return self.loss_type != SFT and spec_of(self.loss_type).unpaired
+
+    @property
+    def needs_kl(self) -> bool:
+        """True if the loss needs a reference point from mismatched responses (kto)."""
+        return self.loss_type != SFT and spec_of(self.loss_type).needs_kl
+
+    @property
     def reference_kind(self) -> str:
         """The value of `reference`, with auto resolved."""
         if self.reference != "auto":

@@ -7,7 +7,7 @@ caption.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from synpo_fast.data.pair import Pair
@@ -15,7 +15,6 @@ from synpo_fast.data.pair import Pair
 TAGS = ("<video>", "<image>", "<audio>", "<img>", "</img>")
 CONTROL = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>|<IMG_CONTEXT>")  # of any family: <|im_end|>, <|video_pad|>, ...
 QUOTED = 3
-FIELDS = ("prompt", "chosen", "rejected", "ground_truth")
 
 
 def special_tokens(tokenizer: Any, *more: str) -> re.Pattern[str]:
@@ -35,12 +34,24 @@ def marked_pairs(pairs: Iterable[Pair], pattern: re.Pattern[str]) -> list[tuple[
     """Pairs in which a text matches, each with its first match, such as "'<video>' in chosen"."""
     found = []
     for pair in pairs:
-        for field in FIELDS:
-            match = pattern.search(getattr(pair, field) or "")
+        for field, text in _texts(pair):
+            match = pattern.search(text)
             if match is not None:
                 found.append((pair, f"{match[0]!r} in {field}"))
                 break
     return found
+
+
+def _texts(pair: Pair) -> Iterator[tuple[str, str]]:
+    """The texts of a pair with their names in the manifest."""
+    yield "prompt", pair.prompt
+    if pair.responses:
+        for index, response in enumerate(pair.responses):
+            yield f"responses[{index}]", response.text
+    else:
+        yield "chosen", pair.chosen
+        yield "rejected", pair.rejected
+    yield "ground_truth", pair.ground_truth or ""
 
 
 def quoted(found: Sequence[tuple[Pair, str]]) -> str:

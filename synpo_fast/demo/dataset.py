@@ -1,7 +1,8 @@
 """Makes the demo's files: videos, captions for the warm-up, preference pairs, and unseen videos, which no training uses.
 
 The warm-up learns from the careless captioner. A preference pair has a caption of the careful captioner and one of the careless
-captioner with up to two more slips; their scores follow from their errors. Each video has a random generator of its own, seeded
+captioner with up to two more slips; their scores follow from their errors. Every fourth row has NUM_RESPONSES scored captions,
+one careful and the others careless. Each video has a random generator of its own, seeded
 by seed, part and number, so a part that is made again, or made longer, has the same videos.
 """
 
@@ -14,11 +15,13 @@ from pathlib import Path
 from random import Random
 
 from synpo_fast.data.manifest import write_manifest
-from synpo_fast.data.pair import Pair
+from synpo_fast.data.pair import Pair, Response
 from synpo_fast.demo.captions import PROMPT, Caption, caption_text, careful_caption, careless_caption
 from synpo_fast.demo.world import CODECS, Event, Scene, draw_scene, random_scene, write_video
 
 DONE = "done"  # this file is written last
+EVERY = 4  # one row in EVERY has several responses
+NUM_RESPONSES = 4
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,10 @@ def make_dataset(
         report_progress(num_train + number + 1)
     random = Random(f"{seed} captions")
     write_manifest(folder / "warm_up.jsonl", [_warm_up_row(clip, random) for clip in train])
-    write_manifest(folder / "pairs.jsonl", [preference_pair(clip, random) for clip in train])
+    pairs = [preference_pair(clip, random) for clip in train]
+    for number in range(0, num_train, EVERY):
+        pairs[number] = with_more_responses(pairs[number], train[number], Random(f"{seed} responses {number}"))
+    write_manifest(folder / "pairs.jsonl", pairs)
     write_manifest(folder / "held_out.jsonl", [preference_pair(clip, random) for clip in unseen])
     scenes = [{"video": clip.video, "scene": [vars(event) for event in clip.scene]} for clip in unseen]
     (folder / "unseen.json").write_text(json.dumps(scenes, indent=1), encoding="utf-8")
@@ -80,6 +86,18 @@ def preference_pair(clip: Clip, random: Random) -> Pair:
     while rejected.score >= chosen.score:
         rejected = careless_caption(clip.scene, random, num_slips=random.randint(0, 2))
     return _pair(clip, chosen, rejected)
+
+
+def with_more_responses(pair: Pair, clip: Clip, random: Random) -> Pair:
+    """The pair as a row of NUM_RESPONSES different captions. Each new caption has a lower score than the chosen one."""
+    assert pair.chosen_score is not None and pair.rejected_score is not None
+    found = {pair.chosen: pair.chosen_score, pair.rejected: pair.rejected_score}
+    while len(found) < NUM_RESPONSES:
+        caption = careless_caption(clip.scene, random, num_slips=random.randint(0, 2))
+        if caption.score < pair.chosen_score:
+            found.setdefault(caption.text, caption.score)
+    responses = tuple(Response(text, score) for text, score in found.items())
+    return Pair(pair.prompt, video=pair.video, id=pair.id, ground_truth=pair.ground_truth, responses=responses)
 
 
 def _make_clip(folder: Path, part: str, number: int, *, avoid: frozenset[Scene]) -> Clip:

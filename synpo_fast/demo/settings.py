@@ -96,6 +96,7 @@ def preference_options(out: Path, settings: Settings, model: Path, own: dict[str
         **_common_options(out, settings),
         "model_name_or_path": model,
         "train_file": out / "data" / "pairs.jsonl",
+        "pairs_from": "best_rest",  # a comparison of two careless captions would raise the probability of a habit
         "lora_r": settings.lora_r,
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": 0.0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ WEIGHTS = {
     "rewards/margins": "preference_pairs",
     "logps/chosen": "preference_pairs",
     "logps/rejected": "preference_pairs",
+    "kl": "preference_pairs",
     "nll_loss": "chosen_tokens",
     "logits/chosen": "chosen_tokens",
     "logits/rejected": "rejected_tokens",
@@ -25,6 +26,13 @@ WEIGHTS = {
     "entropy": "response_tokens",
 }
 LOGIT_METRICS = ("logits/chosen", "logits/rejected")  # only where the caller computes mean logits
+# The counts of a loss that reads single responses with a label (kto). Its margin is a difference of two means.
+_LABELLED = {
+    "rewards/chosen": "desirable_responses",
+    "rewards/rejected": "undesirable_responses",
+    "logps/chosen": "desirable_responses",
+    "logps/rejected": "undesirable_responses",
+}
 
 
 def weight_of(name: str) -> str | None:
@@ -47,9 +55,9 @@ def metric_sums(output: LossOutput, outputs: Mapping[str, Tensor]) -> dict[str, 
         "chosen_tokens": outputs["chosen_tokens"].sum(),
         "rejected_tokens": outputs["rejected_tokens"].sum(),
     }
-    for name, value in output.metrics.items():
-        if (weight := weight_of(name)) is not None:
-            sums[name] = value * sums[weight]
+    sums |= {name: output.metrics[name] for name in _LABELLED.values() if name in output.metrics}
+    for name, weight in _weights(output.metrics).items():
+        sums[name] = output.metrics[name] * sums[weight]
     if "chosen_logits" in outputs:
         sums["logits/chosen"] = (outputs["chosen_logits"] * outputs["chosen_tokens"]).sum()
         sums["logits/rejected"] = (outputs["rejected_logits"] * outputs["rejected_tokens"]).sum()
@@ -63,8 +71,18 @@ def metric_sums(output: LossOutput, outputs: Mapping[str, Tensor]) -> dict[str, 
 def metric_means(sums: Mapping[str, float]) -> dict[str, float]:
     """Returns the metrics from added sums. Leaves out metrics with nothing to average (rewards if no pair was compared), and
     empty_pairs if it is 0."""
-    weights = {name: weight for name in sums if (weight := weight_of(name)) is not None}
+    weights = _weights(sums)
     means = {name: sums[name] / sums[weight] for name, weight in weights.items() if sums[weight] > 0}
+    if "desirable_responses" in sums and {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     if sums["empty_pairs"] > 0:
         means["empty_pairs"] = sums["empty_pairs"]
     return means
+
+
+def _weights(names: Collection[str]) -> dict[str, str]:
+    """The count that each of these metrics is a mean over."""
+    weights = {name: weight for name in names if (weight := weight_of(name)) is not None}
+    if "desirable_responses" in names:
+        weights = {name: _LABELLED.get(name, weight) for name, weight in weights.items() if name != "rewards/margins"}
+    return weights

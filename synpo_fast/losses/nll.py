@@ -82,6 +82,7 @@ def token_penalties(logps: Tensor, logsumexp: Tensor, mean_logits: Tensor | None
 def nll(policy: PairLogprobs, *, target: str = "chosen", reduce: str = "token_mean") -> Tensor:
     """NLL of each pair's target, [P], with autograd.
 
+    An undesirable unpaired row has no chosen response: its NLL is 0.
     Raises ValueError on an unknown target or reduce, a missing ground truth, and, on the CPU, an empty target. On other
     devices an empty target has NLL 0.
     """
@@ -95,8 +96,11 @@ def nll(policy: PairLogprobs, *, target: str = "chosen", reduce: str = "token_me
     if logps is None or offsets is None:
         raise ValueError("target is 'ground_truth', but the policy log-probs hold no ground_truth")
     lengths = segment_lengths(offsets)
-    if host_can_read(offsets) and bool((lengths == 0).any()):
-        raise ValueError(f"{target} response of pair {int((lengths == 0).nonzero()[0])} is empty")
+    empty = lengths == 0
+    if target == "chosen" and policy.unpaired is not None:
+        empty = empty & ~policy.unpaired
+    if host_can_read(offsets) and bool(empty.any()):
+        raise ValueError(f"{target} response of pair {int(empty.nonzero()[0])} is empty")
     sums = segment_sum(logps, offsets)
     if reduce == "token_mean":
         return -sums / lengths.clamp(min=1)

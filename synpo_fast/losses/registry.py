@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from synpo_fast.losses.cpo import VARIANTS as CPO_VARIANTS
 from synpo_fast.losses.cpo import cpo
+from synpo_fast.losses.cpo_simpo import cpo_simpo
 from synpo_fast.losses.dpo import VARIANTS as DPO_VARIANTS
 from synpo_fast.losses.dpo import dpo
 from synpo_fast.losses.dpo_types.aot import aot, aot_unpaired
 from synpo_fast.losses.dpo_types.difference import discopop, exo_pair, hinge, ipo, robust, sigmoid_norm
 from synpo_fast.losses.dpo_types.f_divergence import DIVERGENCES
 from synpo_fast.losses.dpo_types.per_response import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
+from synpo_fast.losses.kto import apo_zero_unpaired, kto
 from synpo_fast.losses.nll import REDUCES
 from synpo_fast.losses.orpo import orpo
 from synpo_fast.losses.pair import LossOutput
 from synpo_fast.losses.simpo import simpo
 from synpo_fast.losses.spec import LossSpec
 from synpo_fast.losses.synpo import LINKS, synpo
+from synpo_fast.losses.synpo_ref import synpo_ref
 
 
 def _dpo_type(
@@ -90,4 +94,30 @@ LOSSES: dict[str, LossSpec] = {
     "apo_down": _dpo_type(apo_down, "sigmoid(beta*r+) + sigmoid(-beta*(r+ - r-))"),
     "aot": _dpo_type(aot, "-logsigmoid(beta*(sort(S+ - S-) - sort(ref S+ - ref S-)))", sorts_batch=True),
     "aot_unpaired": _dpo_type(aot_unpaired, "-logsigmoid(beta*(sort(r+) - sort(r-)))", sorts_batch=True),
+    "cpo_simpo": LossSpec(
+        function=cpo_simpo,
+        reads="mean",
+        reward="beta*m",
+        reward_unit="beta·nats per token",
+        has_nll=True,
+        formula="-logsigmoid(beta*(m+ - m-) - gamma) + nll_weight*NLL+",
+        choices={"nll_reduce": REDUCES},
+    ),
+    "synpo_ref": LossSpec(
+        function=synpo_ref,
+        needs_reference=True,
+        reads="mean",
+        reward="G - Gref",
+        reward_unit="probability over the reference",
+        formula="-link(alpha*((G+ - Gref+) - (G- - Gref-))) - beta*A+",
+        choices={"link": LINKS},
+    ),
+    "kto": replace(
+        _dpo_type(kto, "w+*(1 - sigmoid(beta*(r+ - z0))), w-*(1 - sigmoid(beta*(z0 - r-)))"),
+        unpaired=True,
+        needs_kl=True,
+    ),
+    "apo_zero_unpaired": replace(
+        _dpo_type(apo_zero_unpaired, "w+*(1 - sigmoid(beta*r+)), w-*sigmoid(beta*r-)"), unpaired=True
+    ),
 }

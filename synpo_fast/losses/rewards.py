@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from synpo_fast.losses.dpo_types.log_ratios import log_ratios
+from synpo_fast.losses.dpo_types.log_ratios import log_ratios, reference_sums
 from synpo_fast.losses.pair import PairLogprobs
 from synpo_fast.losses.segments import geometric_mean, segment_mean, segment_sum
 from synpo_fast.losses.spec import Options
+from synpo_fast.losses.synpo_ref import mean_probability
 from synpo_fast.losses.weighted_sum import spec_of
 
 Rewards = tuple[Tensor, Tensor]
@@ -38,13 +39,24 @@ def _log_ratio_rewards(policy: PairLogprobs, reference: PairLogprobs | None, opt
         policy,
         reference,
         beta=options["beta"],
-        ld_alpha=options["ld_alpha"],
+        ld_alpha=options.get("ld_alpha", 1.0),
         reference_free=reference is None,
     ).rewards
 
 
+def _probability_gains(policy: PairLogprobs, reference: PairLogprobs | None, options: Options) -> Rewards:
+    assert reference is not None
+    sums = reference_sums(policy, reference)
+    chosen, rejected = _scaled(geometric_mean, policy, 1.0)
+    return (
+        chosen - mean_probability(sums[0], policy.chosen_offsets),
+        rejected - mean_probability(sums[1], policy.rejected_offsets),
+    )
+
+
 REWARDS: dict[str, Callable[[PairLogprobs, PairLogprobs | None, Options], Rewards]] = {
     "G": lambda policy, reference, options: _scaled(geometric_mean, policy, 1.0),
+    "G - Gref": _probability_gains,
     "beta*m": lambda policy, reference, options: _scaled(segment_mean, policy, options["beta"]),
     "beta*S": lambda policy, reference, options: _scaled(segment_sum, policy, options["beta"]),
     "beta*r": _log_ratio_rewards,

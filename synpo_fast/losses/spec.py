@@ -22,6 +22,8 @@ class LossSpec:
         but report sums). The metrics logps/chosen and logps/rejected are the same sums or means.
     reward, reward_unit: formula and unit of the metrics rewards/... (see units.py).
     has_nll: True if the loss includes an NLL on the chosen response.
+    unpaired: True if the loss reads each response by itself, so that a row may be one labelled response instead of a pair.
+    needs_kl: True if it reads policy.kl, an estimate from mismatched responses (kto.py).
     choices: allowed values of each option that takes a word.
     sorts_batch: True if the loss compares sorted values of a batch (aot): weights per pair have no meaning then.
     """
@@ -33,6 +35,8 @@ class LossSpec:
     formula: str
     needs_reference: bool = False
     has_nll: bool = False
+    unpaired: bool = False
+    needs_kl: bool = False
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sorts_batch: bool = False
 

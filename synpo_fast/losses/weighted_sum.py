@@ -54,6 +54,11 @@ def spec_of(name: str) -> LossSpec:
     if len(members) == 1:
         return LOSSES[members[0]]
     specs = [LOSSES[member] for member in members if member != SFT]
+    if len({spec.unpaired for spec in specs}) > 1:
+        single = [member for member in members if member != SFT and LOSSES[member].unpaired]
+        raise ValueError(
+            f"loss {name!r} mixes losses of single responses ({', '.join(single)}) with losses that compare two"
+        )
     choices: dict[str, tuple[str, ...]] = {}
     for spec in specs:
         for option, words in spec.choices.items():
@@ -70,6 +75,8 @@ def spec_of(name: str) -> LossSpec:
         has_nll=SFT in members or any(spec.has_nll for spec in specs),
         choices=choices,
         sorts_batch=any(spec.sorts_batch for spec in specs),
+        unpaired=all(spec.unpaired for spec in specs),
+        needs_kl=any(spec.needs_kl for spec in specs),
         members=members,
     )
 

@@ -1,10 +1,11 @@
 """Checks a manifest before training: finds its problems and reports statistics of its texts and scores.
 
 Problems spoil training or stop a run: bad rows, unusable videos, clips past the end, the same pair twice, a text that is chosen
-in one pair and rejected in another of the same video and prompt, responses that differ only in case and spaces, and a rejected
-response with a higher score than the chosen one. Notes are allowed but worth checking: one chosen text in several pairs, the
-same texts with different videos. Length bias (chosen is mostly longer than rejected) is reported because a loss over whole
-responses learns it.
+in one pair and rejected in another of the same video and prompt, responses that differ only in case and spaces, a rejected
+response with a higher score than the chosen one, and a row whose responses all have the same score. Of a row with several
+responses the best counts as chosen and the worst as rejected. Notes are allowed but worth checking: one chosen text in several
+pairs, the same texts with different videos. Length bias (chosen is mostly longer than rejected) is reported because a loss over
+whole responses learns it.
 """
 
 from collections import Counter, defaultdict
@@ -15,7 +16,7 @@ from itertools import count
 from pathlib import Path
 
 from synpo_fast.data.manifest import ManifestError, read_manifest_rows
-from synpo_fast.data.pair import Pair
+from synpo_fast.data.pair import LABELS, Pair
 from synpo_fast.data.text_markers import CONTROL, TAGS, any_of, marked_pairs, special_tokens
 from synpo_fast.terminal.printable import counted
 
@@ -45,6 +46,10 @@ class CheckReport:
     num_rows: int = 0
     num_pairs: int = 0
     num_sft: int = 0
+    num_desirable: int = 0  # rows of one response with a label
+    num_undesirable: int = 0
+    num_with_responses: int = 0  # rows with several responses
+    num_responses: int = 0  # in these rows
     num_text_pairs: int = 0
     num_videos: int = 0
     videos_checked: bool = False
@@ -80,7 +85,10 @@ def check_manifest(
         report.findings = [Finding("the file is not a manifest", [str(error)])]
         return report
     report.num_rows, report.num_pairs = len(pairs) + len(bad_rows), len(pairs)
-    report.num_sft = sum(pair.loss == "sft" for pair in pairs)
+    kinds = Counter(pair.loss for pair in pairs)
+    report.num_sft, report.num_desirable, report.num_undesirable = (kinds[k] for k in ("sft", *LABELS.values()))
+    report.num_with_responses = sum(bool(pair.responses) for pair in pairs)
+    report.num_responses = sum(len(pair.responses) for pair in pairs)
     report.num_text_pairs = sum(pair.video is None and not pair.clips for pair in pairs)
     users = _users_of_videos(pairs)
     report.num_videos = len(users)
@@ -99,8 +107,9 @@ def _measure_texts(report: CheckReport, pairs: list[Pair]) -> None:
     preferences = [pair for pair in pairs if pair.loss == "preference"]
     texts = {
         "prompt": [pair.prompt for pair in pairs],
-        "chosen": [pair.chosen for pair in pairs],
-        "rejected": [pair.rejected for pair in preferences],
+        "chosen": [pair.chosen for pair in pairs if pair.chosen],
+        "rejected": [pair.rejected for pair in pairs if pair.rejected and pair.loss != "sft"],
+        "responses": [response.text for pair in pairs for response in pair.responses],
     }
     report.words = {name: _quantiles([len(text.split()) for text in part]) for name, part in texts.items() if part}
     longer = [len(pair.chosen.split()) > len(pair.rejected.split()) for pair in preferences]
@@ -127,17 +136,22 @@ def histogram(values: list[float]) -> list[tuple[float, float, int]]:
 
 def _compare_pairs(pairs: list[Pair]) -> Iterable[Finding]:
     preferences = [pair for pair in pairs if pair.loss == "preference"]
-    same_pair = _groups(pairs, lambda pair: (_shown(pair), pair.prompt, pair.chosen, pair.rejected))
+    same_pair = _groups(pairs, lambda pair: (_shown(pair), pair.prompt, pair.chosen, frozenset(_worse(pair))))
     yield Finding("pairs given more than once", [_ids(group) for group in same_pair])
-    chosen = {(_shown(pair), pair.prompt, pair.chosen): pair for pair in preferences}
+    judged = [pair for pair in pairs if pair.loss != "sft"]
+    chosen = {(_shown(pair), pair.prompt, pair.chosen): pair for pair in judged if pair.chosen}
     against = [
         f"{chosen[key].id} chooses what {pair.id} rejects"
-        for pair in preferences
+        for pair in judged
         if (key := (_shown(pair), pair.prompt, pair.rejected)) in chosen
     ]
     yield Finding("texts both chosen and rejected, for one video and prompt", against)
-    equal = [pair.id for pair in preferences if _plain(pair.chosen) == _plain(pair.rejected)]
+    equal = [pair.id for pair in preferences if not pair.responses and _plain(pair.chosen) == _plain(pair.rejected)]
     yield Finding("chosen and rejected differ only in case and spaces", equal)
+    alike = [pair.id for pair in pairs if len({_plain(each.text) for each in pair.responses}) < len(pair.responses)]
+    yield Finding("responses of a row differ only in case and spaces", alike)
+    same_score = [pair.id for pair in pairs if pair.responses and not pair.comparisons]
+    yield Finding("all responses of a row have the same score", same_score)
     reversed_scores = [
         f"{pair.id}: chosen {pair.chosen_score:g}, rejected {pair.rejected_score:g}"
         for pair in preferences
@@ -145,7 +159,7 @@ def _compare_pairs(pairs: list[Pair]) -> Iterable[Finding]:
     ]
     yield Finding("rejected has the higher score", reversed_scores)
     same_chosen = _groups(preferences, lambda pair: (_shown(pair), pair.prompt, pair.chosen))
-    several = [_ids(group) for group in same_chosen if len({pair.rejected for pair in group}) > 1]
+    several = [_ids(group) for group in same_chosen if len({frozenset(_worse(pair)) for pair in group}) > 1]
     yield Finding("one chosen text against several rejected ones", several, is_problem=False)
     same_texts = _groups(preferences, lambda pair: (pair.prompt, pair.chosen, pair.rejected))
     elsewhere = [_ids(group) for group in same_texts if len({_shown(pair) for pair in group}) > 1]
@@ -178,6 +192,11 @@ def _groups(pairs: list[Pair], key: Callable[[Pair], Hashable]) -> list[list[Pai
 
 def _shown(pair: Pair) -> Hashable:
     return pair.clips or (str(pair.video) if pair.video is not None else None)
+
+
+def _worse(pair: Pair) -> list[str]:
+    """The texts of a pair beside its best one."""
+    return [each.text for each in pair.responses if each.text != pair.chosen] or [pair.rejected]
 
 
 def _plain(text: str) -> str:

@@ -7,7 +7,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from synpo_fast.data.manifest import filter_by_score_gap, write_manifest
+from synpo_fast.data.comparisons import filter_by_score_gap
+from synpo_fast.data.manifest import write_manifest
 from synpo_fast.data.row_files import files_with_rows
 from synpo_fast.data.row_folders import named_split
 from synpo_fast.errors import UserError
@@ -57,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
         "--rejected", choices=["first", "all"], default="first", help="which of several rejected texts in a row to use"
     )
     bring.add_argument(
+        "--responses",
+        choices=["pair", "all"],
+        default="pair",
+        help="for several scored answers in a row (synpo): a pair of the best and the worst, or all as responses",
+    )
+    bring.add_argument(
         "--system", choices=["refuse", "fold", "drop"], default="refuse", help="what to do with a system message"
     )
     bring.add_argument("--allow_bad", action="store_true", help="write the good rows even if others were refused")
@@ -79,7 +86,7 @@ def _num_cores() -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     _check_target(arguments.source, arguments.target, force=arguments.force)
-    options = ImportOptions(arguments.video_root, arguments.rejected, arguments.system)
+    options = ImportOptions(arguments.video_root, arguments.rejected, arguments.system, arguments.responses)
     name = arguments.format
     if name == "auto":
         name = detect_format(arguments.source, options)
@@ -166,7 +173,14 @@ def report_text(report: CheckReport) -> str:
     train = "trains" if report.num_sft == 1 else "train"
     text_pairs = "is a text pair" if report.num_text_pairs == 1 else "are text pairs"
     lines.append(f"  {report.num_sft} {train} on chosen alone, {report.num_text_pairs} {text_pairs}")
+    if report.num_desirable or report.num_undesirable:
+        lines.append(
+            f"  {counted(report.num_desirable, 'desirable response')}, {counted(report.num_undesirable, 'undesirable response')}"
+        )
     seen = "all checked" if report.videos_checked else "not checked: give --video_root"
+    if report.num_with_responses:
+        rows = counted(report.num_with_responses, "row")
+        lines.append(f"  {rows} with several responses, {report.num_responses} responses in all")
     lines.append(f"  {counted(report.num_videos, 'different video')}, {seen}")
     if report.words:
         lines.append("words" + "".join(f"{name:>8}" for name in next(iter(report.words.values()))))

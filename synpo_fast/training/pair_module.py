@@ -18,19 +18,20 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.encoded import EncodedPair
-from synpo_fast.errors import UserError
-from synpo_fast.losses import AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss, wpo_weights
-from synpo_fast.losses.metric_sums import metric_sums
+from synpo_fast.losses import AuxiliaryNLL, LossOutput, kl_reference_point, preference_loss, spec_of, wpo_weights
 from synpo_fast.losses.nll import TokenPenalties, token_penalties
 from synpo_fast.losses.weighted_sum import SFT
 from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.models.shared_features import shared_video_features
 from synpo_fast.ops.host_copy import to_device
 from synpo_fast.ops.linear_logprobs import TokenOutputs
+from synpo_fast.pair_logprobs import mismatched_log_ratios, pair_logprobs
+from synpo_fast.pair_sums import batch_sums, outputs_of_pairs
 from synpo_fast.references import Reference
 
 Sums = dict[str, Tensor]
@@ -67,14 +68,15 @@ class PairModule(nn.Module):
                 samples, share_prefix=self.share_prefix, with_mean_logits=self.penalties.label_smoothing > 0
             )
             reference = None if self.reference is None else self.reference_logps(samples)
+            logps = [[each.logps for each in row] for row in outputs]
+            kl = self._reference_point(pairs, logps, reference, counted=scale != 0)
         squares = [[each.log_sum_sq_probs for each in row] for row in outputs] if self.use_weighting else None
-        logps = [[each.logps for each in row] for row in outputs]
-        output = self._with_penalties(pairs, outputs, self.loss_of_logps(pairs, logps, reference, squares))
+        output = self._with_penalties(pairs, outputs, self.loss_of_logps(pairs, logps, reference, kl, squares))
         loss = output.losses.sum() * scale
         # A loss that is not finite makes every gradient nan, so that the engine skips the step on all ranks.
         loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         with torch.no_grad():
-            return loss, self._sums(pairs, output, outputs)
+            return loss, batch_sums(pairs, output, outputs)
 
     def _one_pass_of_the_tower(self) -> AbstractContextManager[None]:
         other = None if self.reference is None else self.reference.same_tower
@@ -90,22 +92,43 @@ class PairModule(nn.Module):
         sent = to_device(places, self.policy.device)
         return [[sent[i, j] for j in range(len(each))] for i, each in enumerate(logps)]
 
+    @property
+    def needs_kl(self) -> bool:
+        """True if the loss needs a reference point from mismatched responses. All ranks then run each forward together."""
+        return self.loss_type != SFT and spec_of(self.loss_type).needs_kl
+
+    @torch.no_grad()
+    def _reference_point(
+        self, pairs: Sequence[EncodedPair], logps: Logps, reference: Logps | None, *, counted: bool
+    ) -> Tensor | None:
+        """kto's reference point, over the mismatched responses of this forward on all ranks. counted: False for a placeholder."""
+        if not self.needs_kl or reference is None:
+            return None
+        total, count = mismatched_log_ratios(pairs, logps, reference)
+        sums = torch.stack([total, torch.full_like(total, count)])
+        sums = sums if counted else torch.zeros_like(sums)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        return kl_reference_point(sums[0], sums[1]).float()
+
     def loss_of_logps(
         self,
         pairs: Sequence[EncodedPair],
         logps: Logps,
         reference: Logps | None,
+        kl: Tensor | None = None,
         log_sum_sq_probs: Logps | None = None,
     ) -> LossOutput:
         """The loss of each pair, from token log-probs in the layout of the samples' responses.
 
-        log_sum_sq_probs: in the same layout, for the weights of WPO; without it no pair is weighed (see wpo.py).
+        kl: kto's reference point. log_sum_sq_probs: in the same layout, for the weights of WPO (wpo.py); without it no pair is
+        weighed.
         """
         if self.loss_type == SFT:
             # SynPO on pairs that are all marked "sft" is the NLL of the chosen responses.
             return preference_loss("synpo", pair_logprobs(pairs, logps, all_sft=True))
         ref = None if reference is None else pair_logprobs(pairs, reference)
-        policy, weights = pair_logprobs(pairs, logps), None
+        policy, weights = pair_logprobs(pairs, logps, kl=kl), None
         if log_sum_sq_probs is not None:
             weights = wpo_weights(policy, pair_logprobs(pairs, log_sum_sq_probs))
         return preference_loss(
@@ -120,54 +143,6 @@ class PairModule(nn.Module):
             return output
         means = [
             token_penalties(each.logps, each.logsumexp, each.mean_logits, self.penalties).mean()
-            for pair, responses in zip(pairs, outputs, strict=True)
-            for each in (responses[index] for index in pair.better)
+            for each in outputs_of_pairs(pairs, outputs, better=True)
         ]
         return replace(output, losses=output.losses + torch.stack(means))
-
-    def _sums(
-        self, pairs: Sequence[EncodedPair], output: LossOutput, outputs: Sequence[Sequence[TokenOutputs]]
-    ) -> Sums:
-        def number(value: int) -> Tensor:
-            """A scalar filled on the device: a tensor made from a host number would be copied, and the host would wait for it."""
-            return torch.full((), float(value), device=output.losses.device)
-
-        lengths = [[len(response) for response in pair.sample.responses] for pair in pairs]
-        each = list(zip(pairs, lengths, strict=True))
-        tokens = {  # per comparison, as the loss sees them
-            "chosen_tokens": sum(length[better] for pair, length in each for better in pair.better),
-            "rejected_tokens": sum(length[worse] for pair, length in each for _, worse in pair.comparisons),
-        }
-        numbers = {name: number(n) for name, n in tokens.items()}
-        better = [responses[i] for pair, responses in zip(pairs, outputs, strict=True) for i in pair.better]
-        worse = [responses[i] for pair, responses in zip(pairs, outputs, strict=True) for _, i in pair.comparisons]
-        numbers["top1_tokens"] = torch.cat([each.is_top1 for each in better]).sum()
-        numbers["entropies"] = torch.cat([each.entropy for each in (*better, *worse)]).sum()
-        sums = metric_sums(output, numbers)
-        sums["loss"] = output.losses.sum().float()
-        sums["pairs"] = number(sum(pair.num_pairs for pair in pairs))
-        truths = sum(length[pair.ground_truth] for pair, length in each if pair.ground_truth is not None)
-        sums["tokens"] = number(sum(len(pair.sample.prompt) + sum(length) for pair, length in each) - truths)
-        return sums
-
-
-def pair_logprobs(pairs: Sequence[EncodedPair], logps: Logps, *, all_sft: bool = False) -> PairLogprobs:
-    """Converts the log-probs of each response of each row to the flat tensors that losses read: one pair per comparison.
-
-    all_sft: the loss reads only the better response of each comparison."""
-    couples: list[tuple[Tensor, Tensor]] = []
-    truths, preference = [], []
-    for pair, responses in zip(pairs, logps, strict=True):
-        compared = pair.preference and not all_sft
-        better = [responses[index] for index in pair.better]
-        worse = [responses[index] for _, index in pair.comparisons] if compared else [each[:0] for each in better]
-        couples += zip(better, worse, strict=True)
-        preference += [compared] * len(better)
-        if pair.ground_truth is not None:
-            truths += [responses[pair.ground_truth]] * len(better)
-    if truths and len(truths) != len(couples):
-        without = sum(pair.ground_truth is None for pair in pairs)
-        raise UserError(f"{without} of {len(pairs)} pairs of a micro-batch have no ground truth")
-    return PairLogprobs.from_pairs(
-        couples, ground_truth=truths or None, preference=None if all(preference) else preference
-    )

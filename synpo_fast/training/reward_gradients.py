@@ -18,7 +18,8 @@ from torch import Tensor
 from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.losses.rewards import rewards_of
 from synpo_fast.losses.segments import segment_mean
-from synpo_fast.training.pair_module import PairModule, pair_logprobs
+from synpo_fast.pair_logprobs import pair_logprobs
+from synpo_fast.training.pair_module import PairModule
 
 Numbers = dict[str, float]
 

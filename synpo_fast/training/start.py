@@ -51,6 +51,7 @@ from synpo_fast.training.run_data import (
     sampling_of,
     start_early_workers,
     train_loader,
+    with_mismatched_responses,
 )
 from synpo_fast.training.run_model import build_engine, build_model, training_dtype
 from synpo_fast.training.run_state import NUMBER_OF_PAIRS, RunState, Saver, check_same_run
@@ -145,6 +146,8 @@ def _train(
     write_report: Callable[[list[Path]], Path] | None,
 ) -> RunState:
     data = check_texts(config, read_data(config))
+    if config.needs_kl:
+        data = with_mismatched_responses(config, data)
     warn_of_schedule(config, data, dist.get_world_size())
     check_held_out(config, data.evaluation)
     early = start_early_workers(config, data)

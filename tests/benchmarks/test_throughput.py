@@ -12,13 +12,14 @@ pytest.importorskip("trl", reason="TRL is what is compared with")
 
 from benchmarks import throughput
 from benchmarks.contest import Options
-from benchmarks.steps import BASELINE, GAINS, VARIANTS, trl_trainers
+from benchmarks.steps import BASELINE, GAINS, OF_SEVERAL_RESPONSES, VARIANTS, trl_trainers
 from benchmarks.steps import agreement as agreement_module
 from benchmarks.steps.cost import expected_flops, tokens_only_limit, unit_costs
 from benchmarks.steps.measure import compare
 from benchmarks.steps.presets import PRESETS, Preset, build_policy, qwen25_vl_config
 from benchmarks.steps.step_variant import Scores, full_step, use_attention
-from benchmarks.steps.workload import make_samples, make_workload, padded_batch
+from benchmarks.steps.tables import table
+from benchmarks.steps.workload import make_rows, make_workload, padded_batch, separate_samples
 from synpo_fast.profiling.counted_flops import count_flops
 
 CPU = torch.device("cpu")
@@ -238,14 +239,36 @@ def test_samples_have_the_lengths_asked_for():
     policy = build_policy(TINY, CPU)
     for spread, bounds in ((0.0, (9, 9)), (0.5, (4, 14))):
         preset = replace(TINY, spread=spread, pairs=7)
-        samples = make_samples(policy, preset, seed=0)
+        samples = separate_samples(make_rows(policy, preset, seed=0))
         assert (len({len(response) for sample in samples for response in sample.responses}) > 1) == (spread > 0)
         for sample in samples:
             assert len(sample.prompt) == 23 and sample.video.num_placeholders == 8
             for response in sample.responses:
                 assert bounds[0] <= len(response) <= bounds[1] and response[-1] == policy.tokenizer.eos_token_id
     with pytest.raises(ValueError, match="3 frames of 56 px are 10 tokens"):
-        make_samples(policy, replace(TINY, prefix=10), seed=0)
+        make_rows(policy, replace(TINY, prefix=10), seed=0)
+
+
+def test_rows_with_several_responses_agree_with_their_pairs_and_cost_less():
+    """Every variant is compared with the truth of each pair alone. The formula of the cost knows what runs once."""
+    workload = make_workload(replace(TINY, responses=4, pairs=2, spread=0.5), CPU)
+    assert len(workload.rows) == 2 and len(workload.samples) == 12
+    record = compare(workload, [VARIANTS[name] for name in OF_SEVERAL_RESPONSES], OPTIONS, timer=fixed_timer)
+    rows = {row["name"]: row for row in record["rows"]}
+    assert [row["skipped"] for row in rows.values()] == [None] * 5
+    for name in ("synpo-fast", "synpo-fast-dpo"):
+        one_row = rows[name.replace("fast", "fast-responses")]
+        assert one_row["flops"] < rows[name]["flops"] / 2 and one_row["limit"] > 2 * rows[name]["limit"]
+        assert one_row["loss"] == pytest.approx(rows[name]["loss"], abs=1e-5)
+    tokens = record["workload"]["language_tokens"]
+    lengths = [[len(each) - 1 for each in row.sample.responses] for row in workload.rows]
+    assert tokens["responses"] == sum(23 + sum(of_row) for of_row in lengths)
+    assert tokens["shared"] == sum(23 * 6 + 3 * sum(of_row) for of_row in lengths)
+    assert "12 pairs per step, comparisons (all) of 4 responses to each of 2 videos" in table(
+        record["workload"], record
+    )
+    best = make_workload(replace(TINY, responses=4, pairs=1, pairs_from="best_rest"), CPU)
+    assert [s.responses[0] for s in best.samples] == [best.rows[0].sample.responses[0]] * 3
 
 
 def test_videos_stand_in_the_batch_as_often_as_rows():
@@ -342,6 +365,7 @@ def test_the_saving_of_a_shared_prompt_is_a_table_of_its_own(monkeypatch, tmp_pa
         (["--preset", "text", "--frames", "4"], "preset 'text' takes no --frames"),
         (["--preset", "text-1024", "--size", "56"], "preset 'text-1024' takes no --frames"),
         (["--rounds", "0"], "--rounds must be at least 1, not 0"),
+        (["--responses", "1"], "--responses must be at least 2, not 1"),
         (["--repeat", "0"], "--repeat must be at least 1, not 0"),
         (["--repeat", "2", "--sweep", "ratio"], "--repeat is for the table, not for --sweep"),
         (["--baseline", "synpo-fast", "--sweep", "ratio"], "--baseline is for the table, not for --sweep"),
@@ -373,5 +397,7 @@ def test_the_readme_names_every_variant_and_option():
         "--variants",
         "--repeat",
         "--baseline",
+        "--responses",
+        "--pairs_from",
     ):
         assert option in text, option

@@ -18,6 +18,8 @@ NEEDED["per_device_train_batch_size"] = 2  # aot and aot_unpaired sort a batch
 BESIDE = {"f_alpha_divergence_coef": {"f_divergence": "alpha_divergence"}}
 OPTIONS_OF_LOSSES = [(loss, name) for loss, spec in LOSSES.items() for name in spec.options]
 PAIRS = [EncodedPair(None, "a")] * 2
+LABELLED = [EncodedPair(None, "a", (), labels=((0, True), (1, False)))] * 2
+KL = torch.tensor(0.2)
 LOGPS = [  # lengths differ, so that sums, means of responses and means of tokens do
     [torch.tensor([-0.5, -1.0, -0.3]), torch.tensor([-2.0, -0.7])],
     [torch.tensor([-0.2]), torch.tensor([-0.4, -0.6, -1.5, -0.1])],
@@ -28,7 +30,8 @@ REFERENCE = [[values * 1.3 - 0.1 for values in pair] for pair in LOGPS]
 def of_the_trainer(config):
     """The losses of two pairs as the trainer computes them under this config."""
     reference = REFERENCE if config.needs_reference else None
-    return PairModule(nn.Identity(), config).loss_of_logps(PAIRS, LOGPS, reference).losses
+    pairs = LABELLED if config.reads_single_responses else PAIRS
+    return PairModule(nn.Identity(), config).loss_of_logps(pairs, LOGPS, reference, KL).losses
 
 
 def of_the_loss(loss, **options):
@@ -38,8 +41,14 @@ def of_the_loss(loss, **options):
         options = {"nll_reduce": "token_mean", **options}
     reference = None
     if spec.needs_reference and not options.get("reference_free"):
-        reference = PairLogprobs.from_pairs(REFERENCE)
-    return preference_loss(loss, PairLogprobs.from_pairs(LOGPS), reference, **options).losses
+        reference = _logprobs(spec, REFERENCE)
+    return preference_loss(loss, _logprobs(spec, LOGPS), reference, **options).losses
+
+
+def _logprobs(spec, pairs):
+    if not spec.unpaired:
+        return PairLogprobs.from_pairs(pairs)
+    return PairLogprobs.from_unpaired([logps for pair in pairs for logps in pair], [True, False] * len(pairs), kl=KL)
 
 
 def other_values(loss, name):
@@ -105,3 +114,22 @@ def test_the_words_an_option_takes_are_those_its_loss_takes(loss, name):
         of_the_loss(loss, **{name: "nonsense"})
     text = {option: text for _, options in groups() for option, _, text in options}[name]
     assert loss in text and all(word in text for word in words)
+
+
+@pytest.mark.parametrize(
+    ("loss", "more", "reason"),
+    [
+        ("kto", {"diagnostics": 5}, "diagnostics compares pairs"),
+        ("apo_zero_unpaired", {"profile": 3}, "profile compares pairs"),
+        ("kto", {"oom_policy": "skip"}, "oom_policy=skip is not possible with loss_type=kto"),
+        ("kto,sft", {"use_weighting": True}, "use_weighting=true weighs pairs"),
+        ("kto,dpo", {}, r"mixes losses of single responses \(kto\)"),
+        ("dpo", {"metric_for_best_model": "kl"}, "metric_for_best_model is 'kl'"),
+    ],
+)
+def test_what_single_responses_exclude(loss, more, reason):
+    best = {"load_best_model_at_end": True, "eval_split": 0.1, "eval_steps": 5}
+    with pytest.raises(ValueError, match=reason):
+        TrainConfig(**{**NEEDED, **best, "loss_type": loss, **more})
+    if "metric_for_best_model" in more:
+        assert TrainConfig(**{**NEEDED, **best, "loss_type": "kto", **more}).best_metric == "eval_kl"

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from synpo_fast.data import Clip, ManifestError, Pair, read_manifest, read_manifest_rows, write_manifest
-from synpo_fast.data.manifest import filter_by_score_gap
+from synpo_fast.data import Clip, ManifestError, Pair, Response, read_manifest, read_manifest_rows, write_manifest
+from synpo_fast.data.comparisons import filter_by_score_gap
 
 GOOD = {"prompt": "What moves?", "chosen": "A ball.", "rejected": "A dog."}
 
@@ -191,6 +191,7 @@ TABLE = [
     {**GOOD, "id": "a", "video": "v.mp4", "chosen_score": 2.5},
     {**GOOD, "prompt": "Why?", "clips": [{"path": "w.mp4", "end": 3.0}, {"path": "x", "start": 1.0}], "reference_clips": []},
     {**GOOD, "prompt": "So?", "audio": False},
+    {"prompt": "Which?", "responses": [{"text": "a", "score": 2.5}, {"text": "b", "score": 1.0}, {"text": "c", "score": 0.0}]},
 ]  # fmt: skip
 
 
@@ -211,11 +212,11 @@ def test_columns_hold_the_same_as_lines(tmp_path):
     with pa.ipc.new_file(str(tmp_path / "indexed.arrow"), table.schema) as file:
         file.write_table(table)
     ids = {
-        "list.json": ["a", "list-2", "list-3"],
-        "t.parquet": ["a", "t-2", "t-3"],
-        "parts": ["a", "train-00001-1", "train-00001-2"],
-        "hf": ["a", "data-00000-of-00002-2", "data-00001-of-00002-1"],
-        "indexed.arrow": ["a", "indexed-2", "indexed-3"],
+        "list.json": ["a", "list-2", "list-3", "list-4"],
+        "t.parquet": ["a", "t-2", "t-3", "t-4"],
+        "parts": ["a", "train-00001-1", "train-00001-2", "train-00001-3"],
+        "hf": ["a", "data-00000-of-00002-2", "data-00001-of-00002-1", "data-00001-of-00002-2"],
+        "indexed.arrow": ["a", "indexed-2", "indexed-3", "indexed-4"],
     }
     for name, wanted in ids.items():
         pairs = read_manifest(tmp_path / name)
@@ -252,7 +253,9 @@ words = text.filter(str.strip)
 part = st.text("abc.\u00e9 -_", min_size=1, max_size=6).filter(lambda name: name.strip() and name not in (".", ".."))
 paths = st.lists(part, min_size=1, max_size=3).map("/".join)
 clips = st.builds(Clip, paths, st.none() | st.floats(0, 50), st.none() | st.floats(51, 1e6))
-scores = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+scores = st.none() | finite
+several = st.lists(st.builds(Response, words, finite), min_size=2, max_size=5, unique_by=lambda each: each.text)
 
 
 @st.composite
@@ -261,13 +264,18 @@ def some_pairs(draw):
     for index in range(draw(st.integers(1, 4))):
         shown = draw(st.sampled_from(["video", "clips", "text"]))
         chosen, rejected = draw(st.tuples(words, words).filter(lambda both: both[0] != both[1]))
+        answers = {
+            "chosen": chosen, "rejected": rejected, "chosen_score": draw(scores), "rejected_score": draw(scores),
+            "loss": draw(st.sampled_from(["preference", "sft"])),
+        }  # fmt: skip
+        if draw(st.booleans()):
+            answers = {"responses": tuple(draw(several))}
         some_clips = tuple(draw(st.lists(clips, min_size=1, max_size=3))) if shown == "clips" else ()
         pairs.append(
             Pair(
-                prompt=draw(words), chosen=chosen, rejected=rejected, id=f"{draw(text)}-{index}",
+                prompt=draw(words), id=f"{draw(text)}-{index}", **answers,
                 video=draw(paths) if shown == "video" else None, clips=some_clips,
-                chosen_score=draw(scores), rejected_score=draw(scores), ground_truth=draw(st.none() | text),
-                loss=draw(st.sampled_from(["preference", "sft"])),
+                ground_truth=draw(st.none() | text),
             )
         )  # fmt: skip
     return pairs
@@ -278,6 +286,53 @@ def some_pairs(draw):
 def test_what_is_written_is_read_back(tmp_path, pairs):
     write_manifest(tmp_path / "w.jsonl", pairs)
     assert [as_dict(pair) for pair in read_manifest(tmp_path / "w.jsonl")] == [as_dict(pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_a_labelled_response_is_written_as_completion_and_label(tmp_path, label):
+    texts = {"chosen": "A ball.", "rejected": ""} if label else {"chosen": "", "rejected": "A ball."}
+    loss = "desirable" if label else "undesirable"
+    pair = Pair(prompt="What?", video="a.mp4", id="x", ground_truth="T.", loss=loss, mismatched="Not written.", **texts)
+    write_manifest(tmp_path / "w.jsonl", [pair])
+    assert json.loads((tmp_path / "w.jsonl").read_text()) == {
+        "id": "x", "video": "a.mp4", "prompt": "What?", "completion": "A ball.", "label": label, "ground_truth": "T."
+    }  # fmt: skip
+    (back,) = read_manifest(tmp_path / "w.jsonl")
+    assert as_dict(back) == {**as_dict(pair), "mismatched": None}
+    assert pair.has_label and not Pair(**GOOD).has_label
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Q", "completion": "A"}, "'label' missing"),
+        ({"completion": "A", "label": False}, "'prompt' missing"),
+        ({"prompt": "Q", "label": True}, "'completion' missing"),
+        ({"prompt": "Q", "completion": " ", "label": True}, "chosen is empty"),
+        (
+            {"prompt": "Q", "completion": "A", "label": 1},
+            "label must be true for a desirable completion or false, got 1",
+        ),
+        ({"prompt": "Q", "completion": "A", "label": True, "loss": "sft"}, "has no loss: leave out one of the two"),
+        ({"prompt": "Q", "chosen": "A", "loss": "desirable"}, "'desirable' is written with completion and label"),
+    ],
+)
+def test_bad_rows_of_a_labelled_response(tmp_path, row, reason):
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    _, (bad,) = read_manifest_rows(tmp_path / "m.jsonl")
+    assert reason in bad.reason
+
+
+def test_a_check_of_the_caller_makes_bad_rows(tmp_path):
+    write_manifest(tmp_path / "w.jsonl", [Pair(**GOOD, id="a"), Pair(**GOOD, id="b")])
+
+    def check(pair):
+        if pair.id == "b":
+            raise ValueError("not this one")
+
+    with pytest.raises(ManifestError, match=r"w\.jsonl:2: not this one"):
+        read_manifest(tmp_path / "w.jsonl", check=check)
+    assert [pair.id for pair in read_manifest(tmp_path / "w.jsonl", on_bad="skip", check=check)] == ["a"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from synpo_fast.data import decode_frames, read_manifest
+from synpo_fast.data.comparisons import compare_responses
 from synpo_fast.demo.captions import caption_text
-from synpo_fast.demo.dataset import _make_clip, make_dataset, read_unseen
+from synpo_fast.demo.dataset import EVERY, NUM_RESPONSES, _make_clip, make_dataset, read_unseen
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,15 @@ def test_pairs_have_a_better_and_a_worse_caption(folder):
     assert all((pair.chosen == pair.ground_truth) == (pair.chosen_score == 10) for pair in pairs)
     assert 0 < sum(pair.chosen_score < 10 for pair in pairs) < 35  # chosen is not always the truth
     assert len({pair.rejected_score for pair in pairs}) > 3
+
+
+def test_every_fourth_row_has_several_responses_of_which_the_careful_one_is_the_best(folder):
+    pairs = read_manifest(folder / "pairs.jsonl")
+    assert [len(pair.responses) for pair in pairs] == [NUM_RESPONSES if at % EVERY == 0 else 0 for at in range(70)]
+    for pair in pairs[::EVERY]:
+        scores = sorted(response.score for response in pair.responses)
+        assert scores[-1] == pair.chosen_score > scores[-2]
+        assert len(compare_responses(pair, "best_rest").comparisons) == NUM_RESPONSES - 1
 
 
 def test_the_warm_up_learns_from_captions_that_are_mostly_wrong(folder):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from synpo_fast.losses import preference_loss
+from synpo_fast.losses import PairLogprobs, preference_loss
 
 from . import truth
 from .dpo_types.trl_oracle import KEEP_ALL, our_dpo, trl_dpo
@@ -66,6 +66,54 @@ def test_cpo_and_simpo(name, options, loss_type):
     torch.testing.assert_close(output.losses, losses, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(output.chosen_rewards, chosen_rewards)
     torch.testing.assert_close(output.rejected_rewards, rejected_rewards)
+
+
+def test_cpo_simpo():
+    """The whole loss and its gradient with respect to the logits, by TRL's loop over a batch with prompts and padding."""
+    from trl.experimental.cpo import CPOTrainer
+
+    torch.manual_seed(0)
+    lengths, prompt, vocabulary, ignored = [3, 1, 6, 5, 1, 2], 2, 11, -100
+    labels = torch.full((6, prompt + max(lengths)), ignored)
+    for row, length in zip(labels, lengths, strict=True):
+        row[prompt : prompt + length] = torch.randint(vocabulary, (length,))
+    logits = torch.randn(*labels.shape, vocabulary, dtype=torch.float64, requires_grad=True)
+    trainer = SimpleNamespace(
+        is_encoder_decoder=False,
+        aux_loss_enabled=False,
+        pad_token_id=0,
+        alpha=0.0,
+        beta=1.5,
+        label_smoothing=0.1,
+        loss_type="simpo",
+        simpo_gamma=0.7,
+        cpo_alpha=0.3,
+        accelerator=KEEP_ALL,
+        get_batch_logps=CPOTrainer.get_batch_logps,
+        cpo_loss=lambda *logps: CPOTrainer.cpo_loss(trainer, *logps),
+        concatenated_inputs=lambda *_, **__: {
+            "concatenated_input_ids": labels,
+            "concatenated_attention_mask": None,
+            "concatenated_labels": labels,
+        },
+        concatenated_forward=lambda *given: CPOTrainer.concatenated_forward(trainer, *given),
+    )
+
+    def model(*_, **__):
+        return SimpleNamespace(logits=logits)
+
+    their_loss, their_metrics = CPOTrainer.get_batch_loss_metrics(trainer, model, {"chosen_labels": labels[:3]})
+    (their_grad,) = torch.autograd.grad(their_loss, logits)
+
+    targets = labels[:, 1:]
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    policy = PairLogprobs.from_padded(logps, targets != ignored)
+    output = preference_loss("cpo_simpo", policy, beta=1.5, gamma=0.7, label_smoothing=0.1, nll_weight=0.3)
+    (our_grad,) = torch.autograd.grad(output.losses.mean(), logits)
+    torch.testing.assert_close(output.losses.mean(), their_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(our_grad, their_grad, rtol=1e-10, atol=1e-15)
+    shared = {key for key in output.metrics if key.startswith(("rewards/", "logps/"))} | {"nll_loss"}
+    assert {key: output.metrics[key].item() for key in shared} == pytest.approx({k: their_metrics[k] for k in shared})
 
 
 def test_orpo():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from synpo_fast.losses import LOSSES, AuxiliaryNLL, nll, preference_loss, spec_of
+from synpo_fast.losses import LOSSES, AuxiliaryNLL, PairLogprobs, nll, preference_loss, spec_of
 from synpo_fast.losses.metric_sums import metric_means, metric_sums
 from synpo_fast.losses.units import describe_units, loss_unit, reward_unit
 
@@ -141,3 +141,16 @@ def test_units_name_members_and_weights():
     assert reward_unit(MPO, options) == "beta·nats over the reference, beta=0.3"
     assert reward_unit("sft,synpo,dpo") == "probability"
     assert describe_units("synpo,dpo") == "rewards are G (probability), log-probs means (nats per token)"
+
+
+def test_single_responses_are_added_to_each_other_and_not_to_pairs():
+    couples = [(torch.tensor([-1.0, -0.5]), torch.tensor([])), (torch.tensor([]), torch.tensor([-2.0]))]
+    policy = PairLogprobs.from_pairs(couples, unpaired=[True, True], kl=torch.tensor(0.4))
+    reference = PairLogprobs.from_pairs([(y - 0.2, z - 0.3) for y, z in couples], unpaired=[True, True])
+    output = preference_loss("kto,apo_zero_unpaired,sft", policy, reference, loss_weights=(1.0, 0.5, 2.0))
+    alone = [preference_loss(name, policy, reference).losses for name in ("kto", "apo_zero_unpaired")]
+    torch.testing.assert_close(output.losses, alone[0] + 0.5 * alone[1] + 2.0 * torch.tensor([1.5, 0.0]))
+    with pytest.raises(
+        ValueError, match=r"'kto,dpo' mixes losses of single responses \(kto\) with losses that compare two"
+    ):
+        preference_loss("kto,dpo", policy, reference)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from synpo_fast.losses import LOSSES, PairLogprobs
 
 Response = Sequence[float]
+
+KL = 0.3  # the reference point of kto
 
 # One choice of options for every branch of every loss.
 CASES: list[tuple[str, dict[str, float | str | bool]]] = [
@@ -48,6 +51,14 @@ CASES: list[tuple[str, dict[str, float | str | bool]]] = [
     ("cpo", {}),
     ("cpo", {"variant": "hinge", "nll_weight": 0.5, "nll_reduce": "sum"}),
     ("cpo", {"label_smoothing": 0.3}),
+    ("cpo_simpo", {}),
+    ("cpo_simpo", {"gamma": 1.1, "label_smoothing": 0.2, "nll_weight": 0.4, "nll_reduce": "token_mean"}),
+    ("synpo_ref", {}),
+    ("synpo_ref", {"alpha": 4.0, "beta": 0.5, "link": "logsigmoid"}),
+    ("kto", {}),
+    ("kto", {"beta": 0.4, "desirable_weight": 1.3, "undesirable_weight": 0.6}),
+    ("apo_zero_unpaired", {}),
+    ("apo_zero_unpaired", {"beta": 0.4, "desirable_weight": 0.0, "undesirable_weight": 2.0}),
 ]
 CASE_IDS = [name + "".join(f"-{key}={value}" for key, value in options.items()) for name, options in CASES]
 
@@ -71,6 +82,13 @@ def mean(y: Response) -> float:
 def synpo(chosen: Response, rejected: Response, *, alpha=30.0, beta=0.2, link="sigmoid") -> float:
     x = alpha * (math.exp(mean(chosen)) - math.exp(mean(rejected)))
     A = mean([math.exp(lp) for lp in chosen])
+    return -(sigmoid(x) if link == "sigmoid" else log_sigmoid(x)) - beta * A
+
+
+def synpo_ref(pair, reference, *, alpha=30.0, beta=0.2, link="sigmoid") -> float:
+    gains = [math.exp(mean(y)) - math.exp(mean(ref)) for y, ref in zip(pair, reference, strict=True)]
+    x = alpha * (gains[0] - gains[1])
+    A = mean([math.exp(lp) for lp in pair[0]])
     return -(sigmoid(x) if link == "sigmoid" else log_sigmoid(x)) - beta * A
 
 
@@ -134,6 +152,11 @@ def _of_pair(name: str, r, lengths, beta: float, eps: float, given) -> float:
     }[name]()
 
 
+def kto_response(y, reference, desirable, *, kl, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0) -> float:
+    gain = beta * (math.fsum(y) - math.fsum(reference) - kl)
+    return desirable_weight * (1 - sigmoid(gain)) if desirable else undesirable_weight * (1 - sigmoid(-gain))
+
+
 def simpo(chosen: Response, rejected: Response, *, beta=2.0, gamma=0.5, label_smoothing=0.0) -> float:
     return smoothed(beta * (mean(chosen) - mean(rejected)) - gamma, label_smoothing)
 
@@ -161,13 +184,26 @@ def nll(targets: Sequence[Response], reduce: str) -> list[float]:
 
 def losses(name, pairs, reference_pairs, options) -> list[float]:
     """Loss per pair; pairs and reference_pairs are lists of (chosen, rejected)."""
+    if name == "synpo_ref":
+        return [synpo_ref(pair, reference, **options) for pair, reference in zip(pairs, reference_pairs, strict=True)]
+    if name in ("kto", "apo_zero_unpaired"):
+        point = {"kto": KL, "apo_zero_unpaired": 0.0}[name]
+        return [
+            mean(
+                [
+                    kto_response(y, ref, i == 0, kl=point, **options)
+                    for i, (y, ref) in enumerate(zip(*both, strict=True))
+                ]
+            )
+            for both in zip(pairs, reference_pairs, strict=True)
+        ]
     if LOSSES[name].reward == "beta*r":
         return dpo_type(name, pairs, reference_pairs, options)
     if name in ("synpo", "simpo"):
         return [{"synpo": synpo, "simpo": simpo}[name](*pair, **options) for pair in pairs]
     rest = dict(options)
     weight, reduce = rest.pop("nll_weight", 1.0), rest.pop("nll_reduce", "batch_token_mean")
-    contrast = {"orpo": odds_ratio, "cpo": cpo_contrast}[name]
+    contrast = {"orpo": odds_ratio, "cpo": cpo_contrast, "cpo_simpo": simpo}[name]
     nlls = nll([chosen for chosen, _ in pairs], reduce)
     return [contrast(*pair, **rest) + weight * value for pair, value in zip(pairs, nlls, strict=True)]
 
@@ -183,24 +219,12 @@ def ragged_pairs(lengths: Sequence[tuple[int, int]], *, seed: int = 0, low: floa
 
 
 def as_logprobs(pairs, dtype=torch.float64, **extra) -> PairLogprobs:
-    return PairLogprobs.from_pairs([tuple(torch.tensor(y, dtype=dtype) for y in pair) for pair in pairs], **extra)
+    tensors = [tuple(torch.tensor(y, dtype=dtype) for y in pair) for pair in pairs]
+    return PairLogprobs.from_pairs(tensors, kl=torch.tensor(KL, dtype=dtype), **extra)
 
 
 def with_grad(policy: PairLogprobs) -> tuple[PairLogprobs, Tensor, Tensor]:
     """Returns the pairs over new leaves that require grad, and those leaves."""
     chosen = policy.chosen.clone().requires_grad_()
     rejected = policy.rejected.clone().requires_grad_()
-    return (
-        PairLogprobs(
-            chosen,
-            rejected,
-            policy.chosen_offsets,
-            policy.rejected_offsets,
-            policy.ground_truth,
-            policy.ground_truth_offsets,
-            policy.preference,
-            policy.weights,
-        ),
-        chosen,
-        rejected,
-    )
+    return replace(policy, chosen=chosen, rejected=rejected), chosen, rejected

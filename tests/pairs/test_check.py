@@ -242,6 +242,43 @@ def test_one_row_is_not_said_in_the_plural(tmp_path, inside):
     assert "refused 1 row:\n" in run.stdout and f"in full:\n  {rows}:1: " in run.stdout
 
 
+def several(name, *scored, **more):
+    responses = [{"text": text, "score": score} for text, score in scored]
+    return {"id": name, "prompt": "q", "video": "v.mp4", "responses": responses, **more}
+
+
+def test_rows_with_several_responses_are_compared(tmp_path):
+    rows = [
+        several("a", ("Good one.", 9), ("Fair.", 5), ("Poor", 1)),
+        several("again", ("Poor", 2), ("Good one.", 9), ("Fair.", 4)),
+        several("other", ("Good one.", 9), ("Poor.", 2), ("Fair.", 4)),
+        several("spaces", ("Best.", 9), ("so  So", 4), ("So so", 3), prompt="r"),
+        several("even", ("x", 3), ("y", 3), prompt="s"),
+        {**GOOD, "id": "against", "prompt": "r", "video": "v.mp4", "chosen": "z", "rejected": "Best."},
+    ]
+    report = check_manifest(manifest(tmp_path, *rows))
+    assert found(report) == {
+        "pairs given more than once": ["a, again"],
+        "texts both chosen and rejected, for one video and prompt": ["spaces chooses what against rejects"],
+        "responses of a row differ only in case and spaces": ["spaces"],
+        "all responses of a row have the same score": ["even"],
+        "one chosen text against several rejected ones": ["a, again, other"],
+    }
+    assert (report.num_pairs, report.num_with_responses, report.num_responses) == (6, 5, 14)
+    assert report.score_gaps == [8, 7, 7, 6, 0] and report.words["responses"]["max"] == 2
+    assert "  5 rows with several responses, 14 responses in all\n" in report_text(report)
+
+
+def test_import_keeps_a_row_whole_if_its_best_and_worst_differ_enough(tmp_path, inside):
+    path, out = (
+        manifest(tmp_path, several("a", ("x", 9), ("y", 8), ("z", 5)), several("b", ("x", 9), ("y", 6))),
+        tmp_path / "o.jsonl",
+    )
+    run = inside("import", "--format", "manifest", path, out, "--min_score_gap", 4)
+    assert run.returncode == 0 and "dropped 1 pair with a score gap below 4" in run.stdout
+    assert json.loads(out.read_text()) == several("a", ("x", 9.0), ("y", 8.0), ("z", 5.0))
+
+
 def test_import_keeps_wide_score_gaps(tmp_path, inside):
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
@@ -259,3 +296,32 @@ def test_the_docs_name_every_option_and_no_other(inside):
     named = set(re.findall(r"--[a-z_]+", docs.read_text(encoding="utf-8")))
     helps = [inside(name, "--help").stdout for name in ("import", "check")]
     assert named == set(re.findall(r"--[a-z_]+", " ".join(helps))) - {"--help"}
+
+
+def test_rows_of_one_labelled_response(tmp_path):
+    question = {"prompt": "What moves in it?"}
+    good, bad = (
+        {**question, "completion": text, "label": label} for text, label in (("A ball.", True), ("A dog.", False))
+    )
+    rows = [
+        good,
+        bad,
+        {**bad, "label": True},
+        {**GOOD, "rejected": "A ball."},
+        {**good, "label": "yes"},
+        {**good, "chosen": "x"},
+    ]
+    report = check_manifest(manifest(tmp_path, *rows))
+    assert (report.num_pairs, report.num_desirable, report.num_undesirable, report.num_sft) == (4, 2, 1, 0)
+    assert "2 desirable responses, 1 undesirable response\n" in report_text(report)
+    assert {name: words["median"] for name, words in report.words.items()} == {"prompt": 4, "chosen": 2, "rejected": 2}
+    problems = found(report)
+    assert problems["texts both chosen and rejected, for one video and prompt"] == [
+        "pairs-3 chooses what pairs-2 rejects",
+        "pairs-1 chooses what pairs-4 rejects",
+    ]
+    assert [line.split(": ", 1)[1] for line in problems["bad rows"]] == [
+        "label must be true for a desirable completion or false, got 'yes'",
+        "a row with completion and label has no chosen: leave out one of the two",
+    ]
+    assert set(problems) == {"texts both chosen and rejected, for one video and prompt", "bad rows"}

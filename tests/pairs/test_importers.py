@@ -79,6 +79,51 @@ def test_the_sample_in_the_docs_becomes_the_pair_in_the_docs(tmp_path, videos, n
         assert {**row_from_pair(pair), "id": None} == {**expected, "id": None}
 
 
+SCORED = {
+    "long_answers": ["Two eggs.", "Bread.", "Lost.", "Bread.", " ", "Cut."],
+    "hallu_scores": [5.0, 1.0, 0.0, 2.0, 5.0, 4],
+    "harmo_scores": [5.0, 4.0, 5.0, 4.0, 5.0, 2.5],
+    "consi_scores": [3.0, 1.0, 3.0, 1.0, 3.0, None],
+    "pos_pre": "Two eggs.",
+    "neg_pre": "Lost.",
+    "neg_score": 0,
+}
+
+
+@pytest.mark.parametrize("form", [".jsonl", ".parquet"])
+def test_every_scored_caption_of_synpo_is_kept(tmp_path, videos, form):
+    """By the published formula: 1.1 * factuality + fluency + consistency. 0 and null: the judge's reply was not read."""
+    path = tmp_path / f"rows{form}"
+    if form == ".jsonl":
+        path.write_text(json.dumps(sample("synpo", **SCORED)))
+    else:
+        parquet.write_table(pa.Table.from_struct_array(pa.array([sample("synpo", **SCORED)])), path)
+    result = import_pairs(path, "synpo", ImportOptions(videos, responses="all"))
+    ((pair,), kept) = result.pairs, {"Two eggs.": 13.5, "Bread.": (6.1 + 7.2) / 2}
+    assert {each.text: each.score for each in pair.responses} == pytest.approx(kept)
+    assert result.unused_keys["long_answers without a score"] == 1
+    assert row_from_pair(pair).keys() == {"id", "video", "prompt", "responses"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"long_answers": None}, "long_answers is not a list of texts: None"),
+        ({"long_answers": "Two eggs."}, "long_answers is not a list of texts"),
+        ({"hallu_scores": [5.0]}, "hallu_scores is not a list of 6 numbers"),
+        ({"consi_scores": None}, "consi_scores is not a list of 6 numbers"),
+        ({"consi_scores": [3.0, 0, 0, 0, 0, 0]}, "fewer than two of long_answers were scored: 1 of 6"),
+        ({"consi_scores": [3.0, "1", 0, True, 0, float("nan")]}, "fewer than two of long_answers were scored: 1 of 6"),
+        ({"pos_score": 14.0}, "pos_score is not the score of pos_pre in long_answers: 14"),
+        ({"pos_pre": "Other."}, "pos_score is not the score of pos_pre in long_answers"),
+        ({"pos_score": 0}, "pos_score means that the caption was not scored"),
+    ],
+)
+def test_rows_of_synpo_whose_scores_cannot_be_read_are_refused(videos, changes, reason):
+    said = refusal("synpo", sample("synpo", **{**SCORED, **changes}), video_root=videos, responses="all")
+    assert said.startswith(reason)
+
+
 def test_columns_of_turns_in_both_notations(tmp_path):
     """In a column every turn has the keys of all turns, null where it had none."""
     rows = [sample("llama-factory"), sample("ms-swift", conversations=None)]
@@ -184,6 +229,13 @@ def test_salmonn_v1_rows_of_cross_entropy_alone():
         ("llava-hound", {"conversations": part(), "prompt": None}, "a video inside the turns"),
         (V1, {"conversations": part()}, "a video inside the turns"),
         ("trl", {"tools": ["x"]}, "tools are not supported"),
+        ("trl-unpaired", {"label": None}, "label is neither true nor false: None"),
+        ("trl-unpaired", {"label": 1}, "label is neither true nor false: 1"),
+        ("trl-unpaired", {"completion": None}, "no completion"),
+        ("trl-unpaired", {"prompt": None}, "no prompt"),
+        ("trl-unpaired", {"completion": "A."}, "prompt is not text"),
+        ("trl-unpaired", {"chosen": "A."}, "has chosen: it belongs to pairs"),
+        ("trl-unpaired", {"images": ["a.jpg"]}, "images are not supported"),
         ("longvpo", {"task_type": None}, "no task_type"),
         ("longvpo", {"question": 4}, "question is not text: 4"),
         ("longvpo", {"rejected": None}, "no rejected"),
@@ -236,6 +288,20 @@ def test_trl_in_its_other_shapes():
     assert "without a part" in refusal("trl", {**row, "video": "v.mp4"})
     assert "several videos" in refusal("trl", {**row, "prompt": [{"role": "user", "content": [{"type": "video"}] * 2}]})
     assert "not one user turn" in refusal("trl", {**row, "prompt": [plain, answers[0], plain]})
+
+
+def test_trl_unpaired_in_its_other_shapes():
+    for label, texts in ((True, ("Hi.", "")), (False, ("", "Hi."))):
+        (pair,) = run("trl-unpaired", {"prompt": "Say hi.", "completion": "Hi.", "label": label, "id": 7})
+        assert (pair.id, pair.video, pair.prompt, pair.loss) == (
+            "7",
+            None,
+            "Say hi.",
+            "desirable" if label else "undesirable",
+        )
+        assert (pair.chosen, pair.rejected) == texts
+    (pair,) = run("trl-unpaired", sample("trl-unpaired", prompt=part(video_start=3)))
+    assert row_from_pair(pair)["clips"] == [{"path": "a.webm", "start": 3.0}]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """Counted FLOPs of a SynPO step beside DPO as TRL does it, and beside the cost formula."""
 
+from dataclasses import replace
+
 import torch
 
+from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.losses import PairLogprobs, dpo, synpo
 from synpo_fast.models import Policy, Sample
 from synpo_fast.models.attention import SEGMENTS
 from synpo_fast.models.layout import plan_rows
 from synpo_fast.profiling.counted_flops import count_flops
+from synpo_fast.training.pair_module import pair_logprobs
 from tests.models.test_policy import policy_of
 
 PREFIX, COMPLETION = 1000, 200
@@ -112,3 +116,28 @@ def predict(policy: Policy, sample: Sample) -> dict[str, float]:
         + 3 * 2 * whole * D * V,
         "synpo": forward(shared, shared_keys) + backward(shared, shared_keys) + tower + 4 * (2 * C) * D * V,
     }
+
+
+def test_ten_responses_of_one_video_cost_a_quarter_of_nine_pairs(capsys):
+    """The best response against nine others: one row of P + 10C tokens beside nine pairs of P + 2C, which share their prompt."""
+    policy = policy_of("qwen2_5_vl", lora=True, attn_implementation=SEGMENTS).train()
+    pair, num = make_sample(policy), 10
+    responses = tuple(tuple(torch.randint(10, 60, (COMPLETION,)).tolist()) for _ in range(num))
+    row = EncodedPair(replace(pair, responses=responses), "row", tuple((0, worse) for worse in range(1, num)))
+    pairs = [EncodedPair(replace(pair, responses=(responses[0], worse)), "pair") for worse in responses[1:]]
+
+    def step(rows: list[EncodedPair]) -> None:
+        logps = policy([each.sample for each in rows])
+        synpo(pair_logprobs(rows, logps)).losses.mean().backward()
+
+    counted = []
+    for rows in ([row], pairs):
+        step(rows)
+        counted.append(count_flops(lambda rows=rows: step(rows)))
+    ratio, predicted = counted[0] / counted[1], (PREFIX + num * COMPLETION) / (9 * (PREFIX + 2 * COMPLETION))
+    with capsys.disabled():
+        print(
+            f"\nFLOPs of a row with {num} responses over nine pairs, prefix {PREFIX}, completions {COMPLETION}: counted "
+            f"{ratio:.3f}, by tokens of the language model alone {predicted:.3f}"
+        )
+    assert predicted < ratio <= 1 / 3

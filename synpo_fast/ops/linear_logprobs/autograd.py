@@ -61,7 +61,7 @@ class LinearLogprobs(torch.autograd.Function):
                 grads = traced_backward(coefficients, *tensors, *ctx.options, *needs, ctx.backend)
                 grads = tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
             else:
-                grads = backward(problem, coefficients, computed, needs, ctx.backend)
+                grads = backward(problem, coefficients, computed, needs, choose_at_run_time(hidden, ctx.backend))
             if grad_logsumexp is not None:
                 grads = _add_target_terms(problem, grads, grad_logsumexp, logps + logsumexp)
         grads = (None if grads[0] is None else grads[0].to(hidden.dtype), *grads[1:])

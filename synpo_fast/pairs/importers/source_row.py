@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,6 +14,9 @@ from synpo_fast.data.pair import Pair
 VIDEO_SUFFIXES = frozenset(
     [".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif", ".3gp", ".ogv"]
 )
+
+
+WORDS = {"rejected": ("first", "all"), "system": ("refuse", "fold", "drop"), "responses": ("pair", "all")}
 
 
 class Refused(ValueError):
@@ -65,6 +69,14 @@ class SourceRow:
             raise Refused(f"{key} is neither text nor a whole number", f"{value!r:.60}")
         return "" if value is None else str(value).strip()
 
+    def numbers(self, key: str, count: int) -> list[float | None]:
+        """A list of `count` numbers. An entry that is null, text or not finite becomes None."""
+        values = self.get(key)
+        if not isinstance(values, list) or len(values) != count:
+            raise Refused(f"{key} is not a list of {count} numbers", f"{values!r:.60}")
+        real = [not isinstance(each, bool) and isinstance(each, (int, float)) and isfinite(each) for each in values]
+        return [float(each) if good else None for each, good in zip(values, real, strict=True)]
+
     def refuse(self, *keys: str, because: str) -> None:
         """Refuses the row if one of the keys is not empty: the importer does not support what it means."""
         for key in keys:
@@ -81,14 +93,17 @@ class ImportOptions:
     rejected: for several rejected responses in a row, "first" makes one pair and "all" makes one pair for each.
     system: "refuse" a row with a system message, "fold" the message into the prompt (before it, with an empty line between), or
         "drop" it.
+    responses: for several scored answers in a row, "pair" makes a pair of the best and the worst, and "all" keeps them as
+        responses.
     """
 
     video_root: Path | None = None
     rejected: str = "first"
     system: str = "refuse"
+    responses: str = "pair"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("rejected", ("first", "all")), ("system", ("refuse", "fold", "drop"))):
+        for name, allowed in WORDS.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.video_root is not None and not self.video_root.is_dir():
