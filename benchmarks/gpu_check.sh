@@ -54,7 +54,7 @@ case $steps in *' rehearsal '*)
 esac
 
 case $steps in *' tests '*)
-  run tests python3 -m pytest tests/ops tests/test_fused.py tests/benchmarks -q -p no:cacheprovider --junitxml="$out/gpu_tests.xml" ;;
+  run tests python3 -m pytest tests/ops tests/fused tests/benchmarks -q -p no:cacheprovider --junitxml="$out/gpu_tests.xml" ;;
 esac
 
 case $steps in *' kernels '*)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from synpo_fast.fused import (
+        FusedLinearCrossEntropyLoss,
         FusedLinearDPOLoss,
+        FusedLinearKTOLoss,
         FusedLinearPreferenceLoss,
         FusedLinearSimPOLoss,
         FusedLinearSynPOLoss,
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _MODULES = {
+    "FusedLinearCrossEntropyLoss": "synpo_fast.fused",
     "FusedLinearDPOLoss": "synpo_fast.fused",
+    "FusedLinearKTOLoss": "synpo_fast.fused",
     "FusedLinearPreferenceLoss": "synpo_fast.fused",
     "FusedLinearSimPOLoss": "synpo_fast.fused",
     "FusedLinearSynPOLoss": "synpo_fast.fused",
@@ -46,7 +50,9 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "LOSSES",
+    "FusedLinearCrossEntropyLoss",
     "FusedLinearDPOLoss",
+    "FusedLinearKTOLoss",
     "FusedLinearPreferenceLoss",
     "FusedLinearSimPOLoss",
     "FusedLinearSynPOLoss",

@@ -10,10 +10,7 @@ import argparse
 import inspect
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,6 +27,7 @@ from triton.compiler import ASTSource
 if __package__ in (None, ""):  # started by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from benchmarks.head.machine_code import matrix_instructions, registers_and_spills, tile_instructions
 from benchmarks.head.shapes import find_shapes
 from synpo_fast.ops.linear_logprobs import triton_backward, triton_backward_kernels, triton_kernels, triton_launch
 from synpo_fast.ops.linear_logprobs.problem import Wanted, make_problem
@@ -53,7 +51,11 @@ POINTERS = {
 
 @dataclass
 class Report:
-    """The resources of one compiled kernel. `copy_engine`: it uses the tensor memory accelerator (TMA)."""
+    """The resources of one compiled kernel.
+
+    copy_engine: it uses the tensor memory accelerator (TMA). tile_instructions: instructions of a warp for one tile, without the
+    loop of the product.
+    """
 
     kernel: str
     arch: int
@@ -67,6 +69,7 @@ class Report:
     shared_limit: int
     matrix_instructions: dict[str, int]
     copy_engine: bool
+    tile_instructions: int
 
 
 @dataclass(frozen=True)
@@ -187,40 +190,12 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def spilled_bytes(ptx: str, arch: int) -> int:
-    """Bytes of spill loads and stores, as the assembler reports them."""
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if arch >= 100 else "ptxas")
-    if not ptxas.exists():
-        ptxas = ptxas.with_name("ptxas")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        target = re.search(r"\.target (\w+)", ptx)
-        assert target is not None
-        said = subprocess.run(
-            [str(ptxas), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(Path(folder) / "kernel.cubin")],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    return sum(int(count) for count in re.findall(r"(\d+) bytes spill", said.stderr + said.stdout))
-
-
-def matrix_instructions(ptx: str) -> dict[str, int]:
-    kinds = {"mma.sync": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma"}
-    return {name: count for name, pattern in kinds.items() if (count := len(re.findall(pattern, ptx)))}
-
-
 def compile_launch(launch: Launch, arch: int, shape: str) -> Report:
     source = source_of(launch)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     ptx = compiled.asm["ptx"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run(
-            [str(cuobjdump), "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers = re.search(r"REG:(\d+)", usage)
+    products = matrix_instructions(ptx)
+    registers, spilled = registers_and_spills(compiled.asm["cubin"])
     blocks = [f"{name.removeprefix('BLOCK_')}{value}" for name, value in launch.arguments.items() if "BLOCK" in name]
     return Report(
         kernel=launch.kernel.__name__,
@@ -229,12 +204,13 @@ def compile_launch(launch: Launch, arch: int, shape: str) -> Report:
         tile=" ".join(blocks),
         num_warps=compiled.metadata.num_warps,
         num_stages=compiled.metadata.num_stages,
-        registers=int(registers[1]) if registers else 0,
-        spilled_bytes=spilled_bytes(ptx, arch),
+        registers=registers,
+        spilled_bytes=spilled,
         shared_bytes=compiled.metadata.shared,
         shared_limit=SHARED_MEMORY[arch],
-        matrix_instructions=matrix_instructions(ptx),
+        matrix_instructions=products,
         copy_engine="cp.async.bulk.tensor" in ptx,
+        tile_instructions=tile_instructions(compiled.asm["cubin"]) if products else 0,
     )
 
 

@@ -129,7 +129,15 @@ class PairLogprobs:
         return cls(chosen, rejected, offsets, offsets)
 
     @classmethod
-    def from_padded(cls, logps: Tensor, mask: Tensor, *, preference: Tensor | None = None) -> PairLogprobs:
+    def from_padded(
+        cls,
+        logps: Tensor,
+        mask: Tensor,
+        *,
+        preference: Tensor | None = None,
+        unpaired: Tensor | None = None,
+        kl: Tensor | None = None,
+    ) -> PairLogprobs:
         """Builds the log-probs from logps [2P, T] and a bool mask of its real tokens, chosen half first (as in Liger and TRL).
 
         Needs no host sync on a GPU: the flat tensors keep P*T entries there, and the offsets mark the valid ones.
@@ -141,7 +149,8 @@ class PairLogprobs:
             )
         chosen, chosen_offsets = _compact(*(half.chunk(2)[0] for half in (logps, mask)))
         rejected, rejected_offsets = _compact(*(half.chunk(2)[1] for half in (logps, mask)))
-        return cls(chosen, rejected, chosen_offsets, rejected_offsets, preference=preference)
+        offsets = chosen_offsets, rejected_offsets
+        return cls(chosen, rejected, *offsets, preference=preference, unpaired=unpaired, kl=kl)
 
 
 @dataclass(frozen=True, eq=False)

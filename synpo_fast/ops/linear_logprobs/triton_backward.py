@@ -21,7 +21,7 @@ from synpo_fast.ops.linear_logprobs.triton_launch import (
     options,
     precision,
     row_major,
-    small_cut,
+    small_strip,
     tma_fits,
 )
 from synpo_fast.ops.linear_logprobs.triton_support import interpreting
@@ -90,9 +90,11 @@ class _HeadGrads:
         problem, (vocabulary, dim) = self.problem, self.weight.shape
         device, dtype = problem.hidden.device, problem.hidden.dtype
         rest = problem.labels.shape[0] - self.kept
-        columns = cut_weight_grad(rest, dim, vocabulary, dtype.itemsize, self.config) if rest else vocabulary
+        columns = (
+            cut_weight_grad(rest, dim, vocabulary, dtype.itemsize, self.config, self.programs) if rest else vocabulary
+        )
         if interpreting() and rest:
-            columns = small_cut(rest, vocabulary, self.config).columns
+            columns = small_strip(vocabulary, self.config)
         # Whole row tiles: the next product reads the rows after the last valid one, which then hold zeros.
         row_tiles = -(-rest // self.config.logit_grads.rows)
         logit_grads = torch.empty(row_tiles * self.config.logit_grads.rows, columns, dtype=dtype, device=device)

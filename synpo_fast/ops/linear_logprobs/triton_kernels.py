@@ -191,10 +191,10 @@ def _settle_rows_kernel(
     n = first_row + r
     if n < tl.load(count).to(tl.int32):
         t = tl.arange(0, BLOCK_T)
-        at = t * num_rows + r
+        tile_row = t * num_rows + r
         before = tl.load(top + n)
-        used = tl.load(tile_top + at, mask=t < tiles, other=float("-inf"))
-        sums = tl.load(tile_sum + at, mask=t < tiles, other=0.0)
+        used = tl.load(tile_top + tile_row, mask=t < tiles, other=float("-inf"))
+        sums = tl.load(tile_sum + tile_row, mask=t < tiles, other=0.0)
         after = tl.maximum(before, tl.max(used, 0))
         shrink = tl.exp(before - after)
         factors = tl.exp(used - after)
@@ -202,12 +202,12 @@ def _settle_rows_kernel(
         total = earlier * shrink + tl.sum(sums * factors, 0)
         if STATS:
             moved = tl.where(t < tiles, used - after, 0.0)
-            strip_dots = tl.load(tile_dots + at, mask=t < tiles, other=0.0) + moved * sums
+            strip_dots = tl.load(tile_dots + tile_row, mask=t < tiles, other=0.0) + moved * sums
             dot = (tl.load(dots + n) + (before - after) * earlier) * shrink + tl.sum(strip_dots * factors, 0)
-            highest = tl.load(tile_best + at, mask=t < tiles, other=-1e30)
+            highest = tl.load(tile_best + tile_row, mask=t < tiles, other=-1e30)
             best_before = tl.load(best + n)
             best_after = tl.maximum(best_before, tl.max(highest, 0))
-            square = tl.load(tile_squares + at, mask=t < tiles, other=0.0) * tl.exp(2.0 * (highest - best_after))
+            square = tl.load(tile_squares + tile_row, mask=t < tiles, other=0.0) * tl.exp(2.0 * (highest - best_after))
             square = tl.load(squares + n) * tl.exp(2.0 * (best_before - best_after)) + tl.sum(square, 0)
         # One thread stores what every warp has loaded, and every warp branches on its own load below.
         tl.debug_barrier()
@@ -334,4 +334,5 @@ def _finish_rows_kernel(
                     for split in range(splits):
                         pulled += tl.load(totals + (split * num_rows + r) * D + d, mask=d < D, other=0.0)
                     result = toward * w - away * pulled
+                    tl.debug_barrier()  # the sums may lie where the direction goes
                     tl.store(direction + n * D + d, result.to(direction.dtype.element_ty), mask=d < D)

@@ -9,6 +9,7 @@ The host reads no tensor here, so a call can be captured in a CUDA graph.
 """
 
 import functools
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -31,9 +32,13 @@ def num_programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def config_of(problem: Problem, weight: Tensor) -> KernelConfig:
+def config_of(problem: Problem, weight: Tensor, stats: bool = False) -> KernelConfig:
     simple = problem.softcap is None and tma_fits(weight)
-    return kernel_config(problem.hidden.dtype, capability(problem.hidden.device), simple=simple)
+    config = kernel_config(problem.hidden.dtype, capability(problem.hidden.device), simple=simple)
+    if stats and problem.softcap is not None and not config.copy_engine:
+        # With wider tiles or fewer warps sm_80 spills 32 to 96 bytes.
+        config = replace(config, logits=replace(config.logit_grads, num_warps=8))
+    return config
 
 
 def _limit(dtype: torch.dtype) -> float:
@@ -105,6 +110,20 @@ def _vectors(number: int, length: int, device: torch.device) -> Tensor:
     return torch.empty(number, -(-length // 4) * 4, dtype=torch.float32, device=device)[:, :length]
 
 
+def _padded(length: int, dtype: torch.dtype) -> int:
+    """Bytes of a buffer in a shared piece of memory, so that the next one starts on a boundary that the copy engine accepts."""
+    return -(-length * dtype.itemsize // 128) * 128
+
+
+def _carve(memory: Tensor, sizes: list[tuple[int, torch.dtype]]) -> list[Tensor]:
+    """Vectors of the given lengths and dtypes, one after another in `memory` (bytes)."""
+    starts = itertools.accumulate((_padded(*size) for size in sizes[:-1]), initial=0)
+    return [
+        memory[start : start + length * dtype.itemsize].view(dtype)
+        for start, (length, dtype) in zip(starts, sizes, strict=True)
+    ]
+
+
 def row_major(weight: Tensor) -> Tensor:
     return weight if weight.stride(1) == 1 else weight.contiguous()
 
@@ -118,7 +137,7 @@ def linear_logprobs_forward(problem: Problem, wanted: Wanted) -> Computed:
         device, dtype = problem.hidden.device, problem.hidden.dtype
         num_labels, (vocabulary, dim) = problem.labels.shape[0], problem.weight.shape
         weight = row_major(problem.weight)
-        config = config_of(problem, weight)
+        config = config_of(problem, weight, wanted.stats)
         whole = -(-vocabulary // config.logits.columns) * config.logits.columns
         kept = 0 if dtype == torch.float16 else min(wanted.keep_rows, num_labels)
         computed = Computed(
@@ -141,49 +160,61 @@ class _Forward:
         num_labels, (self.vocabulary, self.dim) = problem.labels.shape[0], problem.weight.shape
         self.problem, self.wanted, self.config = problem, wanted, config
         self.weight, self.programs = weight, num_programs(device)
-        self.cut = cut_forward(num_labels, self.dim, self.vocabulary, dtype.itemsize, config, self.programs)
+        kept, whole = computed.exponentials.shape
+        self.cuts = cut_forward(num_labels, self.dim, self.vocabulary, dtype.itemsize, config, self.programs, kept)
         if interpreting():
-            self.cut = small_cut(num_labels, self.vocabulary, config)
+            self.cuts = _small_cuts(num_labels, kept, self.vocabulary, config)
+        if not wanted.direction:  # nothing reads a strip, so it is not stored and spans the vocabulary
+            self.cuts = [replace(cut, columns=whole) for cut in self.cuts]
         self.rows = rows = CompactedRows(problem, self.weight, _headroom(dtype))
         # Directions overwrite the copied rows. In another dtype they are a tensor of their own, which also holds the sums.
         direction = rows.hidden if wanted.direction else computed.direction
-        in_place = wanted.direction and computed.direction.dtype != dtype
-        if in_place:
+        self.in_place = wanted.direction and computed.direction.dtype != dtype
+        if self.in_place:
             direction = torch.empty(num_labels, self.dim, dtype=computed.direction.dtype, device=device)
         self.computed = replace(computed, direction=direction)
-        self.sums: Tensor | None = None
-        if not in_place or self.cut.splits > 1:
-            summed = self.cut.rows if wanted.direction else 0
-            self.sums = torch.empty(self.cut.splits, summed, self.dim, dtype=torch.float32, device=device)
-        tiles = computed.exponentials.shape[1] // config.logits.columns
-        self.tile_top, self.tile_sum = _vectors(2, tiles * self.cut.rows, device)
-        self.moments: list[Tensor | None] = [None] * 3  # dots, best and squares, of rows and of tiles
-        self.tile_moments = self.moments
+        self.moments: list[Tensor | None] = [None] * 3  # dots, best and squares of rows
         if wanted.stats:
             dots, best, squares = _vectors(3, num_labels, device).zero_()
             self.moments = [dots, best.fill_(-1e30), squares]
-            self.tile_moments = list(_vectors(3, tiles * self.cut.rows, device))
 
     def run(self) -> Computed:
-        whole, kept = self.computed.exponentials.shape[1], self.computed.exponentials.shape[0]
-        num_labels = self.problem.labels.shape[0]
-        for first in range(0, kept, self.cut.rows):
-            self._block(first, self.computed.exponentials[first : first + min(self.cut.rows, kept - first)], None)
-        if kept < num_labels:
-            # Without a direction nothing reads the strip, so it is not stored and spans the vocabulary.
-            shape = (self.cut.rows, self.cut.columns) if self.wanted.direction else (0, whole)
-            strip = torch.empty(shape, dtype=self.rows.hidden.dtype, device=self.rows.hidden.device)
-            for first in range(kept, num_labels, self.cut.rows):
-                self._block(first, strip, min(self.cut.rows, num_labels - first))
+        kept = self.computed.exponentials.shape[0]
+        starts = list(itertools.accumulate((cut.rows for cut in self.cuts[:-1]), initial=0))
+        buffers = [self._buffers(cut, first < kept) for cut, first in zip(self.cuts, starts, strict=True)]
+        # All blocks use the same memory, each in its own way.
+        most = max(sum(_padded(length, dtype) for length, dtype in sizes) for sizes in buffers)
+        memory = torch.empty(most, dtype=torch.uint8, device=self.weight.device)
+        for cut, first, sizes in zip(self.cuts, starts, buffers, strict=True):
+            sums, strip, *tiles = _carve(memory, sizes)
+            if self._sums_in_place(cut):
+                sums = self.computed.direction[first : first + cut.rows]
+            if first < kept:
+                exponentials = self.computed.exponentials[first : first + cut.rows]
+            else:
+                exponentials = strip.view(cut.rows if self.wanted.direction else 0, cut.columns)
+            self._block(first, cut, exponentials, sums, tiles, first < kept)
         return self.computed
 
-    def _block(self, first: int, exponentials: Tensor, block: int | None) -> None:
-        """Computes the rows [first, first + block). block None: the exponentials are those to keep, and their rows the block."""
+    def _sums_in_place(self, cut: Cut) -> bool:
+        return self.in_place and cut.splits == 1
+
+    def _buffers(self, cut: Cut, is_kept: bool) -> list[tuple[int, torch.dtype]]:
+        """Lengths and dtypes of a block's partial sums, strip of exponentials, and vectors of each tile's rows."""
+        direction, fp32 = self.wanted.direction, torch.float32
+        summed = cut.splits * cut.rows * self.dim if direction and not self._sums_in_place(cut) else 0
+        stored = cut.rows * cut.columns if direction and not is_kept else 0
+        tiles = cut.rows * cut.columns // self.config.logits.columns
+        return [(summed, fp32), (stored, self.rows.hidden.dtype), *[(tiles, fp32)] * (5 if self.wanted.stats else 2)]
+
+    def _block(
+        self, first: int, cut: Cut, exponentials: Tensor, sums: Tensor, tiles: list[Tensor], is_kept: bool
+    ) -> None:
+        """Computes the rows [first, first + cut.rows). exponentials: those to keep, or memory for one strip, or of no rows."""
         problem, rows, config, computed = self.problem, self.rows, self.config, self.computed
-        is_kept = block is None
-        block = exponentials.shape[0] if block is None else block
+        block, splits = cut.rows, cut.splits
         columns, stored = exponentials.shape[1], exponentials.shape[0] > 0
-        sums = computed.direction[first : first + block] if self.sums is None else self.sums
+        tile_top, tile_sum, *tile_moments = tiles if self.wanted.stats else [*tiles, None, None, None]
         tma = config.copy_engine and tma_fits(rows.hidden, self.weight, *([exponentials] if stored else []))
         x = operand(rows.hidden, config.logits.rows, config.logits.depth, tma)
         w = operand(self.weight, config.logits.columns, config.logits.depth, tma)
@@ -192,9 +223,10 @@ class _Forward:
         w_in = operand(self.weight, config.weighted.depth, config.weighted.columns, tma)
         numbers = (problem.logit_scale, problem.softcap or 0.0)
         has_softcap, stats = problem.softcap is not None, self.wanted.stats
+        most_tiles = triton.next_power_of_2(computed.exponentials.shape[1] // config.logits.columns)
         for first_column in range(0, self.vocabulary, columns):
             kernels._exp_logits_forward_kernel[(self.programs,)](
-                x, w, problem.bias, rows.labels, rows.top, e_out, self.tile_top, self.tile_sum, *self.tile_moments,
+                x, w, problem.bias, rows.labels, rows.top, e_out, tile_top, tile_sum, *tile_moments,
                 rows.count, first, block, first_column, columns, self.vocabulary, self.dim, self.weight.stride(0),
                 *numbers, self.programs,
                 KEEP=stored, STATS=stats, HAS_BIAS=problem.bias is not None, HAS_SOFTCAP=has_softcap, TMA=tma,
@@ -204,18 +236,17 @@ class _Forward:
             )  # fmt: skip
             used = -(-min(columns, self.vocabulary - first_column) // config.logits.columns)
             kernels._settle_rows_kernel[(block,)](
-                rows.top, rows.others, *self.moments, self.tile_top, self.tile_sum, *self.tile_moments,
+                rows.top, rows.others, *self.moments, tile_top, tile_sum, *tile_moments,
                 exponentials, sums, rows.count, first, block, columns, self.dim,
-                used, self.cut.splits if first_column and self.wanted.direction else 0,
-                KEEP=stored, STATS=stats,
-                BLOCK_T=triton.next_power_of_2(computed.exponentials.shape[1] // config.logits.columns),
-                BLOCK_V=config.logits.columns, BLOCK_D=block_dim(self.dim),
+                used, splits if first_column and self.wanted.direction else 0,
+                KEEP=stored, STATS=stats, BLOCK_T=most_tiles, BLOCK_V=config.logits.columns,
+                BLOCK_D=block_dim(self.dim), num_warps=8,
             )  # fmt: skip
             if self.wanted.direction:
                 kernels._weighted_rows_kernel[(self.programs,)](
                     e_in, w_in, sums, rows.count, first, block, first_column, columns, self.vocabulary, self.dim,
-                    self.weight.stride(0), self.cut.splits, self.programs,
-                    FIRST=first_column == 0, SPLIT=self.cut.splits > 1, TMA=tma,
+                    self.weight.stride(0), splits, self.programs,
+                    FIRST=first_column == 0, SPLIT=splits > 1, TMA=tma,
                     PRECISION=precision(rows.hidden.dtype), BLOCK_N=config.weighted.rows,
                     BLOCK_D=config.weighted.columns, BLOCK_V=config.weighted.depth,
                     GROUP=config.weighted.group, **options(config.weighted),
@@ -224,13 +255,23 @@ class _Forward:
         kernels._finish_rows_kernel[(problem.labels.shape[0],)](
             self.weight, problem.labels, rows.labels, rows.place, rows.target, rows.top, rows.others, *self.moments, sums,
             computed.logps, computed.normalisers, computed.direction, exponentials, computed.stats,
-            first, block, columns, self.dim, self.cut.splits, self.weight.stride(0), *numbers, problem.ignore_index,
+            first, block, columns, self.dim, splits, self.weight.stride(0), *numbers, problem.ignore_index,
             DIRECTION=self.wanted.direction, KEPT=is_kept, STATS=stats, HAS_SOFTCAP=has_softcap,
             BLOCK_D=block_dim(self.dim),
         )  # fmt: skip
 
 
-def small_cut(num_rows: int, vocabulary: int, config: KernelConfig) -> Cut:
-    """Split for the interpreter: several blocks, strips and partial sums even for the few rows of a test."""
-    strip = min(-(-vocabulary // (2 * config.logits.columns)) * 2, 4) * config.logits.columns
-    return Cut(rows=min(num_rows, 2 * config.logits.rows), columns=strip, splits=2)
+def small_strip(vocabulary: int, config: KernelConfig) -> int:
+    """Columns of a strip for the interpreter: several strips and partial sums even for the small vocabulary of a test."""
+    return min(-(-vocabulary // (2 * config.logits.columns)) * 2, 4) * config.logits.columns
+
+
+def _small_cuts(num_rows: int, kept: int, vocabulary: int, config: KernelConfig) -> list[Cut]:
+    """Blocks for the interpreter: several even for the few rows of a test, with one and two partial sums by turns."""
+    block, strip = 2 * config.logits.rows, small_strip(vocabulary, config)
+    whole = -(-vocabulary // config.logits.columns) * config.logits.columns
+    starts = [*range(0, kept, block), *range(kept, num_rows, block)]
+    return [
+        Cut(end - start, whole if start < kept else strip, 2 - index % 2)
+        for index, (start, end) in enumerate(itertools.pairwise([*starts, num_rows]))
+    ]

@@ -24,13 +24,11 @@ for softcap in (None, 30.0):
             found[launch.kernel.__name__, softcap].add(compiled_code.specialisation(launch))
 print(json.dumps([[name, softcap, sorted(keys)] for (name, softcap), keys in found.items()]))
 """
-# Without and with: exponentials stored (two kinds of them), earlier partial sums, split sums, a target's entry.
+# Without and with: exponentials stored, statistics, a direction (in fp32), a target's entry, earlier sums, split sums, kept rows.
 VARIANTS = {
-    "_exp_logits_forward_kernel": 3,
-    "_weighted_rows_kernel": 4,
-    "_settle_rows_kernel": 2,
-    "_finish_rows_kernel": 3,
-}
+    "_exp_logits_forward_kernel": 3, "_settle_rows_kernel": 3, "_weighted_rows_kernel": 4, "_finish_rows_kernel": 5,
+    "_weight_grad_backward_kernel": 3, "_scale_rows_backward_kernel": 2,
+}  # fmt: skip
 
 
 def test_lengths_share_their_compiled_kernels():
