@@ -56,7 +56,7 @@ def test_weights_of_wpo_reach_the_loss():
     policy, reference = PairLogprobs.from_pairs(LOGPS), PairLogprobs.from_pairs(REFERENCE)
     weights = wpo_weights(policy, PairLogprobs.from_pairs(squares))
     expected = preference_loss("dpo", policy, reference, pair_weights=weights).losses
-    found = module.loss_of_logps(PAIRS, LOGPS, REFERENCE, squares).losses
+    found = module.loss_of_logps(PAIRS, LOGPS, REFERENCE, log_sum_sq_probs=squares).losses
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert not found.equal(module.loss_of_logps(PAIRS, LOGPS, REFERENCE).losses)
     with pytest.raises(ValueError, match=r"log_sum_sq_probs has .* \(1, 3, 2\), the policy \(2, 4, 6\)"):
