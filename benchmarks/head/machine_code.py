@@ -52,11 +52,10 @@ def tile_instructions(cubin: bytes) -> int:
                 loops.append((labels[jump[1]], len(lines)))
             lines.append(found[1])
     products = [n for n, line in enumerate(lines) if re.search(rf"\b({'|'.join(MATRIX_OPERATIONS)})[. ]", line)]
-    around = [(first, last) for first, last in loops if any(first <= n <= last for n in products)]
-    inner = [
-        (first, last)
-        for first, last in around
-        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in around)
-    ]
-    outer = max((last - first for first, last in around), default=0)
-    return outer - sum(last - first for first, last in inner) if len(around) > len(inner) else 0
+    length = inner = 0
+    covered: set[int] = set()
+    for length, first in sorted((last - first, first) for first, last in loops):
+        inside = {n for n in products if first <= n <= first + length}
+        if inside and not inside & covered:  # the shortest loop around these instructions is a product's
+            inner, covered = inner + length, covered | inside
+    return max(0, length - inner) if covered else 0

@@ -77,7 +77,7 @@ EPILOGUES = {
 
 
 def test_epilogues_cost_what_the_model_of_time_assumes(reports):
-    """Cycles per element of a wide tile at one instruction per cycle on each of four schedulers, in each kernel's plainest form."""
+    """Cycles per element of a wide tile at one instruction per cycle on each of four schedulers, in a kernel's plainest form."""
     arch, found = reports
     cycles: dict[str, float] = {}
     for report in found:
