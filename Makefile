@@ -4,7 +4,7 @@
 # make demo        trains a tiny model from scratch, with SynPO and with DPO, and writes a report; 4 to 5 minutes on 2 cores (DEMO_ARGS="--seed 1")
 # make demo-loss   measures the fused SynPO loss beside eager torch on this machine
 # make rehearse    runs the steps of a GPU run on a simulated GPU; needs a second environment with torch for CUDA (5 GB)
-# make docs        writes docs/reference.md from the docstrings and the option tables of docs/training.md; examples/*.py are run by the tests
+# make docs        writes docs/reference.md from the docstrings, the option tables of docs/training.md and the head's tables of benchmarks/README.md; examples/*.py are run by the tests
 # make lint        checks the code with ruff
 # make types       checks the types with mypy
 # make format      formats the code with ruff
@@ -79,6 +79,7 @@ demo-loss: $(READY)
 docs: $(READY)
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_options.py
+	$(BIN)/python benchmarks/head/readme_table.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -25,6 +25,8 @@ PACKAGES = (
     "cut-cross-entropy",
     "trl",
     "quack-kernels",
+    "nvidia-cutlass-dsl",
+    "cuda-tile",
     "deepspeed",
     "peft",
     "av",

@@ -3,12 +3,14 @@
 The first call of each contestant is checked; it also compiles and tunes. Then its memory is measured. After the timed rounds
 one more call is checked, to find results that are only sometimes right. Time and memory are reported only for contestants that
 passed both checks.
+
+A contestant with several settings competes with the fastest one whose result is right, found before the timed rounds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -61,6 +63,7 @@ class Row:
     error: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     samples: list[float] = field(default_factory=list)
+    tried: list[dict[str, Any]] = field(default_factory=list)  # settings compared beforehand, with their times
     skipped: str | None = None
     faulty: bool = False  # wrong or crashed, as opposed to not available
 
@@ -103,20 +106,57 @@ def judge_row(row: Row, judge: Judge) -> None:
             row.fail(f"WRONG: {reason}", faulty=True)
 
 
+Timer = Callable[[Callable[[], Any]], float]
+
+
+def keep_the_fastest(
+    row: Row, steps: Sequence[Step], judge: Judge, options: Options, timer: Timer | None = None
+) -> None:
+    """Gives the row the fastest of several steps whose result is right, or the reason of the first if none is."""
+    candidates = [Row(row.name, step.setting, step) for step in steps]
+    for candidate in candidates:
+        judge_row(candidate, judge)
+    calls = {str(i): candidate.step.run for i, candidate in enumerate(candidates) if candidate.step is not None}
+    samples = interleave(calls, rounds=3, device=options.device, cold_l2=options.cold_l2, min_rounds=2, timer=timer,
+                         budget_seconds=options.budget_seconds / 10)  # fmt: skip
+    for i, candidate in enumerate(candidates):
+        seconds = min(samples[str(i)]) if str(i) in samples else None
+        row.tried.append({"setting": candidate.setting, "seconds": seconds, "skipped": candidate.skipped})
+    if samples:
+        best = candidates[int(min(samples, key=lambda i: min(samples[i])))]
+    else:
+        best = candidates[0]
+    row.step, row.setting, row.error = best.step, best.setting, best.error
+    row.skipped, row.faulty = best.skipped, best.faulty
+
+
+def prepare_row(
+    row: Row, make: Callable[[], Step | Sequence[Step]], judge: Judge, options: Options, timer: Timer | None
+) -> None:
+    """Makes the row's step and checks its result. Of several steps it takes the fastest right one."""
+    made = attempt(row, make)
+    if made is None:
+        return
+    steps = [made] if isinstance(made, Step) else list(made)
+    if len(steps) > 1:
+        keep_the_fastest(row, steps, judge, options, timer)
+    else:
+        row.step, row.setting = steps[0], steps[0].setting
+        judge_row(row, judge)
+
+
 def run_contest(
-    prepare: dict[str, Callable[[], Step]],
+    prepare: Mapping[str, Callable[[], Step | Sequence[Step]]],
     judge: Judge,
     *,
     floor: str,
     options: Options,
-    timer: Callable[[Callable[[], Any]], float] | None = None,
+    timer: Timer | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs one case and returns its rows for the JSON, in the order of `prepare`, which makes each contestant's step."""
+    """Runs one case and returns its rows for the JSON, in the order of `prepare`, which makes each contestant's step or steps."""
     rows = [Row(name) for name in prepare]
     for row in rows:
-        row.step = attempt(row, prepare[row.name])
-        row.setting = row.step.setting if row.step is not None else ""
-        judge_row(row, judge)
+        prepare_row(row, prepare[row.name], judge, options, timer)
         if row.step is not None and row.step.exact:
             row.memory = attempt(row, partial(peak_extra_memory, row.step.run, options.device)) or {}
     steps = {row.name: row.step.run for row in rows if row.step is not None}
@@ -149,6 +189,8 @@ def row_record(row: Row, floor: list[float] | None) -> dict[str, Any]:
         "skipped": row.skipped,
         "faulty": row.faulty,
     }
+    if row.tried:
+        record["tried"] = row.tried
     if shown:
         timing = summarise(row.samples)
         record["seconds"] = {

@@ -16,7 +16,9 @@
 # Nothing is downloaded. Environment variables:
 #   SYNPO_FAST_NATIVE=0   does not build the C++ extension, which no GPU figure needs
 #   KERNELS_SECONDS       seconds after which the kernel table starts no new case (420)
-#   KERNELS_ARGS          further arguments of kernels.py; a repeated option replaces ours: KERNELS_ARGS='--valid_rows 512 --shapes qwen2.5-7b'
+#   KERNELS_ARGS          further arguments of kernels.py; a repeated option replaces ours: KERNELS_ARGS='--valid_rows 512 --shapes qwen2.5-7b'.
+#                         We leave out torch.compile's max-autotune, which tunes for up to a minute in each case; KERNELS_ARGS='--without
+#                         --shapes qwen2.5-7b --valid_rows 4096 --valid 1' measures it, too
 #   THROUGHPUT_ARGS       further arguments of throughput.py: THROUGHPUT_ARGS='--sweep ratio --plot pictures'
 set -uo pipefail
 
@@ -52,13 +54,13 @@ case $steps in *' rehearsal '*)
 esac
 
 case $steps in *' tests '*)
-  run tests python3 -m pytest tests/ops tests/test_fused.py tests/benchmarks -q -p no:cacheprovider --junitxml="$out/gpu_tests.xml" ;;
+  run tests python3 -m pytest tests/ops tests/fused tests/benchmarks -q -p no:cacheprovider --junitxml="$out/gpu_tests.xml" ;;
 esac
 
 case $steps in *' kernels '*)
   # shellcheck disable=SC2086
   run kernels python3 benchmarks/kernels.py --device cuda --shapes headline --valid_rows 4096 16384 512 --valid 0.25 1 \
-    --head frozen trainable --dtype bf16 --rounds 11 --budget 4 --time_limit "${KERNELS_SECONDS:-420}" \
+    --head frozen trainable --dtype bf16 --rounds 11 --budget 4 --time_limit "${KERNELS_SECONDS:-420}" --without torch-compile-max-autotune \
     --json "$out/kernels.json" ${KERNELS_ARGS:-}
   if [ ! -f "$out/kernels.json" ]; then
     echo '== pictures: skipped, there is no kernels.json' | tee -a "$log"

@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py                                     a small case on a CPU, model shapes on a GPU
     python benchmarks/kernels.py --shapes qwen2.5-7b 1024x50000 --valid_rows 4096 --valid 0.25 1 --head frozen trainable
+    python benchmarks/kernels.py --head trainable --mode no_grad --shapes 576x49152 --valid_rows 256 --dtype bf16
     python benchmarks/kernels.py --pairs                             whole SimPO losses on pairs: Liger's and ours
 
 All contestants compute the same: log-probs of the labels that are not ignored, then (mode train) the gradients for one
@@ -11,6 +12,7 @@ fixed upstream gradient. README.md beside this file describes each of them.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -35,7 +37,8 @@ from benchmarks.common import (
 )
 from benchmarks.contest import Options, run_contest
 from benchmarks.head.problem import DTYPES, Inputs, errors, fp64_truth, make_inputs, why_wrong
-from benchmarks.head.providers import BASELINE, DEFAULT, FLOOR, OURS, PROVIDERS, Provider
+from benchmarks.head.providers import DEFAULT, FLOOR, OURS, PROVIDERS, Provider, computes
+from benchmarks.head.providers.torch_only import eager_valid_rows
 from benchmarks.head.shapes import GROUPS, SHAPES, Shape, find_shapes
 
 # fp64 is slow on a CPU; a GPU can check more rows.
@@ -68,8 +71,7 @@ def run_problem(
         # Without gradients a frozen and a trainable head are the same case.
         for head in heads if mode == "train" else heads[:1]:
             case = inputs.case(head=head, mode=mode)
-            baseline = PROVIDERS[BASELINE](case).run()
-            assert baseline is not None
+            baseline = eager_valid_rows(case).run()
             eager = errors(baseline, truth, case)
             del baseline
 
@@ -82,6 +84,9 @@ def run_problem(
             rows = run_contest(
                 {name: partial(make, case) for name, make in providers.items()}, judge, floor=FLOOR, options=options
             )
+            for row in rows:
+                if row["name"] in PROVIDERS:
+                    row["computes"] = asdict(computes(row["name"], options.device.type))
             torch.compiler.reset()  # otherwise later cases reach the recompile limit
             yield {
                 "shape": problem.shape.name,
@@ -159,6 +164,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="dtype of hidden states and head")
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), metavar="NAME", help=", ".join(PROVIDERS))
+    parser.add_argument(
+        "--without", nargs="*", choices=list(PROVIDERS), default=[], metavar="NAME", help="leave out these providers"
+    )
     parser.add_argument("--rounds", type=int, metavar="K", help="timed rounds of a case (CPU: 5, GPU: 15)")
     parser.add_argument(
         "--budget", type=float, default=60.0, metavar="SECONDS", help="end the rounds after this, not before the third"
@@ -183,7 +191,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     gpu = args.device.type == "cuda"
     args.shapes = args.shapes or (["headline"] if gpu else ["cpu-small"])
     args.valid = args.valid or [0.25]
-    args.head = args.head or (["frozen", "trainable"] if gpu else ["frozen"])
+    args.head = args.head or ["frozen", "trainable"]
     args.dtype = args.dtype or (["bf16"] if gpu else ["bf16", "fp32"])
     args.rounds = args.rounds or (15 if gpu else 5)
     if args.rows is None and args.valid_rows is None:
@@ -222,7 +230,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables, writes JSON and pictures. Returns 1 if one of our own contestants was wrong or crashed."""
     args = parse(argv)
     options = Options(args.device, args.rounds, args.budget, args.cold_l2, args.seed)
-    record: dict[str, Any] = {"environment": environment(args.device), "cases": [], "left_out": []}
+    record: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/kernels.py", *(sys.argv[1:] if argv is None else argv)]),
+        "environment": environment(args.device),
+        "cases": [],
+        "left_out": [],
+    }
     load, cores = record["environment"].get("load_average", [0.0])[0], record["environment"]["cores"]
     if args.device.type == "cpu" and load > 0.5 * cores:
         print(f"the machine is busy (load {load:.1f} on {cores} cores): even the ratios may be off\n", file=sys.stderr)
@@ -233,7 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for comparison in record["pairs"]:
             print(pairs_table(comparison), flush=True)
     else:
-        providers = {name: PROVIDERS[name] for name in args.providers or DEFAULT[args.device.type]}
+        names = args.providers or DEFAULT[args.device.type]
+        providers = {name: PROVIDERS[name] for name in names if name not in args.without}
         start = time.perf_counter()
         for problem in problems(args):
             if time.perf_counter() - start > args.time_limit:

@@ -2,26 +2,23 @@
 #include <torch/library.h>
 
 #include "linear_logprobs.h"
-#include "pair_loss.h"
 #include "yuv_to_rgb.h"
 
 TORCH_LIBRARY(synpo_fast_native, m) {
   // lp = log softmax(f(hidden W^T + bias))[label], f(z) = softcap * tanh(z * logit_scale / softcap). Every label is valid.
-  // Returns lp [N] and normalisers (a, b) [N, 2] in fp32, where softmax = exp(z - a) / b. With want_direction also returns the direction
-  // d lp / d hidden [N, D], otherwise an empty tensor. With keep_exponentials also returns E [N, V]: -c_n / b_n E_nv (times logit_scale
-  // without a softcap) is the gradient of c_n lp_n with respect to the raw logit v, including v = target.
+  // Writes lp [N] and normalisers (a, b) [N, 2], where softmax = exp(z - a) / b, and those of the others that are not empty:
+  // the direction d lp / d hidden [N, D] (bf16 or fp32 for bf16 inputs, otherwise fp32);
+  // E [k, V] of the first k rows: -c_n / b_n E_nv (times logit_scale without a softcap) is the gradient of c_n lp_n with respect to the
+  // raw logit v, including v = target;
+  // stats [N, 4]: log sum exp z, entropy, 1 if no logit exceeds the label's, log sum of squared probabilities.
   m.def(
       "linear_logprobs_forward(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float logit_scale, "
-      "float? softcap, bool want_direction, bool keep_exponentials=False) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float? softcap, Tensor(a!) logps, Tensor(b!) normalisers, Tensor(c!) direction, Tensor(d!) exponentials, "
+      "Tensor(e!) stats) -> ()");
   // Returns the gradients of sum_n coefficients_n * lp_n with respect to weight and, with want_bias, bias (otherwise an empty tensor).
   m.def(
       "linear_logprobs_weight_grad(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float logit_scale, "
       "float? softcap, Tensor logps, Tensor normalisers, Tensor coefficients, bool want_bias) -> (Tensor, Tensor)");
-  // Returns the loss of each pair [P], statistics [5, P] (mean lp of both responses, geometric means of both, arithmetic mean of the
-  // chosen one), d loss / d lp of each token [N], and the number of pairs [1] that were skipped because a response was empty.
-  m.def(
-      "synpo_pair_loss(Tensor logps, Tensor chosen_offsets, Tensor rejected_offsets, Tensor? mask, float alpha, "
-      "float beta, bool logsigmoid) -> (Tensor, Tensor, Tensor, Tensor)");
   // Converts an 8-bit 4:2:0 picture, given as planes with row strides, to RGB in out [H, W, 3]. red_weight and blue_weight are the weights of
   // red and blue in luma.
   m.def(
@@ -32,6 +29,5 @@ TORCH_LIBRARY(synpo_fast_native, m) {
 TORCH_LIBRARY_IMPL(synpo_fast_native, CPU, m) {
   m.impl("linear_logprobs_forward", &synpo_fast::linear_logprobs_forward);
   m.impl("linear_logprobs_weight_grad", &synpo_fast::linear_logprobs_weight_grad);
-  m.impl("synpo_pair_loss", &synpo_fast::synpo_pair_loss);
   m.impl("yuv420_to_rgb", &synpo_fast::yuv420_to_rgb);
 }

@@ -112,12 +112,16 @@ struct RowState {
   float target;  // z_ny
   float top;     // m: the reference of the exponentials
   float others;  // S
+  // Only with statistics: the sums over v != y of e (z - m) and of e^2, where e = exp(z - m).
+  float weighted;
+  float squares;
 };
 
 // Softmax pass over one row of a tile: updates the state and, with `keep`, overwrites the logits with exp(z - m) (target: 0), times z' if
 // there is a softcap. Returns the factor by which earlier partial sums must be multiplied.
-template <typename T>
+template <bool kStats, typename T>
 float softmax_row(T* tile, const T* bias, float* z, int64_t n, int64_t target, bool keep, const Softmax& f, RowState& s) {
+  const Vec nothing(-std::numeric_limits<float>::infinity());
   float top = unpack_row(tile, bias, z, n, f);
   if (target >= 0 && target < n) {
     z[target] = -std::numeric_limits<float>::infinity();
@@ -128,23 +132,46 @@ float softmax_row(T* tile, const T* bias, float* z, int64_t n, int64_t target, b
   float shrink = 1.f;
   if (top > s.top) {
     shrink = std::exp(s.top - top);
+    if constexpr (kStats) {
+      s.weighted = shrink == 0.f ? 0.f : shrink * (s.weighted + (s.top - top) * s.others);
+      s.squares *= shrink * shrink;
+    }
     s.top = top;
   }
-  Vec sum(0.f), reference(s.top);
+  Vec sum(0.f), weighted(0.f), squares(0.f), reference(s.top);
   each_vector(n, [&](int64_t i, int64_t k) {
     Vec x = Vec::loadu(z + i);
-    Vec e = (x - reference).exp();
+    Vec below = x - reference;
+    Vec e = below.exp();
     sum = sum + e;
+    if constexpr (kStats) {
+      weighted = at::vec::fmadd(e, at::vec::maximum(below, Vec(-1e4f)), weighted);  // e is 0 there, and 0 * -inf would be NaN
+      squares = at::vec::fmadd(e, e, squares);
+    }
     if (!keep) return;
     if (f.softcap != 0.f) {
       e = e * f.slope(x);
       // The padding and the target hold -inf, where the slope is NaN.
-      e = Vec::blendv(e, Vec(0.f), x == Vec(-std::numeric_limits<float>::infinity()));
+      e = Vec::blendv(e, Vec(0.f), x == nothing);
     }
     store(tile + i, e, k);
   });
-  s.others = s.others * shrink + at::vec::vec_reduce_all<float>([](Vec x, Vec y) { return x + y; }, sum);
+  const auto total = [](Vec x) { return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, x); };
+  s.others = s.others * shrink + total(sum);
+  if constexpr (kStats) {
+    s.weighted += total(weighted);
+    s.squares += total(squares);
+  }
   return shrink;
+}
+
+// log sum exp z, entropy, 1 if no logit exceeds the label's, log sum of squared probabilities.
+void write_stats(float* out, const RowState& s) {
+  const float below = s.target - s.top, e = std::exp(below), total = s.others + e, log_total = std::log(total);
+  out[0] = s.top + log_total;
+  out[1] = log_total - (s.weighted + (e == 0.f ? 0.f : e * below)) / total;
+  out[2] = s.target == s.top ? 1.f : 0.f;
+  out[3] = std::log(s.squares + e * e) - 2.f * log_total;
 }
 
 // The weight in vocabulary tiles, converted to the dtype of the GEMMs (fp32 for fp16 inputs).
@@ -186,34 +213,36 @@ void settle_exponentials(
   });
 }
 
-// Computes one block of rows: fills logps and normalisers and, if requested, the direction and the exponentials.
-template <typename T, typename W>
+// Computes one block of rows: fills logps and normalisers and, if they are not empty, the direction, the exponentials and the statistics.
+// T is the type of the products, W that of the inputs, R that of the direction.
+template <typename T, typename W, typename R>
 void forward_block(
     const at::Tensor& hidden, const at::Tensor& hidden_gemm, const Tiles& tiles, const at::Tensor& labels,
-    const at::Tensor* bias, const Softmax& f, bool keep, const at::Tensor& logps, const at::Tensor& normalisers,
-    const at::Tensor& direction, const at::Tensor& exponentials) {
+    const at::Tensor* bias, const Softmax& f, const at::Tensor& logps, const at::Tensor& normalisers,
+    const at::Tensor& direction, const at::Tensor& exponentials, const at::Tensor& stats) {
   const int64_t N = hidden.size(0), D = hidden.size(1), V = tiles.weight.size(0), columns = tiles.columns;
   const int64_t* label = labels.const_data_ptr<int64_t>();
   const W* x = hidden.const_data_ptr<W>();
   const W* w = tiles.weight.const_data_ptr<W>();
   const int64_t w_stride = tiles.weight.stride(0);
   const T* b = bias ? bias->const_data_ptr<T>() : nullptr;
+  const bool weigh = direction.numel() > 0, keep_all = exponentials.numel() > 0, want_stats = stats.numel() > 0;
+  const bool keep = weigh || keep_all;
 
   std::vector<RowState> state(N);
   at::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       float raw = dot(x + n * D, w + label[n] * w_stride, D) + (b ? static_cast<float>(b[label[n]]) : 0.f);
       float z = f.value(raw);
-      state[n] = {z, z, 0.f};
+      state[n] = {z, z, 0.f, 0.f, 0.f};
     }
   });
 
   auto options = hidden_gemm.options();
-  const bool keep_all = exponentials.numel() > 0;
   at::Tensor buffer = at::empty({keep_all ? 0 : N * columns}, options);
   std::vector<float> tile_top(keep_all ? (V + columns - 1) / columns * N : 0);
-  at::Tensor partial = keep ? at::empty({N, D}, options) : at::Tensor();
-  at::Tensor total = keep ? at::zeros({N, D}, options.dtype(at::kFloat)) : at::Tensor();
+  at::Tensor partial = weigh ? at::empty({N, D}, options) : at::Tensor();
+  at::Tensor total = weigh ? at::zeros({N, D}, options.dtype(at::kFloat)) : at::Tensor();
   std::vector<float> shrink(N);
 
   for (int64_t v0 = 0; v0 < V; v0 += columns) {
@@ -227,12 +256,14 @@ void forward_block(
     at::parallel_for(0, N, 4, [&](int64_t begin, int64_t end) {
       std::vector<float> row(width + Vec::size());
       for (int64_t n = begin; n < end; ++n) {
-        shrink[n] =
-            softmax_row(z + n * stride, b ? b + v0 : nullptr, row.data(), width, label[n] - v0, keep, f, state[n]);
+        T* logits = z + n * stride;
+        const T* shift = b ? b + v0 : nullptr;
+        shrink[n] = want_stats ? softmax_row<true>(logits, shift, row.data(), width, label[n] - v0, keep, f, state[n])
+                               : softmax_row<false>(logits, shift, row.data(), width, label[n] - v0, keep, f, state[n]);
         if (reference) reference[n] = state[n].top;
       }
     });
-    if (!keep) continue;
+    if (!weigh) continue;
     at::mm_out(partial, tile, strip);
     const T* p = partial.const_data_ptr<T>();
     float* u = total.mutable_data_ptr<float>();
@@ -250,8 +281,9 @@ void forward_block(
 
   float* lp = logps.mutable_data_ptr<float>();
   float* normaliser = normalisers.mutable_data_ptr<float>();
-  W* out = keep ? direction.mutable_data_ptr<W>() : nullptr;
-  const float* u = keep ? total.const_data_ptr<float>() : nullptr;
+  R* out = weigh ? direction.mutable_data_ptr<R>() : nullptr;
+  float* stat = want_stats ? stats.mutable_data_ptr<float>() : nullptr;
+  const float* u = weigh ? total.const_data_ptr<float>() : nullptr;
   const float slope_scale = f.softcap == 0.f ? f.scale : 1.f;  // the part of z' that the softmax pass did not apply
   at::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
@@ -261,7 +293,8 @@ void forward_block(
       lp[n] = s.target == s.top ? -std::log1p(s.others) : (s.target - s.top) - std::log(sum);
       normaliser[2 * n] = s.top;
       normaliser[2 * n + 1] = sum;
-      if (!keep) continue;
+      if (want_stats) write_stats(stat + 4 * n, s);
+      if (!weigh) continue;
       const Vec toward(s.others / sum * f.slope(s.target)), away(-slope_scale / sum);
       const W* row = w + label[n] * w_stride;
       each_vector(D, [&](int64_t i, int64_t k) {
@@ -288,9 +321,14 @@ void check_inputs(const at::Tensor& hidden, const at::Tensor& weight, const at::
   }
 }
 
+void check_output(const char* name, const at::Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(t.sizes() == sizes && t.scalar_type() == dtype && t.is_contiguous(),
+      name, " must be contiguous, ", dtype, " ", sizes, ", got ", t.scalar_type(), " ", t.sizes());
+}
+
 template <typename Body>
 void dispatch(at::ScalarType dtype, Body body) {
-  // body(gemm type, input type)
+  // body(type of the products, of the inputs)
   switch (dtype) {
     case at::kFloat: return body(float{}, float{});
     case at::kBFloat16: return body(at::BFloat16{}, at::BFloat16{});
@@ -301,40 +339,41 @@ void dispatch(at::ScalarType dtype, Body body) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logprobs_forward(
+void linear_logprobs_forward(
     const at::Tensor& hidden_in, const at::Tensor& weight_in, const at::Tensor& labels_in,
-    const std::optional<at::Tensor>& bias_in, double logit_scale, std::optional<double> softcap, bool want_direction,
-    bool keep_exponentials) {
+    const std::optional<at::Tensor>& bias_in, double logit_scale, std::optional<double> softcap, at::Tensor logps,
+    at::Tensor normalisers, at::Tensor direction, at::Tensor exponentials, at::Tensor stats) {
   at::AutoDispatchBelowADInplaceOrView guard;
   at::Tensor labels = labels_in.contiguous();
   check_inputs(hidden_in, weight_in, labels, bias_in);
   at::Tensor hidden = hidden_in.contiguous(), weight = unit_stride_rows(weight_in);
-  const int64_t N = hidden.size(0), D = hidden.size(1);
-  at::Tensor logps = at::empty({N}, hidden.options().dtype(at::kFloat));
-  at::Tensor normalisers = at::empty({N, 2}, logps.options());
-  at::Tensor direction = at::empty({want_direction ? N : 0, D}, hidden.options());
-  at::Tensor exponentials = at::empty({0, 0}, hidden.options());
-  TORCH_CHECK_VALUE(want_direction || !keep_exponentials, "the exponentials are kept for a gradient: want_direction must be true");
+  const int64_t N = hidden.size(0), D = hidden.size(1), V = weight.size(0), kept = exponentials.size(0);
+  check_output("logps", logps, {N}, at::kFloat);
+  check_output("normalisers", normalisers, {N, 2}, at::kFloat);
+  if (stats.size(0)) check_output("stats", stats, {N, 4}, at::kFloat);
   const Softmax f{static_cast<float>(logit_scale), static_cast<float>(softcap.value_or(0.0))};
 
   dispatch(hidden.scalar_type(), [&](auto gemm, auto input) {
     using T = decltype(gemm);
     using W = decltype(input);
     const auto gemm_dtype = c10::CppTypeToScalarType<T>::value;
-    if (keep_exponentials) exponentials = at::empty({N, weight.size(0)}, hidden.options().dtype(gemm_dtype));
+    // 16-bit inputs may get a direction in fp32. fp16 inputs must, because fp16 has too small a range for it.
+    const bool wide = direction.scalar_type() == at::kFloat;
+    if (direction.size(0)) check_output("direction", direction, {N, D}, wide ? at::kFloat : gemm_dtype);
+    if (kept) check_output("exponentials", exponentials, {kept, V}, gemm_dtype);
+    TORCH_CHECK_VALUE(kept <= N, "exponentials of ", kept, " rows cannot be kept: there are ", N);
     std::optional<at::Tensor> bias;
     if (bias_in) bias = bias_in->to(gemm_dtype).contiguous();
-    const Tiles tiles{weight, gemm_dtype, tile_columns(std::min(N, kRowBlock), weight.size(0))};
-    for (int64_t n0 = 0; n0 < N; n0 += kRowBlock) {
-      const int64_t count = std::min(kRowBlock, N - n0);
-      at::Tensor rows = hidden.narrow(0, n0, count);
-      forward_block<T, W>(
-          rows, rows.to(gemm_dtype), tiles, labels.narrow(0, n0, count), bias ? &*bias : nullptr, f, want_direction,
-          logps.narrow(0, n0, count), normalisers.narrow(0, n0, count), want_direction ? direction.narrow(0, n0, count) : direction,
-          keep_exponentials ? exponentials.narrow(0, n0, count) : exponentials);
+    const Tiles tiles{weight, gemm_dtype, tile_columns(std::min(N, kRowBlock), V)};
+    for (int64_t n0 = 0, count = 0; n0 < N; n0 += count) {
+      count = std::min(kRowBlock, (n0 < kept ? kept : N) - n0);  // no block has both kept and other rows
+      auto part = [&](const at::Tensor& t) { return t.narrow(0, t.size(0) > n0 ? n0 : 0, t.size(0) > n0 ? count : 0); };
+      at::Tensor rows = part(hidden);
+      const auto block = wide ? forward_block<T, W, float> : forward_block<T, W, T>;
+      block(rows, rows.to(gemm_dtype), tiles, part(labels), bias ? &*bias : nullptr, f, part(logps), part(normalisers),
+            part(direction), part(exponentials), part(stats));
     }
   });
-  return {logps, normalisers, direction, exponentials};
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_logprobs_weight_grad(

@@ -7,9 +7,11 @@
 
 namespace synpo_fast {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logprobs_forward(
+// Writes to the last five tensors; library.cpp describes them.
+void linear_logprobs_forward(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& labels, const std::optional<at::Tensor>& bias,
-    double logit_scale, std::optional<double> softcap, bool want_direction, bool keep_exponentials);
+    double logit_scale, std::optional<double> softcap, at::Tensor logps, at::Tensor normalisers, at::Tensor direction,
+    at::Tensor exponentials, at::Tensor stats);
 
 std::tuple<at::Tensor, at::Tensor> linear_logprobs_weight_grad(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& labels, const std::optional<at::Tensor>& bias,

@@ -44,9 +44,12 @@ PUBLIC = (
         "when it is first asked for. [using_the_loss.md](using_the_loss.md) shows the losses at work.",
         (
             "FusedLinearSynPOLoss", "FusedLinearDPOLoss", "FusedLinearSimPOLoss", "FusedLinearPreferenceLoss",
-            "fused_linear_logprobs", "score_pairs", "LOSSES",
+            "FusedLinearKTOLoss", "FusedLinearCrossEntropyLoss",
+            "fused_linear_logprobs", "fused_linear_outputs", "score_pairs", "LOSSES",
         ),
     ),
+    Section("synpo_fast.fused", "The result of the cross entropy.", ("CrossEntropyOutput",)),
+    Section("synpo_fast.ops.linear_logprobs", "The results of the op.", ("TokenOutputs",)),
     Section(
         "synpo_fast.data",
         "Pairs, manifests and frames. [manifest.md](manifest.md) describes the files.",
@@ -78,13 +81,15 @@ PUBLIC = (
         "Losses as functions of token log-probs. [synpo_fast/losses](../synpo_fast/losses/README.md) has formulas and options.",
         (
             "preference_loss", "PairLogprobs", "PairLogprobs.from_pairs", "PairLogprobs.from_padded", "PairLogprobs.from_sums",
-            "LossOutput", "AuxiliaryNLL", "LOSSES", "LossSpec", "check_options",
-            "synpo", "synpo_token_coefficients", "dpo", "simpo", "orpo", "cpo", "nll",
+            "PairLogprobs.from_unpaired",
+            "LossOutput", "AuxiliaryNLL", "LOSSES", "LossSpec", "spec_of", "check_options", "wpo_weights",
+            "synpo", "synpo_token_coefficients", "synpo_ref", "dpo", "simpo", "orpo", "cpo", "cpo_simpo",
+            "kto", "apo_zero_unpaired", "kl_reference_point", "nll",
         ),
     ),
     Section(
         "synpo_fast.references",
-        "Sources of reference log-probs, for losses that compare with a reference (dpo).",
+        "Sources of reference log-probs, for losses that compare with a reference.",
         ("FrozenCopy", "AdapterOff", "PreviousRound", "Precomputed", "precompute", "AnchorClip"),
     ),
     Section(

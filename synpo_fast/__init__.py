@@ -9,24 +9,29 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from synpo_fast.fused import (
+        FusedLinearCrossEntropyLoss,
         FusedLinearDPOLoss,
+        FusedLinearKTOLoss,
         FusedLinearPreferenceLoss,
         FusedLinearSimPOLoss,
         FusedLinearSynPOLoss,
     )
     from synpo_fast.losses import LOSSES
-    from synpo_fast.ops.linear_logprobs import fused_linear_logprobs
+    from synpo_fast.ops.linear_logprobs import fused_linear_logprobs, fused_linear_outputs
     from synpo_fast.scoring import score_pairs
 
 __version__ = "0.2.0"
 
 _MODULES = {
+    "FusedLinearCrossEntropyLoss": "synpo_fast.fused",
     "FusedLinearDPOLoss": "synpo_fast.fused",
+    "FusedLinearKTOLoss": "synpo_fast.fused",
     "FusedLinearPreferenceLoss": "synpo_fast.fused",
     "FusedLinearSimPOLoss": "synpo_fast.fused",
     "FusedLinearSynPOLoss": "synpo_fast.fused",
     "LOSSES": "synpo_fast.losses",
     "fused_linear_logprobs": "synpo_fast.ops.linear_logprobs",
+    "fused_linear_outputs": "synpo_fast.ops.linear_logprobs",
     "score_pairs": "synpo_fast.scoring",
 }
 
@@ -45,11 +50,14 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "LOSSES",
+    "FusedLinearCrossEntropyLoss",
     "FusedLinearDPOLoss",
+    "FusedLinearKTOLoss",
     "FusedLinearPreferenceLoss",
     "FusedLinearSimPOLoss",
     "FusedLinearSynPOLoss",
     "__version__",
     "fused_linear_logprobs",
+    "fused_linear_outputs",
     "score_pairs",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from synpo_fast.data.encoded import EncodedPair, PairTooLong
-from synpo_fast.data.pair import Pair
+from synpo_fast.data.pair import LABELS, Pair
 from synpo_fast.data.pair_frames import pair_frames
 from synpo_fast.data.text_markers import marked_pairs, special_tokens
 from synpo_fast.data.video.sampling import FrameSampling
@@ -30,7 +30,8 @@ class PairEncoder:
     """Turns pairs into tokens and pixels. It holds the parts of a policy that this needs, but no weights, and can be pickled.
 
     max_tokens: the maximum number of tokens of the prompt and its longest response together. with_ground_truth: encode a pair's
-    ground truth, if it has one, as a further response. bound_name: the name of the option max_tokens, for messages.
+    ground truth, if it has one, as a further response. bound_name: the name of the option max_tokens, for messages. labelled: the
+    loss reads each response by itself (kto), so a comparison becomes two labelled responses.
     """
 
     family: Family
@@ -40,6 +41,7 @@ class PairEncoder:
     max_tokens: int | None = None
     with_ground_truth: bool = False
     bound_name: str = "max_tokens"
+    labelled: bool = False
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -53,10 +55,11 @@ class PairEncoder:
         max_tokens: int | None = None,
         with_ground_truth: bool = False,
         bound_name: str = "max_tokens",
+        labelled: bool = False,
     ) -> "PairEncoder":
         """Makes the encoder of a policy. bound_name: the caller's name for max_tokens, for messages."""
         parts = (policy.family, policy.base.config, policy.tokenizer, policy.processing)
-        return cls(*parts, max_tokens, with_ground_truth, bound_name)
+        return cls(*parts, max_tokens, with_ground_truth, bound_name, labelled)
 
     def __call__(self, pair: Pair, frames: Tensor | None, seconds_per_frame: float | None = None) -> EncodedPair:
         """Encodes a pair. frames: uint8 [T, H, W, 3], None for a text pair; seconds_per_frame: the time between two of them.
@@ -71,7 +74,7 @@ class PairEncoder:
         self._check_texts(pair)
         prompt = self.family.prompt_ids(self.tokenizer, pair.prompt, None if video is None else video.token_ids)
         texts, comparisons = _responses_of(pair)
-        ground_truth = None
+        ground_truth = mismatched = None
         if self.with_ground_truth and pair.ground_truth is not None:
             ground_truth = len(texts)
             texts.append(pair.ground_truth)
@@ -80,8 +83,17 @@ class PairEncoder:
             which = "two of its responses" if pair.responses else "chosen and rejected"
             raise ValueError(f"pair {pair.id!r}: {which} are the same tokens, so there is nothing to prefer")
         self._check_length(pair, len(prompt), max(len(response) for response in responses))
+        if pair.mismatched is not None:  # belongs to another pair, so its length is no reason to refuse this one
+            mismatched = len(responses)
+            responses += (self._response_ids(pair.mismatched),)
+        labels: tuple[tuple[int, bool], ...] = ((0, pair.loss == LABELS[True]),) if pair.has_label else ()
+        if self.labelled:
+            labels += tuple(label for better, worse in comparisons for label in ((better, True), (worse, False)))
+            comparisons = ()
         sample = Sample(tuple(prompt), responses, video, pair.id)
-        return EncodedPair(sample, pair.id, comparisons, ground_truth=ground_truth)
+        return EncodedPair(
+            sample, pair.id, comparisons, ground_truth=ground_truth, labels=labels, mismatched=mismatched
+        )
 
     def video_facts(self) -> str:
         """Returns a digest of all that a video's pixels and tokens depend on besides its frames.
@@ -140,8 +152,10 @@ class PairEncoder:
 
 def _responses_of(pair: Pair) -> tuple[list[str], tuple[tuple[int, int], ...]]:
     """The texts that the model runs, and the (better, worse) indices of those that the loss compares."""
+    if pair.loss != "preference":
+        return [pair.rejected if pair.loss == LABELS[False] else pair.chosen], ()
     if not pair.responses:
-        return ([pair.chosen, pair.rejected], ((0, 1),)) if pair.loss == "preference" else ([pair.chosen], ())
+        return [pair.chosen, pair.rejected], ((0, 1),)
     if not pair.comparisons:
         raise ValueError(f"pair {pair.id!r}: all its responses have the same score, so there is nothing to prefer")
     return [response.text for response in pair.responses], pair.comparisons
@@ -223,10 +237,13 @@ def score_pairs(
         share_prefix: run a pair's video and prompt once for all its responses.
         pack: put several pairs into one row.
 
-    An "sft" pair has no rejected response: its rejected_logps is empty. A pair with several `responses` has one tensor for each,
-    in their order.
+    An "sft" pair has no rejected response: its rejected_logps is empty. A row of one labelled response has only chosen_logps
+    or only rejected_logps. A pair with several `responses` has one tensor for each, in their order.
     Raises ValueError for a text that contains a special token of the model's tokenizer, as training does.
     """
     encoded = encode_pairs(policy, pairs, video_root=video_root, sampling=sampling)
-    scored = policy(encoded.samples, share_prefix=share_prefix, pack=pack)
-    return [tuple(logps) if len(logps) > 1 else (logps[0], logps[0].new_empty(0)) for logps in scored]
+    scored: list[tuple[Tensor, ...]] = []
+    for pair, logps in zip(pairs, policy(encoded.samples, share_prefix=share_prefix, pack=pack), strict=True):
+        every = tuple(logps) if len(logps) > 1 else (logps[0], logps[0].new_empty(0))
+        scored.append(every[::-1] if pair.loss == LABELS[False] else every)
+    return scored

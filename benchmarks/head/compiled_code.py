@@ -1,6 +1,6 @@
 """Compiles every Triton kernel of the package ahead of time, without a GPU, and reports the resources it uses.
 
-    python benchmarks/head/compiled_code.py [--arch 80 90 100] [--shapes 3584x152064 ...] [--rows 4096] [--json FILE]
+    python benchmarks/head/compiled_code.py [--arch 80 90 100] [--shapes 3584x152064 ...] [--dtype tf32] [--json FILE]
 
 The launch code runs on tensors without storage, so the kernels are compiled exactly as for a GPU: with the same tiles,
 strides, divisibility and options. The table shows each kernel's registers, spilled bytes, shared memory and matrix instructions.
@@ -10,10 +10,9 @@ import argparse
 import inspect
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,10 @@ from triton.compiler import ASTSource
 if __package__ in (None, ""):  # started by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from benchmarks.head.machine_code import matrix_instructions, registers_and_spills, tile_instructions
 from benchmarks.head.shapes import find_shapes
-from synpo_fast.ops.linear_logprobs import triton_kernels, triton_launch
-from synpo_fast.ops.linear_logprobs.problem import make_problem
-from synpo_fast.ops.pair_loss import triton_kernels as pair_kernels
-from synpo_fast.ops.pair_loss.triton_launch import synpo_pair_loss_forward
+from synpo_fast.ops.linear_logprobs import triton_backward, triton_backward_kernels, triton_kernels, triton_launch
+from synpo_fast.ops.linear_logprobs.problem import Wanted, make_problem
 from synpo_fast.ops.video_patches import Packing
 from synpo_fast.ops.video_patches import triton_kernels as video_kernels
 from synpo_fast.ops.video_patches.triton_launch import video_patches_forward
@@ -53,7 +51,11 @@ POINTERS = {
 
 @dataclass
 class Report:
-    """The resources of one compiled kernel. `copy_engine`: it uses the tensor memory accelerator (TMA)."""
+    """The resources of one compiled kernel.
+
+    copy_engine: it uses the tensor memory accelerator (TMA). tile_instructions: instructions of a warp for one tile, without the
+    loop of the product.
+    """
 
     kernel: str
     arch: int
@@ -67,6 +69,7 @@ class Report:
     shared_limit: int
     matrix_instructions: dict[str, int]
     copy_engine: bool
+    tile_instructions: int
 
 
 @dataclass(frozen=True)
@@ -95,52 +98,69 @@ class _Recorder:
         return launch
 
 
-def record_launches(
-    dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, arch: int, softcap: float | None = None
-) -> list[Launch]:
-    """Records all launches: scoring without gradients, training steps with frozen and trainable head, the pair loss, and
-    the preparation of a video for the tower."""
+@contextmanager
+def recording(arch: int) -> Iterator[list[Launch]]:
+    """Within it, the package's Triton launchers record their launches, as for a GPU of this compute capability."""
     launches: list[Launch] = []
     kernels = {
         (module, name): kernel
-        for module in (triton_kernels, pair_kernels, video_kernels)
+        for module in (triton_kernels, triton_backward_kernels, video_kernels)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     }
-    capability, programs = triton_launch._capability, triton_launch._num_programs
+    capability, programs = triton_launch.capability, triton_launch.num_programs
     try:
         for (module, name), kernel in kernels.items():
             setattr(module, name, _Recorder(kernel, launches))
-        triton_launch._capability = lambda device: arch  # type: ignore[assignment]
-        triton_launch._num_programs = lambda device: MULTIPROCESSORS[arch]  # type: ignore[assignment]
-        hidden = torch.empty(num_rows, dim, dtype=dtype, device="meta")
-        weight = torch.empty(vocabulary, dim, dtype=dtype, device="meta")
-        labels = torch.empty(num_rows, dtype=torch.int64, device="meta")
-        problem = make_problem(
-            hidden,
-            weight,
-            labels,
-            bias=weight.new_empty(vocabulary) if softcap else None,
-            rows=None,
-            logit_scale=1.0,
-            softcap=softcap,
-            ignore_index=-100,
-        )
-        triton_launch.linear_logprobs_forward(problem, False)
-        saved = triton_launch.linear_logprobs_forward(problem, True)
-        triton_launch.linear_logprobs_backward(problem, saved[0], *saved, (True, True, False))
-        triton_launch.linear_logprobs_kept_on_gpu(problem).gradients(saved[0], False)
-        offsets = torch.empty(9, dtype=torch.int64, device="meta")
-        for mask in (None, torch.empty(num_rows, dtype=torch.bool, device="meta")):
-            synpo_pair_loss_forward(saved[0], offsets, offsets, mask, 30.0, 0.2, False)
+        triton_launch.capability = lambda device: arch  # type: ignore[assignment]
+        triton_launch.num_programs = lambda device: MULTIPROCESSORS[arch]  # type: ignore[assignment]
+        yield launches
+    finally:
+        triton_launch.capability, triton_launch.num_programs = capability, programs
+        for (module, name), kernel in kernels.items():
+            setattr(module, name, kernel)
+
+
+def launch_linear_logprobs(
+    dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, softcap: float | None, device: str
+) -> None:
+    """Launches scoring without gradients and training steps with frozen and trainable head, with and without statistics."""
+    hidden = torch.empty(num_rows, dim, dtype=dtype, device=device)
+    weight = torch.empty(vocabulary, dim, dtype=dtype, device=device)
+    labels = torch.empty(num_rows, dtype=torch.int64, device=device)
+    problem = make_problem(
+        hidden,
+        weight,
+        labels,
+        bias=weight.new_empty(vocabulary) if softcap else None,
+        rows=None,
+        logit_scale=1.0,
+        softcap=softcap,
+        ignore_index=-100,
+    )
+    triton_launch.linear_logprobs_forward(problem, Wanted(direction=False))
+    half = num_rows // 2
+    for keep_rows, stats in ((0, False), (num_rows, False), (half, True)):
+        computed = triton_launch.linear_logprobs_forward(problem, Wanted(True, keep_rows, stats))
+        triton_backward.linear_logprobs_backward(problem, computed.logps, computed, (True, True, softcap is not None))
+
+
+def record_launches(
+    dim: int, vocabulary: int, num_rows: int, dtype: torch.dtype, arch: int, softcap: float | None = None
+) -> list[Launch]:
+    """Records all launches: those of launch_linear_logprobs, and the preparation of a video for the tower."""
+    with recording(arch) as launches:
+        launch_linear_logprobs(dim, vocabulary, num_rows, dtype, softcap, "meta")
         frames = torch.empty(15, 1080, 1920, 3, dtype=torch.uint8, device="meta")
         for kind in {dtype, torch.float32}:  # the families' processors return fp32
             video_patches_forward(frames, (448, 784), (0.5,) * 3, (0.5,) * 3, Packing(14, 2, 2), kind)
-    finally:
-        triton_launch._capability, triton_launch._num_programs = capability, programs
-        for (module, name), kernel in kernels.items():
-            setattr(module, name, kernel)
     return launches
+
+
+def specialisation(launch: Launch) -> str:
+    """A name for what Triton compiles: launches that share it share their machine code."""
+    source = source_of(launch)
+    return f"{launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
 
 
 def source_of(launch: Launch) -> ASTSource:
@@ -157,7 +177,8 @@ def source_of(launch: Launch) -> ASTSource:
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = f"*{POINTERS[value.dtype]}"
-            attributes[(index,)] = divisible
+            if special and value.data_ptr() % 16 == 0:
+                attributes[(index,)] = divisible
         elif hasattr(value, "block_shape"):
             signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, int):
@@ -169,40 +190,12 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def spilled_bytes(ptx: str, arch: int) -> int:
-    """Bytes of spill loads and stores, as the assembler reports them."""
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if arch >= 100 else "ptxas")
-    if not ptxas.exists():
-        ptxas = ptxas.with_name("ptxas")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        target = re.search(r"\.target (\w+)", ptx)
-        assert target is not None
-        said = subprocess.run(
-            [str(ptxas), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(Path(folder) / "kernel.cubin")],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    return sum(int(count) for count in re.findall(r"(\d+) bytes spill", said.stderr + said.stdout))
-
-
-def matrix_instructions(ptx: str) -> dict[str, int]:
-    kinds = {"mma.sync": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma"}
-    return {name: count for name, pattern in kinds.items() if (count := len(re.findall(pattern, ptx)))}
-
-
 def compile_launch(launch: Launch, arch: int, shape: str) -> Report:
     source = source_of(launch)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     ptx = compiled.asm["ptx"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run(
-            [str(cuobjdump), "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers = re.search(r"REG:(\d+)", usage)
+    products = matrix_instructions(ptx)
+    registers, spilled = registers_and_spills(compiled.asm["cubin"])
     blocks = [f"{name.removeprefix('BLOCK_')}{value}" for name, value in launch.arguments.items() if "BLOCK" in name]
     return Report(
         kernel=launch.kernel.__name__,
@@ -211,19 +204,22 @@ def compile_launch(launch: Launch, arch: int, shape: str) -> Report:
         tile=" ".join(blocks),
         num_warps=compiled.metadata.num_warps,
         num_stages=compiled.metadata.num_stages,
-        registers=int(registers[1]) if registers else 0,
-        spilled_bytes=spilled_bytes(ptx, arch),
+        registers=registers,
+        spilled_bytes=spilled,
         shared_bytes=compiled.metadata.shared,
         shared_limit=SHARED_MEMORY[arch],
-        matrix_instructions=matrix_instructions(ptx),
+        matrix_instructions=products,
         copy_engine="cp.async.bulk.tensor" in ptx,
+        tile_instructions=tile_instructions(compiled.asm["cubin"]) if products else 0,
     )
 
 
-def compile_all(arch: int, shapes: list[str], num_rows: int, dtype: torch.dtype = torch.bfloat16) -> list[Report]:
+def compile_all(
+    arch: int, shapes: list[str], num_rows: int, dtype: torch.dtype = torch.bfloat16, kernels: list[str] | None = None
+) -> list[Report]:
     """One report for each specialisation, over many rows and few, with and without bias and softcap.
 
-    Shapes that share a specialisation are listed in its report.
+    Shapes that share a specialisation are listed in its report. kernels: names of those to compile; None means all.
     """
     reports: dict[str, Report] = {}
     for shape in shapes:
@@ -233,10 +229,10 @@ def compile_all(arch: int, shapes: list[str], num_rows: int, dtype: torch.dtype 
             for softcap in (None, 30.0)
             for rows in (num_rows, 256)
             for launch in record_launches(dim, vocabulary, rows, dtype, arch, softcap)
+            if kernels is None or launch.kernel.__name__ in kernels
         ]
         for launch in launches:
-            source = source_of(launch)
-            key = f"{launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
+            key = specialisation(launch)
             if key not in reports:
                 reports[key] = compile_launch(launch, arch, shape)
             elif shape not in reports[key].shapes:
@@ -256,6 +252,8 @@ def main() -> None:
         metavar="DxV",
         help="shapes of the head, as kernels.py takes them",
     )
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32", "tf32"])
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="names of the kernels to compile; default: all")
     parser.add_argument("--rows", type=int, default=4096, help="rows of hidden states")
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     options = parser.parse_args()
@@ -265,7 +263,12 @@ def main() -> None:
         parser.error(str(error))
     if options.rows < 1:
         parser.error(f"--rows must be at least 1, not {options.rows}")
-    reports = [report for arch in options.arch for report in compile_all(arch, shapes, options.rows)]
+    if options.dtype == "tf32":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    dtype = torch.float32 if options.dtype == "tf32" else getattr(torch, options.dtype)
+    reports = [
+        report for arch in options.arch for report in compile_all(arch, shapes, options.rows, dtype, options.kernels)
+    ]
     print(f"{'kernel':34} {'arch':>4} {'tile':24} {'warps':>5} {'regs':>4} {'spill':>6} {'shared':>7}  matrix")
     for r in reports:
         matrix = ", ".join(f"{count} {name}" for name, count in r.matrix_instructions.items())

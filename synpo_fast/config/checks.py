@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 
 from synpo_fast.config.option import facts_of
 from synpo_fast.errors import UserError
-from synpo_fast.losses import LOSSES, AuxiliaryNLL, check_options
+from synpo_fast.losses import AuxiliaryNLL, check_options, spec_of
 from synpo_fast.losses.checks import check_number
-from synpo_fast.losses.metric_sums import WEIGHTS
+from synpo_fast.losses.metric_sums import LOGIT_METRICS, WEIGHTS
+from synpo_fast.losses.weighted_sum import LOSS_METRIC, SFT, members_of
 
 if TYPE_CHECKING:
     from synpo_fast.config.train_config import TrainConfig
 
 REPORTERS = ("tensorboard", "wandb")
-EVAL_METRICS = ("loss", *(name for name in WEIGHTS if not name.startswith("logits/")))  # the trainer makes no logits
+EVAL_METRICS = ("loss", *(name for name in WEIGHTS if name not in LOGIT_METRICS))  # the trainer makes no logits
 
 
 def check_config(config: TrainConfig) -> None:
@@ -56,7 +57,8 @@ def _check_values(config: TrainConfig) -> None:
                 check_number(item.name, value, **limit | facts.bounds)
             except ValueError as error:
                 raise UserError(str(error)) from error
-        if facts.choices and value not in facts.choices:
+        words = value.split(",") if facts.several and isinstance(value, str) else [value]
+        if facts.choices and not all(word in facts.choices for word in words):
             raise UserError(f"{item.name} must be one of {', '.join(facts.choices)}, got {value!r}")
     for name in config.report_to:
         if name not in REPORTERS:
@@ -91,13 +93,19 @@ def _check_required(config: TrainConfig) -> None:
 
 
 def _check_loss(config: TrainConfig) -> None:
-    known = LOSSES[config.loss_type].options if config.loss_type in LOSSES else {}
+    try:
+        known = {} if config.loss_type == SFT else spec_of(config.loss_type).options
+    except ValueError as error:
+        raise UserError(f"loss_type={config.loss_type}: {error}") from error
     for name in config.loss_options:
         if name not in known:
             raise UserError(f"loss_type={config.loss_type} has no option {name}; it has {', '.join(known) or 'none'}")
-    if config.loss_type == "sft" and config.auxiliary_nll:
+    if config.loss_type == SFT and config.auxiliary_nll:
         raise UserError("loss_type=sft is an NLL already: leave auxiliary_nll at 0")
-    if config.loss_type in LOSSES:
+    for name in ("label_smoothing_factor", "z_loss"):
+        if getattr(config, name) and config.loss_type != SFT:
+            raise UserError(f"{name} is for loss_type=sft, not for {config.loss_type}")
+    if config.loss_type != SFT:
         try:
             auxiliary = AuxiliaryNLL(config.auxiliary_target, config.auxiliary_nll) if config.auxiliary_nll else None
             check_options(config.loss_type, auxiliary=auxiliary, **config.loss_options)
@@ -106,6 +114,26 @@ def _check_loss(config: TrainConfig) -> None:
     if config.auxiliary_target != "chosen" and not config.auxiliary_nll:
         raise UserError(
             f"auxiliary_target={config.auxiliary_target} has no effect while auxiliary_nll is 0: set its weight"
+        )
+    _check_batch(config)
+
+
+def _check_batch(config: TrainConfig) -> None:
+    """Checks what a loss needs of a batch, and what WPO's weights need of a loss."""
+    sorts = config.loss_type != SFT and spec_of(config.loss_type).sorts_batch
+    if sorts and config.per_device_train_batch_size == 1:
+        raise UserError(
+            f"loss_type={config.loss_type} sorts the pairs of a micro-batch, and per_device_train_batch_size=1 leaves nothing to "
+            "sort: set it to 2 or more, or use dpo"
+        )
+    if config.use_weighting and config.reads_single_responses:
+        raise UserError(
+            f"use_weighting=true weighs pairs, and loss_type={config.loss_type} reads single responses: leave it unset"
+        )
+    if config.use_weighting and (sorts or config.loss_type == SFT):
+        raise UserError(
+            f"use_weighting=true weighs the preference loss of each pair, and loss_type={config.loss_type} "
+            f"{'compares sorted values, which belong to no pair' if sorts else 'has none'}: leave use_weighting unset"
         )
 
 
@@ -138,8 +166,15 @@ def _check_start(config: TrainConfig) -> None:
         )
     if config.profile and config.reference_free:
         raise UserError("profile compares with dpo's references: leave reference_free unset")
-    if config.diagnostics and config.loss_type == "sft":
+    if config.profile and (config.label_smoothing_factor or config.z_loss):
+        raise UserError("profile compares with dpo, which has neither: leave label_smoothing_factor and z_loss unset")
+    if config.diagnostics and config.loss_type == SFT:
         raise UserError("diagnostics compare chosen and rejected rewards: loss_type=sft has none")
+    for name in ("diagnostics", "profile"):
+        if config.reads_single_responses and getattr(config, name):
+            raise UserError(
+                f"{name} compares pairs: leave it unset with loss_type={config.loss_type}, which reads single responses"
+            )
 
 
 def _check_memory(config: TrainConfig) -> None:
@@ -164,6 +199,11 @@ def _check_memory(config: TrainConfig) -> None:
             f"offload_optimizer={str(config.offload_optimizer).lower()}: otherwise processes exchange gradients or weights "
             "within a micro-batch, and a process that ran out of memory cannot take part"
         )
+    if config.oom_policy == "skip" and config.needs_kl:
+        raise UserError(
+            f"oom_policy=skip is not possible with loss_type={config.loss_type}: processes exchange its reference point within a "
+            "forward, and a process that ran out of memory cannot take part; leave oom_policy unset"
+        )
     if config.offload_optimizer and config.zero_stage == 0:
         raise UserError("offload_optimizer needs zero_stage 1, 2 or 3")
     if config.use_peft and not config.freeze_vision:
@@ -187,7 +227,10 @@ def _check_best(config: TrainConfig) -> None:
         raise UserError(f"{why} compares evaluations, which need held-out pairs: give eval_file or eval_split")
     if not config.eval_steps:
         raise UserError(f"{why} compares evaluations, but eval_steps=0 evaluates only at the end: set eval_steps")
-    compared = [name for name in EVAL_METRICS if config.loss_type != "sft" or name in ("loss", "nll_loss")]
+    compared = [name for name in EVAL_METRICS if config.loss_type != SFT or name in ("loss", "nll_loss")]
+    compared = [name for name in compared if name != "kl" or config.reads_single_responses]
+    if "," in config.loss_type:
+        compared += [LOSS_METRIC + member for member in members_of(config.loss_type)]
     if config.best_metric.removeprefix("eval_") not in compared:
         raise UserError(
             f"metric_for_best_model is {config.metric_for_best_model!r}, expected a number that evaluation of "

@@ -11,7 +11,7 @@ class OptionFacts:
     """The facts about an option besides its name, type and default.
 
     group: the title of its section in the help. text: its help text.
-    choices: the words it accepts; empty: any.
+    choices: the words it accepts; empty: any. several: it also accepts several of them, separated by commas.
     above, at_least, below, at_most: bounds of a number. Every number must be finite, with or without bounds.
     is_path: the value is a file or folder, kept as an absolute path.
     of_loss: one or more losses have an option of this name, and define its default and bounds; None means the loss's default.
@@ -26,6 +26,7 @@ class OptionFacts:
     at_most: float | None = None
     is_path: bool = False
     of_loss: bool = False
+    several: bool = False
 
     @property
     def bounds(self) -> dict[str, float]:

@@ -69,6 +69,8 @@ def _loss_option_text(name: str, text: str) -> str:
     choices = {loss: spec.choices.get(name, ()) for loss, spec in LOSSES.items() if name in spec.options}
     losses = "all but sft" if len(choices) == len(LOSSES) else ", ".join(choices)
     parts = []
+    if not choices:
+        return f"option of several losses: {text}"
     if len(set(choices.values())) > 1:
         losses = "; ".join(f"{loss}: {', '.join(words)}" for loss, words in choices.items())
     elif words := next(iter(choices.values())):

@@ -12,6 +12,7 @@ from typing import Any
 from synpo_fast.config.option import facts_of, option
 from synpo_fast.losses import LOSSES
 from synpo_fast.losses.nll import TARGETS
+from synpo_fast.losses.weighted_sum import SFT
 
 REFERENCES = ("auto", "adapter_off", "frozen_copy", "precomputed")
 PAIRS_FROM = ("all", "best_worst", "best_rest")
@@ -157,15 +158,28 @@ class TrainOptions:
         None, "folder that keeps the frozen vision tower's features across epochs and runs", is_path=True
     )
 
-    loss_type: str = _loss("synpo", "the loss; sft is the NLL of the chosen response", (*LOSSES, "sft"))
+    loss_type: str = _loss(
+        "synpo",
+        "the loss; sft is the NLL of the chosen response. Several, separated by commas, are added up (MPO: "
+        "dpo,bco_pair,sft with loss_weights 0.8,0.2,1). TRL's name sigmoid means dpo",
+        (*LOSSES, SFT),
+        several=True,
+    )
+    loss_weights: tuple[float, ...] | None = _of_loss("a weight for each loss of loss_type. Default: 1 each")
     alpha: float | None = _of_loss("scale of the difference of the two rewards")
     beta: float | None = _of_loss(
-        "for synpo the weight of the chosen response's likelihood, else the scale of the rewards"
+        "for synpo and synpo_ref the weight of the chosen response's likelihood, else the scale of the rewards"
     )
     gamma: float | None = _of_loss("margin by which the chosen reward should be greater")
     link: str | None = _of_loss("applied to the scaled difference of the rewards")
     variant: str | None = _of_loss("form of the loss")
+    desirable_weight: float | None = _of_loss("weight of desirable (chosen) responses")
+    undesirable_weight: float | None = _of_loss("weight of undesirable (rejected) responses")
     label_smoothing: float | None = _of_loss("assumed probability that chosen and rejected are swapped")
+    f_divergence: str | None = _of_loss("divergence from the reference")
+    f_alpha_divergence_coef: float | None = _of_loss("exponent of alpha_divergence; 1 is reverse_kl")
+    ld_alpha: float | None = _of_loss("weight of the tokens beyond the shorter response's length, 0 to 1")
+    discopop_tau: float | None = _of_loss("temperature of the blend of logistic and exponential loss")
     reference_free: bool | None = _of_loss("take the reference's log-probs as 0 and compute none")
     nll_weight: float | None = _of_loss("weight of the NLL of the chosen response")
     nll_reduce: str | None = _of_loss(
@@ -173,10 +187,27 @@ class TrainOptions:
     )
     auxiliary_nll: float = _loss(0.0, "weight of an NLL term added to the loss", at_least=0)
     auxiliary_target: str = _loss("chosen", "text whose NLL is added; with ground_truth every pair needs one", TARGETS)
+    label_smoothing_factor: float = _loss(
+        0.0, "for sft: share of each token's target that lies on all words alike", at_least=0, below=1
+    )
+    z_loss: float = _loss(0.0, "for sft: weight of the square of each token's logsumexp, such as 1e-4", at_least=0)
+    use_weighting: bool = _loss(
+        False,
+        "multiply each pair's preference loss by the policy's own probability of the two responses (WPO). Not for sft, aot "
+        "and aot_unpaired",
+    )
     reference: str = _loss(
-        "auto", "where dpo's reference comes from. auto: adapter_off, or frozen_copy without an adapter", REFERENCES
+        "auto",
+        "where the reference of a loss comes from. auto: adapter_off, or frozen_copy without an adapter",
+        REFERENCES,
     )
     share_prefix: bool = _loss(True, "run video and prompt once for all responses of a row")
+    head_memory_mb: int | None = _loss(
+        None,
+        "if the LM head trains, at most this many MiB of a micro-batch's logits are stored, as exponentials, for its "
+        "gradient; the others are computed twice. Default: 2048 on a GPU, 1024 on a CPU",
+        at_least=0,
+    )
     row_tokens: int | None = _loss(
         None,
         "bound on the tokens of a packed row; a longer pair gets a row of its own. Default: a micro-batch is one row",
@@ -255,7 +286,7 @@ class TrainOptions:
         None, "number of an evaluation to compare, with or without eval_: loss, rewards/accuracies, ... Default: loss"
     )
     greater_is_better: bool | None = _output(
-        None, "a greater number is better. Default: true unless the metric's name ends in loss"
+        None, "a greater number is better. Default: true unless the metric's name ends in loss or begins with loss/"
     )
     early_stopping_patience: int | None = _output(
         None, "stop after this many evaluations in a row that do not improve on the best one before them", above=0

@@ -9,6 +9,7 @@ ALIASES = {
     "lr": "learning_rate",
     "lora_rank": "lora_r",
     "model": "model_name_or_path",
+    "f_divergence_type": "f_divergence",
 }
 
 _ADAMW = "the optimiser is AdamW: adam_beta1, adam_beta2, adam_epsilon and weight_decay set it"
@@ -18,7 +19,7 @@ _EVERY = "eval_steps and save_steps count optimiser steps; there is no strategy 
 _SPLIT = "eval_split holds out a share of train_file, eval_file names a manifest of held-out pairs"
 _PEFT = "use_peft=true trains an adapter, use_peft=false all weights"
 _LAYERS = "lora_target_modules names the layers of the language model that get an adapter, separated by commas"
-_LOSS = "loss_type chooses the loss; variant, beta, gamma and label_smoothing are its options"
+_LOSS = "loss_type chooses the loss, or several separated by commas; variant, beta, gamma and label_smoothing are its options"
 _QUANTISED = "weights are not quantised here; zero_stage=3 and offload_optimizer save memory"
 _VISION = "freeze_vision is for the vision tower and the projector together"
 _FRAMES = "fps, min_frames and max_frames choose the number of frames, or num_frames fixes it"
@@ -27,7 +28,7 @@ _FILES = "train_file and eval_file name manifests; `synpo-fast pairs import` mak
 _WORKERS = "dataloader_num_workers is the number of worker processes that decode videos, prefetch_steps the steps they are ahead"
 _FUSED = "liger_kernels is for Liger's norms, rotary embeddings and MLPs; the head and the loss are always fused"
 _ATTENTION = "attn_implementation chooses the attention; auto chooses the fastest that fits the device"
-_REFERENCE = "reference=adapter_off, frozen_copy or precomputed says where dpo's reference comes from"
+_REFERENCE = "reference=adapter_off, frozen_copy or precomputed says where the reference of a loss comes from"
 _BATCH = "per_device_train_batch_size x gradient_accumulation_steps is the number of pairs in a step on each device"
 
 HINTS = {

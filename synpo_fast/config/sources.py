@@ -20,6 +20,7 @@ from synpo_fast.config.options import LOSS_OPTIONS
 from synpo_fast.config.other_names import ALIASES, HINTS
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.errors import UserError
+from synpo_fast.losses.weighted_sum import canonical_name
 from synpo_fast.terminal.console import say
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -52,8 +53,12 @@ def resolve_config(arguments: Sequence[str]) -> TrainConfig:
         sources.append((file, _with_our_names(file, content)))
     sources.append(("the command line", _with_our_names("the command line", given)))
     losses = [read_recipe(name)["loss_type"] for name in recipes]
-    losses += [values["loss_type"] for _, values in sources if "loss_type" in values]
-    chosen = losses[-1] if losses else None
+    losses += [
+        converted_option("loss_type", values["loss_type"], source)
+        for source, values in sources
+        if "loss_type" in values
+    ]
+    chosen = canonical_name(losses[-1]) if losses else None
     merged: dict[str, Any] = {}
     for source, values in [*((f"recipe {name}", _recipe_options(name, chosen)) for name in recipes), *sources]:
         for name, value in values.items():
@@ -184,15 +189,17 @@ def converted_option(name: str, value: Any, source: str) -> Any:
             return ()
         raise UserError(f"{source}: {name} needs a value")
     kind = next(kind for kind in kinds if kind is not type(None))
+    of_numbers = kind == tuple[float, ...]
     try:
-        return _converted(typing.get_origin(kind) or kind, value)
+        if of_numbers:
+            return tuple(_converted(float, each) for each in _converted(tuple, value))
+        return _converted(typing.get_origin(kind) or kind, value, several=facts_of(OPTIONS[name]).several)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{source}: {name} must be {IN_WORDS[typing.get_origin(kind) or kind]}, got {value!r}"
-        ) from error
+        expected = "numbers separated by commas" if of_numbers else IN_WORDS[typing.get_origin(kind) or kind]
+        raise UserError(f"{source}: {name} must be {expected}, got {value!r}") from error
 
 
-def _converted(kind: type, value: Any) -> Any:
+def _converted(kind: type, value: Any, *, several: bool = False) -> Any:
     if kind is bool:
         if isinstance(value, bool):
             return value
@@ -204,6 +211,8 @@ def _converted(kind: type, value: Any) -> Any:
     if kind is float:
         return float(value) if isinstance(value, (int, float, str)) else _refuse()  # YAML reads 5e-6 as text
     if kind is str:
+        if isinstance(value, list) and several:
+            value = ",".join(map(str, value))
         return str(value) if isinstance(value, (str, int, float)) else _refuse()
     if kind is tuple:
         if isinstance(value, str):

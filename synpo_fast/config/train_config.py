@@ -11,7 +11,7 @@ from typing import Any
 
 from synpo_fast.config.checks import check_config
 from synpo_fast.config.options import LOSS_OPTIONS, TrainOptions
-from synpo_fast.losses import LOSSES
+from synpo_fast.losses.weighted_sum import LOSS_METRIC, SFT, canonical_name, spec_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class TrainConfig(TrainOptions):
     """
 
     def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):
+            object.__setattr__(self, "loss_type", canonical_name(self.loss_type))
         if self.zero_stage is None:
             object.__setattr__(self, "zero_stage", 1 if self.use_peft else 2)
         check_config(self)
@@ -30,6 +32,13 @@ class TrainConfig(TrainOptions):
     def loss_options(self) -> dict[str, Any]:
         """The loss's options that were set; the loss has defaults for the others."""
         return {name: getattr(self, name) for name in LOSS_OPTIONS if getattr(self, name) is not None}
+
+    @property
+    def applied_loss_options(self) -> dict[str, Any]:
+        """The options given to the loss: those that were set, and nll_reduce for an NLL inside the loss. That NLL is
+        averaged per pair by default: a mean over a micro-batch's tokens would make the loss depend on how a step is split."""
+        has_nll = self.loss_type != SFT and spec_of(self.loss_type).has_nll
+        return {"nll_reduce": "token_mean", **self.loss_options} if has_nll else self.loss_options
 
     @property
     def num_reading_processes(self) -> int:
@@ -55,13 +64,25 @@ class TrainConfig(TrainOptions):
 
     @property
     def best_is_greater(self) -> bool:
-        """The value of `greater_is_better`, its default resolved by Hugging Face's rule."""
-        return not self.best_metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
+        """The value of `greater_is_better`, its default resolved by Hugging Face's rule; a member's loss/NAME is a loss, too."""
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return not self.best_metric.endswith("loss") and not self.best_metric.startswith(f"eval_{LOSS_METRIC}")
 
     @property
     def needs_reference(self) -> bool:
         """True if the loss uses a reference's log-probs."""
-        return self.loss_type in LOSSES and LOSSES[self.loss_type].reads_reference(self.loss_options)
+        return self.loss_type != SFT and spec_of(self.loss_type).reads_reference(self.loss_options)
+
+    @property
+    def reads_single_responses(self) -> bool:
+        """True if the loss reads each response by itself, with a label (kto)."""
+        return self.loss_type != SFT and spec_of(self.loss_type).unpaired
+
+    @property
+    def needs_kl(self) -> bool:
+        """True if the loss needs a reference point from mismatched responses (kto)."""
+        return self.loss_type != SFT and spec_of(self.loss_type).needs_kl
 
     @property
     def reference_kind(self) -> str:

@@ -68,7 +68,7 @@ class ScoreGapFilter:
 def filter_by_score_gap(
     pairs: Iterable[Pair], min_score_gap: float | None, *, pairs_from: str | None = None
 ) -> ScoreGapFilter:
-    """Keeps pairs with chosen_score - rejected_score >= min_score_gap (SynPO: 4), and all rows with loss "sft".
+    """Keeps pairs with chosen_score - rejected_score >= min_score_gap (SynPO: 4), and all rows of one response.
 
     Args:
         min_score_gap: None keeps every pair except a row whose responses have equal scores. A gap that falls short by a
@@ -86,7 +86,7 @@ def filter_by_score_gap(
                 below += 1
             else:
                 kept.append(pair if pairs_from is None else compared)
-        elif pair.loss == "sft" or min_score_gap is None:
+        elif pair.loss != "preference" or min_score_gap is None:
             kept.append(pair)
         elif pair.chosen_score is None or pair.rejected_score is None:
             without_scores += 1

@@ -27,10 +27,12 @@ class EncodedPair:
     """One row of a manifest as tokens and pixels. Every response runs once, however many comparisons use it.
 
     sample: a models.policy.Sample with all responses of the row. The numbers below are indices of its responses.
-    comparisons: (better, worse) responses. The loss sees each comparison as one pair. Empty for a row that trains on one
-        response alone ("sft").
-    target: the response that a row without comparisons trains on.
+    comparisons: (better, worse) responses. The loss sees each comparison as one pair. Empty for a row with labels, and for a row
+        that trains on one response alone ("sft").
+    labels: (response, desirable) for a loss that reads each response by itself (kto). The loss sees each as a row of its own.
+    target: the response that a row without comparisons and labels trains on.
     ground_truth: the response that is the ground truth, None without one.
+    mismatched: the response that belongs to another row, for the reference point of kto; None without one.
     """
 
     sample: Any
@@ -38,25 +40,29 @@ class EncodedPair:
     comparisons: tuple[tuple[int, int], ...] = ((0, 1),)
     target: int = 0
     ground_truth: int | None = None
+    labels: tuple[tuple[int, bool], ...] = ()
+    mismatched: int | None = None
 
     @property
     def preference(self) -> bool:
-        """True if the row compares responses."""
-        return bool(self.comparisons)
+        """True if the row compares or labels responses, False if it trains on one alone."""
+        return bool(self.comparisons or self.labels)
 
     @property
     def has_ground_truth(self) -> bool:
         return self.ground_truth is not None
 
     @property
-    def num_pairs(self) -> int:
-        """The number of pairs that the loss sees: a row with several comparisons counts as several pairs."""
-        return len(self.comparisons) or 1
+    def pairs(self) -> tuple[tuple[int | None, int | None], ...]:
+        """The pairs that the loss sees, each as the responses (better, worse). A label gives a pair with one response, and so
+        does a row that trains on one response."""
+        labelled = tuple((index, None) if desirable else (None, index) for index, desirable in self.labels)
+        return self.comparisons or labelled or ((self.target, None),)
 
     @property
-    def better(self) -> tuple[int, ...]:
-        """For each pair that the loss sees, the response that it prefers, or the only one that it reads."""
-        return tuple(better for better, _ in self.comparisons) or (self.target,)
+    def num_pairs(self) -> int:
+        """The number of pairs that the loss sees: a row with several comparisons or labels counts as several pairs."""
+        return len(self.pairs)
 
     @property
     def num_bytes(self) -> int:

@@ -32,6 +32,17 @@ def _is_trl(row: Row) -> bool:
     )
 
 
+def _is_trl_unpaired(row: Row) -> bool:
+    turns = row.get("completion")
+    return (
+        _has("label")(row)
+        and isinstance(turns, list)
+        and bool(turns)
+        and isinstance(turns[0], dict)
+        and "role" in turns[0]
+    )
+
+
 def _has_roles(*roles: str) -> Callable[[Row], bool]:
     def fits(row: Row) -> bool:
         turns = row.get("conversations")
@@ -43,6 +54,7 @@ def _has_roles(*roles: str) -> Callable[[Row], bool]:
 
 FORMATS: dict[str, Callable[[Row], bool]] = {
     "trl": _is_trl,
+    "trl-unpaired": _is_trl_unpaired,
     "ms-swift": lambda row: _has("messages")(row) and not {"rejected_response", "rejected_messages"}.isdisjoint(row),
     "llama-factory": lambda row: _has("conversations")(row) and isinstance(row.get("chosen"), (dict, list)),
     "video-salmonn2-v1": _has_roles("gpt", "reject_gpt"),

@@ -7,7 +7,8 @@ Hugging Face datasets.
     {"prompt": "...", "video": "...", "responses": [{"text": "...", "score": 12.1}, {"text": "...", "score": 6.4}, ...]}
 
 prompt, chosen and rejected are required, except that a row with loss "sft" needs no rejected. `responses` may replace chosen and
-rejected and their scores; data/comparisons.py chooses which of them are compared. A row has a video, or clips, or
+rejected and their scores; data/comparisons.py chooses which of them are compared. One response with a label, true for a desirable
+one, may replace them, too: {"prompt": "...", "completion": "...", "label": true}. A row has a video, or clips, or
 neither, which makes it a text pair. Video paths are relative to a video root and may not leave it. This file checks only their
 text, since the videos may be on another machine. Every row that cannot be right is an error that names file, line and reason,
 because training would not notice a wrong pair.
@@ -26,14 +27,14 @@ from typing import Any
 from torch import Tensor
 
 from synpo_fast.data.format_hints import import_hint
-from synpo_fast.data.pair import Clip, Pair, Response
+from synpo_fast.data.pair import LABELS, Clip, Pair, Response
 from synpo_fast.data.row_files import read_rows
 from synpo_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 SHOWN_ROWS = 20
-INSTEAD = ("chosen", "rejected", "chosen_score", "rejected_score")  # of a row without `responses`
+INSTEAD = ("chosen", "rejected", "chosen_score", "rejected_score")  # of a row without `responses` and `completion`
 NO_SOUND = "sound is not read yet, and the pair would be used as if it were silent"
 
 
@@ -60,16 +61,19 @@ class ManifestError(UserError):
         self.path, self.bad_rows = str(path), bad_rows
 
 
-def read_manifest(path: str | Path, *, on_bad: str = "raise") -> list[Pair]:
+def read_manifest(
+    path: str | Path, *, on_bad: str = "raise", check: Callable[[Pair], None] | None = None
+) -> list[Pair]:
     """Reads the pairs of a manifest, in its order.
 
     Args:
         path: JSON Lines, a JSON list, Parquet, or a folder of the datasets package; FOLDER:train names a split.
         on_bad: "raise" a ManifestError for bad rows, or "skip" them and log a warning for each.
+        check: called with each pair; a ValueError that it raises makes the row a bad one.
     """
     if on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad must be 'raise' or 'skip', got {on_bad!r}")
-    pairs, bad_rows = read_manifest_rows(path)
+    pairs, bad_rows = read_manifest_rows(path, check)
     if bad_rows and (on_bad == "raise" or not pairs):
         raise ManifestError(path, bad_rows, f"{path}: {len(bad_rows)} of {len(pairs) + len(bad_rows)} rows are bad")
     for row in bad_rows:
@@ -77,8 +81,10 @@ def read_manifest(path: str | Path, *, on_bad: str = "raise") -> list[Pair]:
     return pairs
 
 
-def read_manifest_rows(path: str | Path) -> tuple[list[Pair], list[BadRow]]:
-    """Reads (pairs, bad rows) from a manifest. A bad row has file, line and reason.
+def read_manifest_rows(
+    path: str | Path, check: Callable[[Pair], None] | None = None
+) -> tuple[list[Pair], list[BadRow]]:
+    """Reads (pairs, bad rows) from a manifest. A bad row has file, line and reason. check: as in read_manifest.
 
     Raises ManifestError for a file that is not a manifest: an empty file, a damaged one, or an unknown format.
     """
@@ -95,6 +101,8 @@ def read_manifest_rows(path: str | Path) -> tuple[list[Pair], list[BadRow]]:
                 pair = pair_from_row(row.content, default_id=f"{Path(row.file).stem}-{row.line}")
                 if pair.id in first_use:
                     raise ValueError(f"id {pair.id!r} is already used in line {first_use[pair.id]}")
+                if check is not None:
+                    check(pair)
             except ValueError as error:
                 # Only the first bad row gets the hint.
                 hint = import_hint(row.content) if row.content is not None and not bad_rows else ""
@@ -119,6 +127,12 @@ def pair_from_row(row: dict[str, Any], *, default_id: str = "") -> Pair:
             raise ValueError(f"unknown key {key!r}{hint} (other data belongs under 'meta')")
     parsed = {key: PARSERS[key](key, value) for key, value in given.items()}
     values = {key: value for key, value in parsed.items() if value is not None}  # None: the key is checked but not read
+    if "completion" in values or "label" in values:
+        return _labelled_pair(values, default_id)
+    if values.get("loss") in LABELS.values():
+        raise ValueError(
+            f"a row with loss {values['loss']!r} is written with completion and label, without chosen and rejected"
+        )
     both = [key for key in INSTEAD if key in values] if "responses" in values else []
     if both:
         raise ValueError(f"a row with responses has no {both[0]}: leave out one of the two")
@@ -131,6 +145,19 @@ def pair_from_row(row: dict[str, Any], *, default_id: str = "") -> Pair:
     if missing:
         raise ValueError(f"{' and '.join(repr(key) for key in missing)} missing")
     return Pair(**{"id": default_id, **values})
+
+
+def _labelled_pair(values: dict[str, Any], default_id: str) -> Pair:
+    """The pair of a row of one response with a label."""
+    others = [key for key in (*INSTEAD, "responses", "loss") if key in values]
+    if others:
+        raise ValueError(f"a row with completion and label has no {others[0]}: leave out one of the two")
+    missing = [key for key in ("prompt", "completion", "label") if key not in values]
+    if missing:
+        raise ValueError(f"{' and '.join(repr(key) for key in missing)} missing")
+    completion, label = values.pop("completion"), values.pop("label")
+    texts = {"chosen": completion if label else "", "rejected": "" if label else completion}
+    return Pair(**{"id": default_id, **values, **texts, "loss": LABELS[label]})
 
 
 def _text(key: str, value: object) -> str:
@@ -147,6 +174,12 @@ def _id(key: str, value: object) -> str:
     if not _text(key, value).strip():
         raise ValueError("id is empty; leave it out, and it is made from file name and line")
     return str(value)
+
+
+def _label(key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true for a desirable completion or false, got {value!r:.60}")
+    return value
 
 
 def _number(key: str, value: object) -> float:
@@ -227,6 +260,8 @@ PARSERS: dict[str, Callable[[str, object], Any]] = {
     "prompt": _text,
     "chosen": _text,
     "rejected": _text,
+    "completion": _text,
+    "label": _label,
     "chosen_score": _number,
     "rejected_score": _number,
     "ground_truth": _text,
@@ -245,11 +280,13 @@ def row_from_pair(pair: Pair) -> dict[str, Any]:
         raise ValueError(f"pair {pair.id!r} holds frames {list(pair.video.shape)}; a manifest names video files")
     row: dict[str, Any] = {"id": pair.id or None, "video": None if pair.video is None else Path(pair.video).as_posix()}
     row |= {"prompt": pair.prompt}
-    if pair.responses:
+    if pair.has_label:
+        row |= {"completion": pair.chosen or pair.rejected, "label": pair.loss == LABELS[True]}
+    elif pair.responses:
         row |= {"responses": [{"text": each.text, "score": each.score} for each in pair.responses]}
     else:
         row |= {key: getattr(pair, key) for key in INSTEAD}
-    row |= {"ground_truth": pair.ground_truth, "loss": None if pair.loss == "preference" else pair.loss}
+    row |= {"ground_truth": pair.ground_truth, "loss": "sft" if pair.loss == "sft" else None}
     clips = [{"path": clip.path, "start": clip.start, "end": clip.end} for clip in pair.clips]
     row["clips"] = [{name: value for name, value in clip.items() if value is not None} for clip in clips] or None
     return {key: value for key, value in row.items() if value is not None}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from synpo_fast.errors import UserError
 
+LABELS = {True: "desirable", False: "undesirable"}  # the loss of a row with one response, by its label
 SCORE_SLACK = 1e-9  # scores are sums of decimals such as 1.1: a difference below this is a rounding error
 
 
@@ -50,10 +51,12 @@ class Pair:
         id: the name of the pair in messages.
         chosen_score, rejected_score: a judge's scores, used to drop pairs whose scores are too close.
         ground_truth: a caption for the auxiliary NLL.
-        loss: "preference", or "sft" for a row that trains on chosen alone; its rejected may be empty.
+        loss: "preference", or "sft" for a row that trains on chosen alone; its rejected may be empty. "desirable" and
+            "undesirable" are rows of one labelled response, which is chosen or rejected; the other one is empty.
         clips: used instead of video: parts of one or several files, shown one after another as one video.
         responses: two or more scored responses, instead of chosen and rejected.
         comparisons: (better, worse), each an index of `responses`. Left out: every two responses whose scores differ.
+        mismatched: a response that belongs to another row (mismatched.py). It is not written to a manifest.
 
     Raises ValueError, naming the pair, for an empty response, equal responses, frames of another shape or type, for both a
     video and clips, and for both responses and chosen or rejected.
@@ -71,15 +74,20 @@ class Pair:
     clips: tuple[Clip, ...] = ()
     responses: tuple[Response, ...] = ()
     comparisons: tuple[tuple[int, int], ...] = ()
+    mismatched: str | None = None
 
     def __post_init__(self) -> None:
         name = f"pair {self.id!r}"
         if self.responses or self.comparisons:
             self._take_responses(name)
-        if self.loss not in ("preference", "sft"):
-            raise ValueError(f"{name}: loss must be 'preference' or 'sft', got {self.loss!r}")
+        known = ("preference", "sft", *LABELS.values())
+        if self.loss not in known:
+            raise ValueError(f"{name}: loss must be {' or '.join(map(repr, known))}, got {self.loss!r}")
+        unused = {"sft": "rejected", "desirable": "rejected", "undesirable": "chosen"}.get(self.loss)
+        if self.has_label and unused and getattr(self, unused):
+            raise ValueError(f"{name}: a row with loss {self.loss!r} has one response, so {unused} must be empty")
         for field in ("prompt", "chosen", "rejected"):
-            if field == "rejected" and self.loss == "sft":
+            if field == unused:
                 continue
             if not isinstance(getattr(self, field), str) or not getattr(self, field).strip():
                 raise ValueError(f"{name}: {field} is empty")
@@ -89,10 +97,16 @@ class Pair:
             raise ValueError(f"{name}: chosen and rejected are the same text, so there is nothing to prefer")
         object.__setattr__(self, "video", _checked_video(self.video, name))
 
+    @property
+    def has_label(self) -> bool:
+        """True for a row of one response with a label."""
+        return self.loss in LABELS.values()
+
     def _take_responses(self, name: str) -> None:
         """Checks the responses and their comparisons, and fills in what follows from them."""
-        if self.loss == "sft":
-            raise ValueError(f"{name}: a row with loss 'sft' trains on chosen alone; leave out its responses")
+        if self.loss != "preference":
+            what = "chosen alone" if self.loss == "sft" else "one response"
+            raise ValueError(f"{name}: a row with loss {self.loss!r} trains on {what}; leave out its responses")
         _check_responses(self.responses, name)
         ordered = by_score(self.responses)
         best, worst = ordered[0], ordered[-1]

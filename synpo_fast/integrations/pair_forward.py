@@ -29,6 +29,7 @@ def add_pair_loss(model: nn.Module, loss: str = "synpo", **options: Any) -> Fuse
         chosen_logps, rejected_logps: [B], means or sums, whichever the loss uses.
         chosen_rewards, rejected_rewards: [B], detached.
         chosen_tokens, rejected_tokens: [B], counts.
+        top1_tokens: how many chosen tokens are the model's first choice. entropies: summed over the tokens of all responses.
         chosen_logits, rejected_logits: [B], mean logit over a response's tokens and the vocabulary; absent with a softcap.
 
     Without pair_labels the model's forward is unchanged. The module's last_output has all metrics of the last call.
@@ -90,6 +91,9 @@ def _pair_outputs(
         "chosen_tokens": chosen_tokens,
         "rejected_tokens": rejected_tokens,
     }
+    if module.last_tokens is not None:
+        outputs["top1_tokens"] = module.last_tokens.is_top1.chunk(2)[0].sum()
+        outputs["entropies"] = module.last_tokens.entropy.sum()
     if head.softcap is None:
         outputs["chosen_logits"], outputs["rejected_logits"] = _response_logits(
             hidden, module.mean_weight_row(head.weight), head.bias, mask, head.logit_scale

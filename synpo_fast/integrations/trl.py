@@ -93,9 +93,8 @@ class SynPOTrainer(DPOTrainer):
 
     Logged in training and evaluation: rewards/{chosen,rejected,accuracies,margins}, where a reward is the geometric mean
     of a response's token probabilities; logps/{chosen,rejected}, means over tokens as in the loss (sums in DPOTrainer);
-    nll_loss of the chosen tokens; logits/{chosen,rejected} unless the model caps its logits; num_tokens.
-    Not logged: entropy and mean_token_accuracy, which need logits that the loss does not compute. empty_pairs is logged
-    if truncation left a response without tokens; on a CPU such a pair raises an error.
+    nll_loss of the chosen tokens; mean_token_accuracy; entropy; logits/{chosen,rejected} unless the model caps its logits;
+    num_tokens. empty_pairs is logged if truncation left a response without tokens; on a CPU such a pair raises an error.
 
     Raises ValueError for an adapter on the head and for any other head that head_of refuses, for a ref_model, and for a
     mixture of experts whose router has an auxiliary loss (set router_aux_loss_coef=0.0 to train without it).

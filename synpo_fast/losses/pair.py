@@ -3,7 +3,9 @@
 The input `PairLogprobs` holds the token log-probs of P pairs, ragged and flat. The output `LossOutput` holds one loss per pair
 with autograd, detached rewards, and metrics under TRL's names.
 
-All pairs take part in the preference term (`compared_pairs`) except:
+A row may also be one labelled response instead of a pair (`unpaired`), for the losses that read each response by itself (kto).
+
+All rows take part in the preference term (`compared_pairs`) except:
 - a pair with `preference` False ("sft" rows of a manifest): its preference loss and rewards are 0;
 - a pair with an empty response. On the CPU such a pair raises ValueError when the `PairLogprobs` is created. On a GPU that check
   would need a device sync, so the pair contributes 0 and the metric empty_pairs counts it.
@@ -30,6 +32,10 @@ class PairLogprobs:
     chosen_offsets, rejected_offsets [P+1]: int32 or int64, starting at 0.
     ground_truth [Ng], ground_truth_offsets [P+1]: for an `AuxiliaryNLL` on the ground truth.
     preference [P] bool: False skips the preference term of that pair; None means all True.
+    unpaired [P] bool: True for a row of one labelled response. It is in `chosen` if desirable and in `rejected` if
+        undesirable, and the other one is empty. None means all False.
+    kl: the reference point of kto, a scalar (see kto.py).
+    weights [P]: factors of the pairs' preference terms, without grad (see wpo.py); None means all 1. An NLL is not multiplied.
 
     Raises ValueError on shapes, dtypes or devices that do not match. For CPU tensors it also raises ValueError on offsets
     that do not cover the tokens and on an empty response in a pair that is compared.
@@ -42,6 +48,9 @@ class PairLogprobs:
     ground_truth: Tensor | None = None
     ground_truth_offsets: Tensor | None = None
     preference: Tensor | None = None
+    unpaired: Tensor | None = None
+    kl: Tensor | None = None
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_ragged("chosen", self.chosen, self.chosen_offsets)
@@ -52,15 +61,24 @@ class PairLogprobs:
         if self.ground_truth is not None and self.ground_truth_offsets is not None:
             _check_ragged("ground_truth", self.ground_truth, self.ground_truth_offsets)
             _check_same_pairs("ground_truth", self.ground_truth_offsets, self.chosen_offsets)
-        if self.preference is not None:
-            mask = self.preference
+        for name, mask in (("preference", self.preference), ("unpaired", self.unpaired)):
+            if mask is None:
+                continue
             if mask.dtype != torch.bool or mask.shape != (self.num_pairs,) or mask.device != self.device:
                 raise ValueError(
-                    f"preference is {mask.dtype} of shape {tuple(mask.shape)} on {mask.device}, expected bool of shape "
+                    f"{name} is {mask.dtype} of shape {tuple(mask.shape)} on {mask.device}, expected bool of shape "
                     f"({self.num_pairs},) on {self.device}"
                 )
-        _check_not_empty("chosen", self.chosen_offsets, self.preference)
-        _check_not_empty("rejected", self.rejected_offsets, self.preference)
+        if self.kl is not None and (self.kl.shape != () or self.kl.device != self.device):
+            raise ValueError(f"kl is {tuple(self.kl.shape)} on {self.kl.device}, expected a scalar on {self.device}")
+        if self.weights is not None:
+            w = self.weights
+            if not w.is_floating_point() or w.shape != (self.num_pairs,) or w.device != self.device or w.requires_grad:
+                raise ValueError(
+                    f"weights are {w.dtype} of shape {tuple(w.shape)} on {w.device}{' with grad' * w.requires_grad}, expected "
+                    f"floating point of shape ({self.num_pairs},) on {self.device} without grad"
+                )
+        _check_not_empty(self)
 
     @property
     def num_pairs(self) -> int:
@@ -77,6 +95,8 @@ class PairLogprobs:
         *,
         ground_truth: Sequence[Tensor] | None = None,
         preference: Sequence[bool] | None = None,
+        unpaired: Sequence[bool] | None = None,
+        kl: Tensor | None = None,
     ) -> PairLogprobs:
         """Builds the log-probs from one tuple (chosen, rejected) of 1-D tensors per pair, as score_pairs returns them."""
         if not pairs:
@@ -87,9 +107,20 @@ class PairLogprobs:
         truth = None
         if ground_truth is not None:
             truth, on_host["ground_truth_offsets"] = _flatten("ground_truth", ground_truth)
-        if preference is not None:
-            on_host["preference"] = torch.tensor(preference, dtype=torch.bool)
-        return cls(chosen=chosen, rejected=rejected, ground_truth=truth, **to_device(on_host, chosen.device))
+        for name, mask in (("preference", preference), ("unpaired", unpaired)):
+            if mask is not None:
+                on_host[name] = torch.tensor(mask, dtype=torch.bool)
+        return cls(chosen=chosen, rejected=rejected, ground_truth=truth, kl=kl, **to_device(on_host, chosen.device))
+
+    @classmethod
+    def from_unpaired(
+        cls, responses: Sequence[Tensor], labels: Sequence[bool], *, kl: Tensor | None = None
+    ) -> PairLogprobs:
+        """Builds rows of one response each, for kto: 1-D tensors of log-probs, and True for each one that is desirable."""
+        if len(responses) != len(labels):
+            raise ValueError(f"{len(responses)} responses, but {len(labels)} labels")
+        couples = [(y, y[:0]) if label else (y[:0], y) for y, label in zip(responses, labels, strict=True)]
+        return cls.from_pairs(couples, unpaired=[True] * len(couples), kl=kl)
 
     @classmethod
     def from_sums(cls, chosen: Tensor, rejected: Tensor) -> PairLogprobs:
@@ -98,7 +129,15 @@ class PairLogprobs:
         return cls(chosen, rejected, offsets, offsets)
 
     @classmethod
-    def from_padded(cls, logps: Tensor, mask: Tensor, *, preference: Tensor | None = None) -> PairLogprobs:
+    def from_padded(
+        cls,
+        logps: Tensor,
+        mask: Tensor,
+        *,
+        preference: Tensor | None = None,
+        unpaired: Tensor | None = None,
+        kl: Tensor | None = None,
+    ) -> PairLogprobs:
         """Builds the log-probs from logps [2P, T] and a bool mask of its real tokens, chosen half first (as in Liger and TRL).
 
         Needs no host sync on a GPU: the flat tensors keep P*T entries there, and the offsets mark the valid ones.
@@ -110,7 +149,8 @@ class PairLogprobs:
             )
         chosen, chosen_offsets = _compact(*(half.chunk(2)[0] for half in (logps, mask)))
         rejected, rejected_offsets = _compact(*(half.chunk(2)[1] for half in (logps, mask)))
-        return cls(chosen, rejected, chosen_offsets, rejected_offsets, preference=preference)
+        offsets = chosen_offsets, rejected_offsets
+        return cls(chosen, rejected, *offsets, preference=preference, unpaired=unpaired, kl=kl)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +175,7 @@ class LossOutput:
 
 def compared_pairs(policy: PairLogprobs) -> Tensor:
     """Mask of the pairs that take part in the preference term, bool [P]."""
-    not_empty = _not_empty_pairs(policy)
+    not_empty = _not_empty_rows(policy)
     return not_empty if policy.preference is None else not_empty & policy.preference
 
 
@@ -148,7 +188,9 @@ def preference_output(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
 ) -> LossOutput:
-    """Builds the LossOutput from values per pair [P]: masks the pairs that are not compared and computes the metrics."""
+    """Builds the LossOutput from values per pair [P]: weighs and masks them, and computes the metrics."""
+    if policy.weights is not None:
+        losses = losses * policy.weights.to(losses.dtype)
     with torch.no_grad():
         chosen_nll = -segment_sum(policy.chosen, policy.chosen_offsets).sum()
     return masked_output(
@@ -160,7 +202,7 @@ def preference_output(
         rejected_logps=rejected_logps,
         chosen_nll=chosen_nll,
         num_chosen_tokens=policy.chosen_offsets[-1],
-        num_empty=_num_empty_pairs(policy),
+        num_empty=_num_empty_rows(policy),
     )
 
 
@@ -212,12 +254,16 @@ def host_can_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _not_empty_pairs(policy: PairLogprobs) -> Tensor:
-    return (segment_lengths(policy.chosen_offsets) > 0) & (segment_lengths(policy.rejected_offsets) > 0)
+def _not_empty_rows(policy: PairLogprobs) -> Tensor:
+    """Mask of the rows that hold what they must, [P]: both responses of a pair, one of an unpaired row."""
+    has_chosen, has_rejected = segment_lengths(policy.chosen_offsets) > 0, segment_lengths(policy.rejected_offsets) > 0
+    both = has_chosen & has_rejected
+    return both if policy.unpaired is None else torch.where(policy.unpaired, has_chosen ^ has_rejected, both)
 
 
-def _num_empty_pairs(policy: PairLogprobs) -> Tensor:
-    empty = ~_not_empty_pairs(policy)
+def _num_empty_rows(policy: PairLogprobs) -> Tensor:
+    """The number of rows that would be compared and lack a response."""
+    empty = ~_not_empty_rows(policy)
     return (empty if policy.preference is None else empty & policy.preference).sum()
 
 
@@ -244,14 +290,21 @@ def _check_same_pairs(name: str, offsets: Tensor, chosen_offsets: Tensor) -> Non
         )
 
 
-def _check_not_empty(name: str, offsets: Tensor, preference: Tensor | None) -> None:
-    if not host_can_read(offsets):
+def _check_not_empty(policy: PairLogprobs) -> None:
+    if not host_can_read(policy.chosen_offsets):
         return
-    empty = segment_lengths(offsets) == 0
-    if preference is not None:
-        empty = empty & preference
-    if bool(empty.any()):
-        raise ValueError(f"{name} response of pair {int(empty.nonzero()[0])} is empty")
+    wrong = ~_not_empty_rows(policy)
+    if policy.preference is not None:
+        wrong = wrong & policy.preference
+    if not bool(wrong.any()):
+        return
+    row = int(wrong.nonzero()[0])
+    chosen, rejected = (int(segment_lengths(each)[row]) for each in (policy.chosen_offsets, policy.rejected_offsets))
+    if policy.unpaired is not None and bool(policy.unpaired[row]):
+        raise ValueError(
+            f"unpaired row {row} has {chosen} chosen and {rejected} rejected tokens, expected one response"
+        )
+    raise ValueError(f"{'rejected' if chosen else 'chosen'} response of pair {row} is empty")
 
 
 def _flatten(name: str, responses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -40,16 +40,15 @@ def synpo(policy: PairLogprobs, *, alpha: float = 30.0, beta: float = 0.2, link:
 
     Raises ValueError if alpha <= 0, beta < 0, or link is neither "sigmoid" nor "logsigmoid".
     """
-    _check_options(alpha, beta, link)
+    check_synpo_options(alpha, beta, link)
     chosen_logps = segment_mean(policy.chosen, policy.chosen_offsets)
     rejected_logps = segment_mean(policy.rejected, policy.rejected_offsets)
     G_chosen, G_rejected = chosen_logps.exp(), rejected_logps.exp()
     A_chosen = arithmetic_mean(policy.chosen, policy.chosen_offsets)
     x = alpha * (G_chosen - G_rejected)
-    contrast = _sigmoid(x) if link == "sigmoid" else F.logsigmoid(x)
     return preference_output(
         policy,
-        -contrast - beta * A_chosen,
+        -link_function(x, link) - beta * A_chosen,
         chosen_rewards=G_chosen,
         rejected_rewards=G_rejected,
         chosen_logps=chosen_logps,
@@ -72,7 +71,7 @@ def synpo_token_coefficients(
 
     num_pairs: the divisor. None uses the number of pairs in this batch; 1 gives the gradient of each pair's own loss.
     """
-    _check_options(alpha, beta, link)
+    check_synpo_options(alpha, beta, link)
     num_pairs = policy.num_pairs if num_pairs is None else num_pairs
     check_number("num_pairs", num_pairs, above=0)
     G_chosen = geometric_mean(policy.chosen, policy.chosen_offsets)
@@ -90,12 +89,18 @@ def synpo_token_coefficients(
     return -(contrast + language), rejected
 
 
-def _sigmoid(x: Tensor) -> Tensor:
-    """Sigmoid whose autograd gradient keeps its relative precision, because the selected sigmoid is at most 1/2."""
+def link_function(x: Tensor, link: str) -> Tensor:
+    """sigmoid(x) or log sigmoid(x), by the name in `link`.
+
+    The sigmoid's autograd gradient keeps its relative precision, because the selected sigmoid is at most 1/2.
+    """
+    if link == "logsigmoid":
+        return F.logsigmoid(x)
     return torch.where(x >= 0, 1.0 - torch.sigmoid(-x), torch.sigmoid(x))
 
 
-def _check_options(alpha: float, beta: float, link: str) -> None:
+def check_synpo_options(alpha: float, beta: float, link: str) -> None:
+    """Raises ValueError if alpha <= 0, beta < 0, or link is not one of LINKS."""
     check_number("alpha", alpha, above=0.0)
     check_number("beta", beta, at_least=0.0)
     check_choice("link", link, LINKS)

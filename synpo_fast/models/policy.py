@@ -10,9 +10,10 @@ Adapters, gradient checkpointing, frozen and trainable towers all use this one p
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +28,12 @@ from synpo_fast.models.rope_length import ropes_by_length, whole_sequence
 from synpo_fast.models.row_inputs import RowInputs, row_inputs
 from synpo_fast.ops.copy_stream import CopyStream
 from synpo_fast.ops.host_copy import to_device
-from synpo_fast.ops.linear_logprobs import fused_linear_logprobs
+from synpo_fast.ops.linear_logprobs import (
+    TokenOutputs,
+    default_keep_bytes,
+    fused_linear_logprobs,
+    fused_linear_outputs,
+)
 
 Logps = list[list[Tensor]]  # for each sample, for each of its responses: [T] fp32
 
@@ -73,10 +79,12 @@ class Policy(nn.Module):
         attn_implementation: str,
         row_tokens: int | None = None,
         backend: str | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.family = model, tokenizer, family
         self.attn_implementation, self.row_tokens, self.backend = attn_implementation, row_tokens, backend
+        self.keep_bytes = keep_bytes  # of one forward; see fused_linear_logprobs
         self.vision_attn_implementation: str | None = None  # None: no tower
         self.processing: VideoProcessing | None = None  # None: the family's defaults for the model's config
         self.feature_store: FeatureStore | None = None
@@ -124,6 +132,20 @@ class Policy(nn.Module):
             share_prefix: run a sample's video and prompt once for all its responses.
             pack: put several samples into one row, up to row_tokens.
         """
+        return self._each_response(samples, share_prefix, pack, self._logps)
+
+    def token_outputs(
+        self, samples: Sequence[Sample], *, share_prefix: bool = True, pack: bool = True, with_mean_logits: bool = False
+    ) -> list[list[TokenOutputs]]:
+        """Computes log-probs, logsumexp, entropy and more of every token of every response, in the layout of forward."""
+        return self._each_response(
+            samples, share_prefix, pack, partial(self._outputs, with_mean_logits=with_mean_logits)
+        )
+
+    def _each_response(
+        self, samples: Sequence[Sample], share_prefix: bool, pack: bool, values_of: Callable[..., Sequence[Any]]
+    ) -> list[list[Any]]:
+        """Runs the samples in rows. values_of: turns a row's hidden states into one value for each of its responses."""
         reason_for_own_rows = self.reason_for_own_rows
         if reason_for_own_rows is not None and (share_prefix or pack):
             _warn_once_that_nothing_is_shared(self.family.name, reason_for_own_rows)
@@ -132,13 +154,19 @@ class Policy(nn.Module):
         plan = plan_rows(
             [sample.lengths for sample in samples], share_prefix=share_prefix, pack=pack, row_tokens=self.row_tokens
         )
-        results: list[list[Tensor | None]] = [[None] * len(sample.responses) for sample in samples]
+        results: list[list[Any]] = [[None] * len(sample.responses) for sample in samples]
         head = self.head()
+        unused = default_keep_bytes(self.device) if self.keep_bytes is None else self.keep_bytes
         for row, inputs in zip(plan, self._row_inputs(plan, samples), strict=True):
             hidden = self.hidden_states(row, samples, features, inputs)
-            for (sample, response), logps in self._row_logps(row, samples, hidden, head, inputs):
-                results[sample][response] = logps
-        return [[logps for logps in sample if logps is not None] for sample in results]
+            names = [(group.sample, response) for group in row.groups for response in group.responses]
+            lengths = [len(samples[sample].responses[response]) for sample, response in names]
+            for (sample, response), value in zip(
+                names, values_of(hidden, head, inputs, lengths, max(0, unused)), strict=True
+            ):
+                results[sample][response] = value
+            unused -= sum(lengths) * head.weight.shape[0] * hidden.element_size()
+        return results
 
     def encode_videos(self, samples: Sequence[Sample]) -> list[VideoFeatures | None]:
         """Returns each sample's features (None without a video). The tower encodes each video once, and none that is stored."""
@@ -214,16 +242,28 @@ class Policy(nn.Module):
     def _row_inputs(self, plan: Sequence[RowLayout], samples: Sequence[Sample]) -> list[RowInputs]:
         return row_inputs(plan, samples, family=self.family, model=self.base, device=self.device)
 
-    def _row_logps(
-        self, row: RowLayout, samples: Sequence[Sample], hidden: Tensor, head: Head, inputs: RowInputs
-    ) -> list[tuple[tuple[int, int], Tensor]]:
-        names = [(group.sample, response) for group in row.groups for response in group.responses]
-        logps = fused_linear_logprobs(
-            hidden, head.weight, inputs.labels, bias=head.bias,
-            rows=inputs.rows, logit_scale=head.logit_scale, softcap=head.softcap, backend=self.backend,
-        )  # fmt: skip
-        lengths = [len(samples[sample].responses[response]) for sample, response in names]
-        return list(zip(names, logps.split(lengths), strict=True))
+    def _logps(
+        self, hidden: Tensor, head: Head, inputs: RowInputs, lengths: list[int], keep_bytes: int
+    ) -> Sequence[Tensor]:
+        return fused_linear_logprobs(
+            hidden, head.weight, inputs.labels, bias=head.bias, rows=inputs.rows, logit_scale=head.logit_scale,
+            softcap=head.softcap, keep_bytes=keep_bytes, backend=self.backend,
+        ).split(lengths)  # fmt: skip
+
+    def _outputs(
+        self,
+        hidden: Tensor,
+        head: Head,
+        inputs: RowInputs,
+        lengths: list[int],
+        keep_bytes: int,
+        *,
+        with_mean_logits: bool,
+    ) -> Sequence[TokenOutputs]:
+        return fused_linear_outputs(
+            hidden, head.weight, inputs.labels, bias=head.bias, rows=inputs.rows, logit_scale=head.logit_scale,
+            softcap=head.softcap, keep_bytes=keep_bytes, with_mean_logits=with_mean_logits, backend=self.backend,
+        ).split(lengths)  # fmt: skip
 
 
 def _on(device: torch.device, features: VideoFeatures) -> VideoFeatures:

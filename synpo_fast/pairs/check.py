@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 
 from synpo_fast.data.manifest import ManifestError, read_manifest_rows
-from synpo_fast.data.pair import Pair
+from synpo_fast.data.pair import LABELS, Pair
 from synpo_fast.data.text_markers import CONTROL, TAGS, any_of, marked_pairs, special_tokens
 from synpo_fast.terminal.printable import counted
 
@@ -46,6 +46,8 @@ class CheckReport:
     num_rows: int = 0
     num_pairs: int = 0
     num_sft: int = 0
+    num_desirable: int = 0  # rows of one response with a label
+    num_undesirable: int = 0
     num_with_responses: int = 0  # rows with several responses
     num_responses: int = 0  # in these rows
     num_text_pairs: int = 0
@@ -83,7 +85,8 @@ def check_manifest(
         report.findings = [Finding("the file is not a manifest", [str(error)])]
         return report
     report.num_rows, report.num_pairs = len(pairs) + len(bad_rows), len(pairs)
-    report.num_sft = sum(pair.loss == "sft" for pair in pairs)
+    kinds = Counter(pair.loss for pair in pairs)
+    report.num_sft, report.num_desirable, report.num_undesirable = (kinds[k] for k in ("sft", *LABELS.values()))
     report.num_with_responses = sum(bool(pair.responses) for pair in pairs)
     report.num_responses = sum(len(pair.responses) for pair in pairs)
     report.num_text_pairs = sum(pair.video is None and not pair.clips for pair in pairs)
@@ -104,8 +107,8 @@ def _measure_texts(report: CheckReport, pairs: list[Pair]) -> None:
     preferences = [pair for pair in pairs if pair.loss == "preference"]
     texts = {
         "prompt": [pair.prompt for pair in pairs],
-        "chosen": [pair.chosen for pair in pairs],
-        "rejected": [pair.rejected for pair in preferences],
+        "chosen": [pair.chosen for pair in pairs if pair.chosen],
+        "rejected": [pair.rejected for pair in pairs if pair.rejected and pair.loss != "sft"],
         "responses": [response.text for pair in pairs for response in pair.responses],
     }
     report.words = {name: _quantiles([len(text.split()) for text in part]) for name, part in texts.items() if part}
@@ -135,10 +138,11 @@ def _compare_pairs(pairs: list[Pair]) -> Iterable[Finding]:
     preferences = [pair for pair in pairs if pair.loss == "preference"]
     same_pair = _groups(pairs, lambda pair: (_shown(pair), pair.prompt, pair.chosen, frozenset(_worse(pair))))
     yield Finding("pairs given more than once", [_ids(group) for group in same_pair])
-    chosen = {(_shown(pair), pair.prompt, pair.chosen): pair for pair in preferences}
+    judged = [pair for pair in pairs if pair.loss != "sft"]
+    chosen = {(_shown(pair), pair.prompt, pair.chosen): pair for pair in judged if pair.chosen}
     against = [
         f"{chosen[key].id} chooses what {pair.id} rejects"
-        for pair in preferences
+        for pair in judged
         if (key := (_shown(pair), pair.prompt, pair.rejected)) in chosen
     ]
     yield Finding("texts both chosen and rejected, for one video and prompt", against)

@@ -173,6 +173,10 @@ def report_text(report: CheckReport) -> str:
     train = "trains" if report.num_sft == 1 else "train"
     text_pairs = "is a text pair" if report.num_text_pairs == 1 else "are text pairs"
     lines.append(f"  {report.num_sft} {train} on chosen alone, {report.num_text_pairs} {text_pairs}")
+    if report.num_desirable or report.num_undesirable:
+        lines.append(
+            f"  {counted(report.num_desirable, 'desirable response')}, {counted(report.num_undesirable, 'undesirable response')}"
+        )
     seen = "all checked" if report.videos_checked else "not checked: give --video_root"
     if report.num_with_responses:
         rows = counted(report.num_with_responses, "row")

@@ -140,7 +140,8 @@ def timed_stages(clock: StageClock, engine: Any) -> Iterator[None]:
     places: list[tuple[Any, str, Callable[..., Shares]]] = [
         (policy, "encode_videos", only(VISION)),
         (policy, "hidden_states", row_shares),
-        (policy, "_row_logps", only(HEAD)),
+        (policy, "_logps", only(HEAD)),
+        (policy, "_outputs", only(HEAD)),
         (module, "reference_logps", only(REFERENCE)),
         (module, "loss_of_logps", only(HEAD)),
         (engine, "backward", only(BACKWARD)),

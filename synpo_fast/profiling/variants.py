@@ -28,12 +28,12 @@ import torch.distributed as dist
 
 from synpo_fast.config.options import LOSS_OPTIONS, REFERENCES
 from synpo_fast.config.train_config import TrainConfig
-from synpo_fast.losses import LOSSES
+from synpo_fast.losses.weighted_sum import SFT, spec_of
 from synpo_fast.models.attention import SEGMENTS, VARLEN
 from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.references import AdapterOff, FrozenCopy, Precomputed, Reference, detached_logps, in_batches, precompute
 from synpo_fast.training.loop import TrainingStopped
-from synpo_fast.training.pair_module import PairModule, loss_options
+from synpo_fast.training.pair_module import PairModule
 
 KINDS = tuple(kind for kind in REFERENCES if kind != "auto")
 
@@ -56,7 +56,7 @@ class Variant:
 def variants_of(config: TrainConfig, *, copied: bool) -> list[Variant]:
     """All variants, each with the reason if it cannot be measured. copied: True if there is a frozen copy of the model."""
     own = config.loss_type
-    if own in LOSSES and LOSSES[own].needs_reference:
+    if own != SFT and spec_of(own).needs_reference:
         own = "synpo"
     variants = []
     for shared in (True, False):
@@ -197,7 +197,7 @@ class VariantSwitch:
     def _options(self, loss_type: str) -> dict[str, Any]:
         """The configured options for the configured loss, the default options for any other."""
         if loss_type == self.config.loss_type:
-            return loss_options(self.config)
-        reference = "precomputed" if loss_type in LOSSES and LOSSES[loss_type].needs_reference else "auto"
+            return self.config.applied_loss_options
+        reference = "precomputed" if loss_type != SFT and spec_of(loss_type).needs_reference else "auto"
         unset: dict[str, Any] = dict.fromkeys(LOSS_OPTIONS)
-        return loss_options(replace(self.config, loss_type=loss_type, reference=reference, **unset))
+        return replace(self.config, loss_type=loss_type, reference=reference, **unset).applied_loss_options

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from synpo_fast.losses import LOSSES
+from synpo_fast.losses import spec_of
 from synpo_fast.losses.units import LOGPS_UNITS, SFT, logps_unit, loss_unit, reward_unit
+from synpo_fast.losses.weighted_sum import members_of
 from synpo_fast.report.data import RunRecord, number_in
 from synpo_fast.report.formats import NO_NUMBER
 
@@ -21,7 +22,7 @@ def unit_of(run: RunRecord, quantity: str) -> str:
     if not quantity:
         return ""
     name = run.config.get("loss_type")
-    if not isinstance(name, str) or (name != SFT and name not in LOSSES):
+    if not isinstance(name, str) or (name != SFT and not _is_loss(name)):
         return UNKNOWN
     if quantity in (LOSS, GRADIENT):
         loss = loss_unit(name, _options(run, name), auxiliary_nll=number_in(run.config.get("auxiliary_nll")) or 0.0)
@@ -30,7 +31,8 @@ def unit_of(run: RunRecord, quantity: str) -> str:
         return LOGPS_UNITS["mean"]
     if quantity == LOGPS:
         return logps_unit(name)
-    return reward_unit(name, _options(run, name)) if quantity == REWARD else f"{name}, of {LOSSES[name].reward}"
+    unit = reward_unit(name, _options(run, name))
+    return unit if quantity == REWARD else f"{name}, of {spec_of(name).reward}, {unit}"
 
 
 def by_unit(
@@ -62,14 +64,24 @@ def unit_markup(unit: str) -> str:
     return f'<span class="unit">{escape(unit)}</span>' if unit else ""
 
 
+def _is_loss(name: str) -> bool:
+    try:
+        return bool(members_of(name))
+    except ValueError:
+        return False
+
+
 def _options(run: RunRecord, name: str) -> dict[str, Any]:
     """The loss's options as the config sets them; None for a value of the wrong type, so that the loss uses its default."""
-    if name not in LOSSES:
+    if name == SFT:
         return {}
     found: dict[str, Any] = {}
-    for option, default in LOSSES[name].options.items():
+    for option, default in spec_of(name).options.items():
         value = run.config.get(option)
-        if isinstance(default, str | bool):
+        if isinstance(default, tuple):
+            numbers = [number_in(each) for each in value] if isinstance(value, list) else []
+            found[option] = numbers if len(numbers) == len(default) and None not in numbers else None
+        elif isinstance(default, str | bool):
             found[option] = value if isinstance(value, type(default)) else None
         else:
             found[option] = number_in(value)

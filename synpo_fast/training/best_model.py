@@ -151,7 +151,7 @@ def check_held_out(config: TrainConfig, pairs: Sequence[Pair]) -> None:
             f"{config.compares_evaluations} compares evaluations, but no pair was held out: give eval_file or eval_split"
         )
     name = config.best_metric.removeprefix("eval_")
-    if name.startswith(("rewards/", "logps/")) and not any(pair.loss == "preference" for pair in pairs):
+    if name.startswith(("rewards/", "logps/")) and all(pair.loss == "sft" for pair in pairs):
         raise UserError(
             f'metric_for_best_model={name} compares chosen and rejected responses, but every held-out pair has "loss": "sft"'
         )

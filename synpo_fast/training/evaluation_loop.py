@@ -78,7 +78,7 @@ class Evaluator:
 
     def _num_forwards(self, engine: Engine, pairs: Sequence[EncodedPair], own: int) -> int:
         """The number of forwards that this rank must run, placeholders included."""
-        if engine.stage < 3:
+        if engine.stage < 3 and not engine.module.needs_kl:
             return own
         self.placeholder = pairs[0] if pairs else self.placeholder
         most, _, self.placeholder = agree_on_forwards(own, len(pairs), self.placeholder, self.device)

@@ -31,7 +31,8 @@ def out_of_memory_message(config: TrainConfig, micro: Sequence[EncodedPair], *, 
     """One line: the micro-batch's pair with the most tokens, the options that help, and how to leave the pair out."""
     longest = max(micro, key=lambda pair: packed_tokens(pair.sample))
     others = f" and {len(micro) - 1} more" if len(micro) > 1 else ""
-    bound = len(longest.sample.prompt) + max(len(response) for response in longest.sample.responses) - 1
+    own = [len(response) for index, response in enumerate(longest.sample.responses) if index != longest.mismatched]
+    bound = len(longest.sample.prompt) + max(own) - 1
     return (
         f"out of memory in step {step}, with pair {longest.id!r} ({tokens_of(longest)}){others}. What helps: "
         f"{'; '.join(what_helps(config, micro, checkpoints))}. If started again unchanged, the run meets the same pair: "

@@ -15,19 +15,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.encoded import EncodedPair
-from synpo_fast.errors import UserError
-from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss
-from synpo_fast.losses.metric_sums import metric_sums
+from synpo_fast.losses import AuxiliaryNLL, LossOutput, kl_reference_point, preference_loss, spec_of, wpo_weights
+from synpo_fast.losses.nll import TokenPenalties, token_penalties
+from synpo_fast.losses.weighted_sum import SFT
 from synpo_fast.models.policy import Logps, Policy, Sample
 from synpo_fast.models.shared_features import shared_video_features
 from synpo_fast.ops.host_copy import to_device
+from synpo_fast.ops.linear_logprobs import TokenOutputs
+from synpo_fast.pair_logprobs import mismatched_log_ratios, pair_logprobs
+from synpo_fast.pair_sums import batch_sums, outputs_of_pairs
 from synpo_fast.references import Reference
 
 Sums = dict[str, Tensor]
@@ -39,12 +43,14 @@ class PairModule(nn.Module):
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         super().__init__()
         self.policy = policy
-        self.loss_type, self.options = config.loss_type, loss_options(config)
+        self.loss_type, self.options = config.loss_type, config.applied_loss_options
         self.share_prefix = config.share_prefix
         self.encodes_once = True  # policy and reference share one pass of a frozen tower
         self.auxiliary: AuxiliaryNLL | None = None
         if config.auxiliary_nll:
             self.auxiliary = AuxiliaryNLL(target=config.auxiliary_target, weight=config.auxiliary_nll)
+        self.penalties = TokenPenalties(config.label_smoothing_factor, config.z_loss)
+        self.use_weighting = config.use_weighting
         self._reference: list[Reference] = []  # in a list: a frozen copy must not become a trained submodule
 
     @property
@@ -58,15 +64,19 @@ class PairModule(nn.Module):
     def forward(self, pairs: Sequence[EncodedPair], scale: float) -> tuple[Tensor, Sums]:
         samples = [pair.sample for pair in pairs]
         with self._one_pass_of_the_tower():
-            # Not called through __call__: see Policy.
-            logps = self.policy.forward(samples, share_prefix=self.share_prefix)
+            outputs = self.policy.token_outputs(
+                samples, share_prefix=self.share_prefix, with_mean_logits=self.penalties.label_smoothing > 0
+            )
             reference = None if self.reference is None else self.reference_logps(samples)
-        output = self.loss_of_logps(pairs, logps, reference)
+            logps = [[each.logps for each in row] for row in outputs]
+            kl = self._reference_point(pairs, logps, reference, counted=scale != 0)
+        squares = [[each.log_sum_sq_probs for each in row] for row in outputs] if self.use_weighting else None
+        output = self._with_penalties(pairs, outputs, self.loss_of_logps(pairs, logps, reference, kl, squares))
         loss = output.losses.sum() * scale
         # A loss that is not finite makes every gradient nan, so that the engine skips the step on all ranks.
         loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         with torch.no_grad():
-            return loss, self._sums(pairs, output)
+            return loss, batch_sums(pairs, output, outputs)
 
     def _one_pass_of_the_tower(self) -> AbstractContextManager[None]:
         other = None if self.reference is None else self.reference.same_tower
@@ -82,59 +92,57 @@ class PairModule(nn.Module):
         sent = to_device(places, self.policy.device)
         return [[sent[i, j] for j in range(len(each))] for i, each in enumerate(logps)]
 
-    def loss_of_logps(self, pairs: Sequence[EncodedPair], logps: Logps, reference: Logps | None) -> LossOutput:
-        """The loss of each pair, from token log-probs in the layout of the samples' responses."""
-        if self.loss_type == "sft":
+    @property
+    def needs_kl(self) -> bool:
+        """True if the loss needs a reference point from mismatched responses. All ranks then run each forward together."""
+        return self.loss_type != SFT and spec_of(self.loss_type).needs_kl
+
+    @torch.no_grad()
+    def _reference_point(
+        self, pairs: Sequence[EncodedPair], logps: Logps, reference: Logps | None, *, counted: bool
+    ) -> Tensor | None:
+        """kto's reference point, over the mismatched responses of this forward on all ranks. counted: False for a placeholder."""
+        if not self.needs_kl or reference is None:
+            return None
+        total, count = mismatched_log_ratios(pairs, logps, reference)
+        sums = torch.stack([total, torch.full_like(total, count)])
+        sums = sums if counted else torch.zeros_like(sums)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        return kl_reference_point(sums[0], sums[1]).float()
+
+    def loss_of_logps(
+        self,
+        pairs: Sequence[EncodedPair],
+        logps: Logps,
+        reference: Logps | None,
+        kl: Tensor | None = None,
+        log_sum_sq_probs: Logps | None = None,
+    ) -> LossOutput:
+        """The loss of each pair, from token log-probs in the layout of the samples' responses.
+
+        kl: kto's reference point. log_sum_sq_probs: in the same layout, for the weights of WPO (wpo.py); without it no pair is
+        weighed.
+        """
+        if self.loss_type == SFT:
             # SynPO on pairs that are all marked "sft" is the NLL of the chosen responses.
             return preference_loss("synpo", pair_logprobs(pairs, logps, all_sft=True))
         ref = None if reference is None else pair_logprobs(pairs, reference)
+        policy, weights = pair_logprobs(pairs, logps, kl=kl), None
+        if log_sum_sq_probs is not None:
+            weights = wpo_weights(policy, pair_logprobs(pairs, log_sum_sq_probs))
         return preference_loss(
-            self.loss_type, pair_logprobs(pairs, logps), ref, auxiliary=self.auxiliary, **self.options
+            self.loss_type, policy, ref, auxiliary=self.auxiliary, pair_weights=weights, **self.options
         )
 
-    def _sums(self, pairs: Sequence[EncodedPair], output: LossOutput) -> Sums:
-        def number(value: int) -> Tensor:
-            """A scalar filled on the device: a tensor made from a host number would be copied, and the host would wait for it."""
-            return torch.full((), float(value), device=output.losses.device)
-
-        lengths = [[len(response) for response in pair.sample.responses] for pair in pairs]
-        each = list(zip(pairs, lengths, strict=True))
-        tokens = {  # per comparison, as the loss sees them
-            "chosen_tokens": sum(length[better] for pair, length in each for better in pair.better),
-            "rejected_tokens": sum(length[worse] for pair, length in each for _, worse in pair.comparisons),
-        }
-        sums = metric_sums(output, {name: number(n) for name, n in tokens.items()})
-        sums["loss"] = output.losses.sum().float()
-        sums["pairs"] = number(sum(pair.num_pairs for pair in pairs))
-        truths = sum(length[pair.ground_truth] for pair, length in each if pair.ground_truth is not None)
-        sums["tokens"] = number(sum(len(pair.sample.prompt) + sum(length) for pair, length in each) - truths)
-        return sums
-
-
-def loss_options(config: TrainConfig) -> dict[str, Any]:
-    """The loss options that were set. An NLL inside a loss is averaged per pair unless nll_reduce is set: a mean over a
-    micro-batch's tokens would make the loss depend on how a step is split."""
-    has_nll = config.loss_type in LOSSES and LOSSES[config.loss_type].has_nll
-    return {"nll_reduce": "token_mean", **config.loss_options} if has_nll else config.loss_options
-
-
-def pair_logprobs(pairs: Sequence[EncodedPair], logps: Logps, *, all_sft: bool = False) -> PairLogprobs:
-    """Converts the log-probs of each response of each row to the flat tensors that losses read: one pair per comparison.
-
-    all_sft: the loss reads only the better response of each comparison."""
-    couples: list[tuple[Tensor, Tensor]] = []
-    truths, preference = [], []
-    for pair, responses in zip(pairs, logps, strict=True):
-        compared = pair.preference and not all_sft
-        better = [responses[index] for index in pair.better]
-        worse = [responses[index] for _, index in pair.comparisons] if compared else [each[:0] for each in better]
-        couples += zip(better, worse, strict=True)
-        preference += [compared] * len(better)
-        if pair.ground_truth is not None:
-            truths += [responses[pair.ground_truth]] * len(better)
-    if truths and len(truths) != len(couples):
-        without = sum(pair.ground_truth is None for pair in pairs)
-        raise UserError(f"{without} of {len(pairs)} pairs of a micro-batch have no ground truth")
-    return PairLogprobs.from_pairs(
-        couples, ground_truth=truths or None, preference=None if all(preference) else preference
-    )
+    def _with_penalties(
+        self, pairs: Sequence[EncodedPair], outputs: Sequence[Sequence[TokenOutputs]], output: LossOutput
+    ) -> LossOutput:
+        """Adds the mean penalty over each chosen response's tokens to its loss."""
+        if self.penalties == TokenPenalties():
+            return output
+        means = [
+            token_penalties(each.logps, each.logsumexp, each.mean_logits, self.penalties).mean()
+            for each in outputs_of_pairs(pairs, outputs, better=True)
+        ]
+        return replace(output, losses=output.losses + torch.stack(means))

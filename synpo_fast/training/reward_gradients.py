@@ -2,9 +2,9 @@
 
     g+ = || d mean(r+) / d theta || / number of trained parameters,      g- likewise
 
-The mean is over all pairs of a step on all ranks. r is the reward that the loss reads: G(y) for SynPO, lp - lp_ref for DPO. The
-norms show which response drives the update: under DPO g- comes to dominate, under SynPO it does not. They cost one more forward
-and two backwards of the given micro-batches.
+The mean is over all pairs of a step on all ranks. r is the loss's reward, as in the metrics rewards/...: G(y) for SynPO,
+beta * r(y) for DPO (synpo_fast/losses/rewards.py). The norms show which response drives the update: under DPO g- comes to
+dominate, under SynPO it does not. They cost one more forward and two backwards of the given micro-batches.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from synpo_fast.data.encoded import EncodedPair
-from synpo_fast.losses.segments import geometric_mean, segment_mean, segment_sum
-from synpo_fast.training.pair_module import PairModule, pair_logprobs
+from synpo_fast.losses.rewards import rewards_of
+from synpo_fast.losses.segments import segment_mean
+from synpo_fast.pair_logprobs import pair_logprobs
+from synpo_fast.training.pair_module import PairModule
 
 Numbers = dict[str, float]
 
@@ -66,19 +68,12 @@ def reward_gradient_norms(module: PairModule, micro_batches: Sequence[Sequence[E
 def _rewards(module: PairModule, pairs: Sequence[EncodedPair]) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
     samples = [pair.sample for pair in pairs]
     policy = pair_logprobs(pairs, module.policy(samples, share_prefix=module.share_prefix))
-    halves = ((policy.chosen, policy.chosen_offsets), (policy.rejected, policy.rejected_offsets))
     with torch.no_grad():
-        chosen, rejected = (segment_mean(*half).sum().double() for half in halves)
-    logps = {"chosen": chosen, "rejected": rejected}
-    if module.loss_type == "synpo":
-        return (geometric_mean(*halves[0]), geometric_mean(*halves[1])), logps
-    if module.reference is None:
-        return (segment_mean(*halves[0]), segment_mean(*halves[1])), logps
-    ref = pair_logprobs(pairs, module.reference_logps(samples))
-    return (
-        segment_sum(*halves[0]) - segment_sum(ref.chosen, ref.chosen_offsets),
-        segment_sum(*halves[1]) - segment_sum(ref.rejected, ref.rejected_offsets),
-    ), logps
+        chosen = segment_mean(policy.chosen, policy.chosen_offsets).sum().double()
+        rejected = segment_mean(policy.rejected, policy.rejected_offsets).sum().double()
+    reference = None if module.reference is None else pair_logprobs(pairs, module.reference_logps(samples))
+    rewards = rewards_of(module.loss_type, policy, reference, module.options)
+    return rewards, {"chosen": chosen, "rejected": rejected}
 
 
 def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:

@@ -6,19 +6,23 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.comparisons import filter_by_score_gap
+from synpo_fast.data.data_key import data_key
 from synpo_fast.data.encoded import EncodedPair, FindStored
 from synpo_fast.data.encoding import BadPair, PairReader
 from synpo_fast.data.hold_out import files_of, hold_out
 from synpo_fast.data.loader import WORKER_SLACK_S, PairLoader
 from synpo_fast.data.manifest import read_manifest
+from synpo_fast.data.mismatched import with_mismatched
 from synpo_fast.data.pair import Pair
 from synpo_fast.data.row_folders import named_split
 from synpo_fast.data.video.sampling import FrameSampling
@@ -27,6 +31,7 @@ from synpo_fast.data.video_key import reading_facts, video_key
 from synpo_fast.data.workers.early_workers import EarlyWorkers
 from synpo_fast.data.workers.worker_process import WorkerProcess
 from synpo_fast.errors import UserError
+from synpo_fast.losses import LOSSES
 from synpo_fast.models.feature_cache import StoredVideos
 from synpo_fast.models.policy import Policy
 from synpo_fast.scoring import PairEncoder
@@ -90,14 +95,14 @@ def _compared(pairs: list[Pair], config: TrainConfig, min_score_gap: float | Non
     return result.kept
 
 
-def data_key(pairs: Sequence[Pair]) -> str:
-    facts = [
-        (pair.id, str(pair.video), [(clip.path, clip.start, clip.end) for clip in pair.clips], pair.prompt, pair.chosen,
-         pair.rejected, pair.ground_truth, pair.loss,
-         *([[response.text for response in pair.responses], pair.comparisons] if pair.responses else []))
-        for pair in pairs
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def with_mismatched_responses(config: TrainConfig, data: RunData) -> RunData:
+    """The data in which every row carries a response that belongs to another row, for kto's reference point."""
+    if config.per_device_train_batch_size == 1 and dist.get_world_size() == 1:
+        logger.warning(
+            "kto's reference point is a mean over the rows of a forward, which has one: raise per_device_train_batch_size"
+        )
+    train = with_mismatched(data.train)
+    return replace(data, train=train, evaluation=with_mismatched(data.evaluation), key=data_key(train))
 
 
 def videos_key(config: TrainConfig, data: RunData, policy: Policy) -> str:
@@ -131,6 +136,7 @@ def encoder_of(config: TrainConfig, policy: Policy) -> PairEncoder:
         max_tokens=config.max_length,
         with_ground_truth=config.auxiliary_target == "ground_truth",
         bound_name="max_length",
+        labelled=config.reads_single_responses,
     )
 
 
@@ -223,9 +229,18 @@ def _read(file: str, config: TrainConfig) -> list[Pair]:
     if not named_split(file)[0].exists():
         raise UserError(f"there is no manifest {file!r}")
     try:
-        return read_manifest(file, on_bad="skip" if config.allow_bad_rows else "raise")
+        check = None if config.reads_single_responses else partial(_check_is_compared, config.loss_type)
+        return read_manifest(file, on_bad="skip" if config.allow_bad_rows else "raise", check=check)
     except OSError as error:
         raise UserError(f"the manifest {file!r} cannot be read: {error}") from error
+
+
+def _check_is_compared(loss_type: str, pair: Pair) -> None:
+    if pair.has_label:
+        names = " or ".join(name for name, spec in LOSSES.items() if spec.unpaired)
+        raise UserError(
+            f"one response with a label, but loss_type={loss_type} compares two: train with loss_type={names}"
+        )
 
 
 def _warn_of_shared_files(config: TrainConfig, shared: set[object]) -> None:

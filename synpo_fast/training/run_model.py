@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.data.data_key import data_key
 from synpo_fast.errors import UserError
 from synpo_fast.models.digest import tower_key, weights_key
 from synpo_fast.models.feature_cache import FeatureCache
@@ -39,7 +40,7 @@ from synpo_fast.training.engine import Engine
 from synpo_fast.training.optimizer import make_optimizer
 from synpo_fast.training.pair_module import PairModule
 from synpo_fast.training.rank_zero import on_rank_zero
-from synpo_fast.training.run_data import RunData, data_key, ordered_loader, resolution_of, sampling_of, videos_key
+from synpo_fast.training.run_data import RunData, ordered_loader, resolution_of, sampling_of, videos_key
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def build_model(config: TrainConfig, data: RunData, device: torch.device, checkp
         policy = _load(config, str(checkpoint), device, dtype, like=policy)
         policy.feature_store = store
     policy.train()
+    policy.keep_bytes = None if config.head_memory_mb is None else config.head_memory_mb * 2**20
     module = PairModule(policy, config)
     module.reference = reference
     return RunModel(policy, module, dtype)

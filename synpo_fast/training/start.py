@@ -51,6 +51,7 @@ from synpo_fast.training.run_data import (
     sampling_of,
     start_early_workers,
     train_loader,
+    with_mismatched_responses,
 )
 from synpo_fast.training.run_model import build_engine, build_model, training_dtype
 from synpo_fast.training.run_state import NUMBER_OF_PAIRS, RunState, Saver, check_same_run
@@ -145,6 +146,8 @@ def _train(
     write_report: Callable[[list[Path]], Path] | None,
 ) -> RunState:
     data = check_texts(config, read_data(config))
+    if config.needs_kl:
+        data = with_mismatched_responses(config, data)
     warn_of_schedule(config, data, dist.get_world_size())
     check_held_out(config, data.evaluation)
     early = start_early_workers(config, data)
@@ -284,7 +287,10 @@ def _run_facts(config: TrainConfig, data: RunData, world_size: int) -> dict[str,
         "use_peft": config.use_peft,
         "freeze_vision": config.freeze_vision,
         "loss_type": config.loss_type,
-        "loss options": config.loss_options,
+        "loss options": {name: list(v) if isinstance(v, tuple) else v for name, v in config.loss_options.items()},
+        "use_weighting": config.use_weighting or None,
+        "label_smoothing_factor": config.label_smoothing_factor or None,
+        "z_loss": config.z_loss or None,
         "auxiliary": [config.auxiliary_nll, config.auxiliary_target],
         "reference": config.reference_kind if config.needs_reference else None,
         "adapter": [config.lora_r, config.lora_alpha, config.lora_dropout, sorted(config.lora_target_modules)],

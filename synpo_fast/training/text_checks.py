@@ -6,10 +6,11 @@ import logging
 from dataclasses import replace
 
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.data.data_key import data_key
 from synpo_fast.data.text_markers import CONTROL, TAGS, any_of, marked_pairs, quoted, special_tokens
 from synpo_fast.errors import UserError
 from synpo_fast.models.loading import load_tokenizer
-from synpo_fast.training.run_data import RunData, data_key
+from synpo_fast.training.run_data import RunData
 
 logger = logging.getLogger(__name__)
 

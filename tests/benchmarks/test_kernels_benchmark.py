@@ -13,8 +13,8 @@ import torch
 
 from benchmarks import kernels
 from benchmarks.common import format_table, write_json
-from benchmarks.contest import Options, Step
-from benchmarks.head import pairs
+from benchmarks.contest import Options, Step, Unavailable, run_contest
+from benchmarks.head import pairs, readme_table
 from benchmarks.head.problem import (
     IGNORE_INDEX,
     TARGET_ENTROPY,
@@ -25,9 +25,10 @@ from benchmarks.head.problem import (
     valid_mask,
     why_wrong,
 )
-from benchmarks.head.providers import DEFAULT, PROVIDERS, peers
+from benchmarks.head.providers import DEFAULT, PROVIDERS, computes, liger, peers
 from benchmarks.head.providers.torch_only import eager_valid_rows, gemm_floor
 from benchmarks.head.shapes import Shape, find_shapes
+from synpo_fast.profiling.counted_flops import count_flops
 
 CPU = torch.device("cpu")
 OPTIONS = Options(device=CPU, rounds=2, budget_seconds=5.0)
@@ -228,6 +229,10 @@ def test_the_inputs_are_a_language_models():
     [
         ("eager-all-rows", "torch"),
         ("torch-compile", "torch"),
+        ("torch-compile-max-autotune", "torch"),
+        ("torch-linear-ce", "torch"),
+        ("torch-linear-ce-chunked", "torch"),
+        ("liger-scaled", "liger_kernel"),
         ("cut-cross-entropy", "cut_cross_entropy"),
         ("liger-preference", "liger_kernel"),
         ("trl-fused-head", "trl"),
@@ -235,20 +240,72 @@ def test_the_inputs_are_a_language_models():
 )
 def test_the_peers_compute_the_same_thing(name, package):
     pytest.importorskip(package, reason=f"{package} is not installed")
+    if name.startswith("torch-linear-ce") and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip(f"torch {torch.__version__} has no F.linear_cross_entropy")
     with torch.compiler.set_stance("force_eager"):  # the compiler takes longer than the whole test
-        for case in run_cases({name: PROVIDERS[name]}, heads=("trainable",), modes=("train", "no_grad")):
+        for case in run_cases({name: PROVIDERS[name]}, heads=("frozen", "trainable"), modes=("train", "no_grad")):
             row = by_name(case)[name]
             assert row["skipped"] is None, row["skipped"]
             assert row["setting"] and row["seconds"] is not None
+            assert all(tried["skipped"] is None for tried in row.get("tried", []))
+
+
+@pytest.mark.parametrize("name", ["torch-linear-ce", "torch-linear-ce-chunked"])
+def test_a_torch_without_linear_cross_entropy_says_so(name, monkeypatch):
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    (case,) = run_cases({name: PROVIDERS[name]})
+    row = by_name(case)[name]
+    assert "has no F.linear_cross_entropy" in row["skipped"] and not row["faulty"]
+
+
+def test_on_a_hopper_gpu_ligers_scaled_head_names_what_it_needs(monkeypatch):
+    pytest.importorskip("liger_kernel", reason="liger_kernel is not installed")
+    inputs = make_inputs(SHAPE, num_rows=64, valid=0.25, dtype=torch.float32, device=CPU)
+    hopper = types.SimpleNamespace(hidden=types.SimpleNamespace(device=torch.device("cuda"), dtype=inputs.hidden.dtype))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(Unavailable, match=r"bf16 only, not torch\.float32"):
+        liger.liger_scaled(hopper)
+    hopper.hidden.dtype = torch.bfloat16
+    monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Unavailable, match="nvidia-cutlass-dsl"):
+        liger.liger_scaled(hopper)
+
+
+@pytest.mark.parametrize("num_wrong, kept", [(0, "fast"), (1, "middle"), (2, "slow"), (3, None)])
+def test_of_several_settings_the_fastest_right_one_competes(num_wrong, kept):
+    seconds = {"slow": 3.0, "middle": 2.0, "fast": 1.0}
+    right = {name: i >= num_wrong for i, name in enumerate(reversed(seconds))}
+
+    def setting(name):
+        def run():
+            return name
+
+        return Step(run, name)
+
+    def judge(name):
+        return {"error": 0.0}, None if right[name] else "on purpose"
+
+    (row,) = run_contest(
+        {"peer": lambda: [setting(name) for name in seconds]},
+        judge, floor="none", options=OPTIONS, timer=lambda call: seconds[call()],
+    )  # fmt: skip
+    assert [tried["setting"] for tried in row["tried"]] == list(seconds)
+    assert [tried["seconds"] for tried in row["tried"]] == [seconds[n] if right[n] else None for n in seconds]
+    if kept is None:
+        assert row["skipped"] == "WRONG: on purpose" and row["seconds"] is None
+    else:
+        assert row["setting"] == kept and row["seconds"]["median"] == seconds[kept] and row["skipped"] is None
 
 
 def test_ligers_kernel_in_the_interpreter(monkeypatch):
     pytest.importorskip("liger_kernel", reason="liger_kernel is not installed")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("triton was imported without its interpreter")
-    monkeypatch.setattr(peers, "need_cuda", lambda inputs, what: None)
-    (case,) = run_cases({"liger": PROVIDERS["liger"]}, heads=("trainable",))
-    assert by_name(case)["liger"]["skipped"] is None, by_name(case)["liger"]["skipped"]
+    monkeypatch.setattr(liger, "need_cuda", lambda inputs, what: None)
+    for case in run_cases({"liger": PROVIDERS["liger"]}, heads=("frozen", "trainable")):
+        row = by_name(case)["liger"]
+        assert row["skipped"] is None, row["skipped"]
+        assert ("float32" in row["setting"]) == (case["head"] == "trainable")
 
 
 def test_quack_is_called_by_its_contract(monkeypatch):
@@ -271,12 +328,19 @@ def test_quack_is_called_by_its_contract(monkeypatch):
     stand_in = types.ModuleType("quack.linear_cross_entropy")
     stand_in.scaled_exp_linear_cross_entropy_fwd = scaled_exp
     stand_in.linear_cross_entropy_func = linear_cross_entropy_func
+    stand_in._scaled_exp_lce_loss_only = lambda x, weight, target, ignore_index: torch.nn.functional.cross_entropy(
+        x @ weight.T, target, reduction="none"
+    )
     stand_in.scaled_exp_lce_supported = lambda x, weight, chunk_size, reduction: True
-    monkeypatch.setitem(sys.modules, "quack", types.ModuleType("quack"))
+    package = types.ModuleType("quack")
+    package.linear_cross_entropy = stand_in
+    monkeypatch.setitem(sys.modules, "quack", package)
     monkeypatch.setitem(sys.modules, "quack.linear_cross_entropy", stand_in)
     monkeypatch.setattr(peers, "need_cuda", lambda inputs, what: None)
     for case in run_cases({"quack": peers.quack}, heads=("frozen", "trainable"), modes=("train", "no_grad")):
-        assert by_name(case)["quack"]["skipped"] is None, by_name(case)["quack"]["skipped"]
+        row = by_name(case)["quack"]
+        assert row["skipped"] is None, row["skipped"]
+        assert all(tried["skipped"] is None for tried in row.get("tried", []))
 
 
 @pytest.mark.gpu
@@ -356,13 +420,18 @@ def test_bad_arguments_are_refused(argv, capsys):
 def test_the_command_line_writes_json(tmp_path, capsys):
     out = tmp_path / "out.json"
     argv = ["--device", "cpu", "--shapes", "24x301", "--valid_rows", "16", "--valid", "0.5", "--dtype", "bf16"]
-    argv += ["--providers", "gemm-floor", "eager-valid-rows", "--rounds", "2", "--json", str(out)]
+    argv += ["--head", "frozen", "--providers", "gemm-floor", "eager-valid-rows", "--rounds", "2", "--json", str(out)]
     assert kernels.main(argv) == 0
     record = json.loads(out.read_text())
     assert record["environment"]["packages"]["torch"] and record["environment"]["cpu"]
     (case,) = record["cases"]
     assert (case["N"], case["valid_rows"], case["dtype"]) == (32, 16, "bf16")
     assert "eager-valid-rows" in capsys.readouterr().out
+    assert record["command"] == "python benchmarks/kernels.py " + " ".join(argv)
+    assert by_name(case)["eager-valid-rows"]["computes"]["rows"] == "valid"
+    assert kernels.main([*argv, "--without", "gemm-floor", "--mode", "no_grad", "--head", "trainable"]) == 0
+    (case,) = json.loads(out.read_text())["cases"]
+    assert [row["name"] for row in case["rows"]] == ["eager-valid-rows"] and case["mode"] == "no_grad"
     assert kernels.main([*argv, "--time_limit", "-1"]) == 0
     assert json.loads(out.read_text())["left_out"]
 
@@ -377,3 +446,94 @@ def test_the_readme_names_only_what_exists(capsys):
     table = text.split("## Contestants")[1].split("## JSON")[0]
     for name in PROVIDERS:
         assert name in table or f"-{name.removeprefix('synpo-')}" in table, f"{name} is not in the table"
+
+
+def test_every_contestant_says_what_it_computes():
+    for name in PROVIDERS:
+        for device in ("cpu", "cuda"):
+            assert computes(name, device).rows in ("valid", "given", "all")
+
+
+# In-place products, such as TRL's, and our C++ are invisible to the counter.
+COUNTED = {
+    "gemm-floor": "torch", "eager-all-rows": "torch", "eager-valid-rows": "torch", "torch-compile": "torch",
+    "torch-linear-ce": "torch", "liger-scaled": "liger_kernel", "liger-preference": "liger_kernel",
+    "cut-cross-entropy": "cut_cross_entropy", "synpo-reference": "torch",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_stated_number_of_products_is_the_counted_one(name):
+    """The floor of a trained head among them: three bare GEMMs, two with a frozen head, one without gradients."""
+    pytest.importorskip(COUNTED[name], reason=f"{COUNTED[name]} is not installed")
+    if name == "torch-linear-ce" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    inputs = make_inputs(SHAPE, num_rows=64, valid=0.25, dtype=torch.float32, device=CPU)
+    stated = computes(name, "cpu")
+    product = 2 * (64 if stated.rows == "all" else 16) * SHAPE.D * SHAPE.V
+    found = []
+    with torch.compiler.set_stance("force_eager"):
+        for head, mode in (("frozen", "train"), ("trainable", "train"), ("frozen", "no_grad")):
+            made = PROVIDERS[name](inputs.case(head=head, mode=mode))
+            (step,) = [made] if isinstance(made, Step) else made
+            found.append(count_flops(step.run) / product)
+    assert [*map(float, stated.products.split(" / ")), 1.0] == found
+
+
+def a_case(ratios, **others):
+    rows = [
+        {
+            "name": name,
+            "ratio_to_floor": ratio,
+            "peak_extra_bytes": 2**20,
+            "error": {"log_probs": 1e-3},
+            "skipped": None,
+        }
+        for name, ratio in ratios.items()
+    ]
+    case = {
+        "D": 8,
+        "V": 100,
+        "valid_rows": 4,
+        "N": 16,
+        "mode": "train",
+        "head": "frozen",
+        "dtype": "bf16",
+        "rows": rows,
+    }
+    return case | others
+
+
+def test_the_readmes_table_names_the_fastest_and_leaves_out_what_did_not_run():
+    ours_first = a_case({"gemm-floor": 0.5, "synpo-native": 1.0, "torch-compile": 1.1, "quack": None})
+    peer_first = a_case({"synpo-native": 1.2, "torch-compile": 1.0}, dtype="fp32")
+    equal = a_case({"synpo-native": 1.001, "torch-compile": 1.002}, head="trainable")
+    alone = a_case({"torch-compile": 1.5}, mode="no_grad")
+    packages = {"torch": "2.13.0+cpu"}
+    record = {"environment": {"packages": packages}, "cases": [ours_first, peer_first, equal, alone]}
+    text = readme_table.results(record)
+    lines = text.splitlines()
+    assert "| synpo_fast, native | **1.00** | 1 MiB | 1.20 | 1 MiB |" in lines
+    assert "| torch.compile | 1.10 | 1 MiB | **1.00** | 1 MiB |" in lines
+    assert "| synpo_fast, native | **1.00** | 1 MiB |" in lines and "| torch.compile | **1.00** | 1 MiB |" in lines
+    assert "bf16: the fastest peer, torch.compile, takes 1.10 times as long." in text
+    assert "fp32: **torch.compile is faster**; ours takes 1.20 times as long." in text
+    assert "none of ours ran" in text and "QuACK" not in text and "gemm-floor" not in text
+    assert readme_table.label("torch-linear-ce", packages) == "F.linear_cross_entropy, torch 2.13.0"
+
+
+def test_the_readmes_table_is_written_between_its_markers(tmp_path, capsys):
+    page = tmp_path / "README.md"
+    page.write_text(readme_table.PAGE.read_text())
+    with pytest.raises(SystemExit):
+        readme_table.main([str(tmp_path / "none.json"), "--page", str(page)])
+    file = tmp_path / "kernels.json"
+    case = a_case({"synpo-native": 1.23, "torch-compile": 1.3}, shape="tiny")
+    file.write_text(json.dumps({"environment": {"packages": {}}, "cases": [case]}))
+    assert readme_table.main([str(file), "--page", str(page)]) == 0
+    once = page.read_text()
+    assert "| synpo_fast, native | **1.23** |" in once and once.startswith("# Benchmarks") and "## Decoding" in once
+    readme_table.main([str(file), "--page", str(page)])
+    assert page.read_text() == once
+    with pytest.raises(ValueError, match="lacks the markers"):
+        readme_table.page("nothing", json.loads(file.read_text()))

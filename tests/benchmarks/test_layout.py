@@ -58,6 +58,7 @@ MISTAKES = {
     "head/plot.py decode.json": "decode.json holds nothing to draw: give a file that benchmarks/kernels.py wrote with --json",
     "head/plot.py throughput.json": "throughput.json holds nothing to draw",
     "head/plot.py pairs.json": "pairs.json holds nothing to draw",
+    "head/readme_table.py decode.json": "decode.json holds nothing to draw: give a file that benchmarks/kernels.py wrote",
     "head/compiled_code.py --shapes foo": "unknown shape 'foo': give DxV",
     "head/compiled_code.py --rows 0": "--rows must be at least 1, not 0",
 }
@@ -69,7 +70,7 @@ def test_a_mistake_in_a_call_is_one_line(call, tmp_path):
     if script.endswith("compiled_code.py"):
         pytest.importorskip("triton", reason="it compiles with triton")
     else:
-        arguments += ["--out", str(tmp_path / "pictures")]
+        arguments += ["--page" if script.endswith("readme_table.py") else "--out", str(tmp_path / "pictures")]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), *arguments], cwd=BENCHMARKS / "results" / "cpu",
         capture_output=True, text=True,

@@ -11,6 +11,8 @@ from statistics import median
 
 import pytest
 
+from benchmarks.head import readme_table
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md")}
 DETAILED = DOCUMENTS["benchmarks/README.md"].split("\n## Results on two CPU cores")[1]
@@ -27,16 +29,6 @@ STEPS = {
     "synpo_fast SynPO, features of the frozen tower cached": "synpo-fast-cached",
     "synpo_fast DPO, adapter off": "synpo-fast-dpo",
     "synpo_fast DPO, reference precomputed": "synpo-fast-dpo-precomputed",
-}
-HEADS = {
-    "synpo_fast, native": "synpo-native",
-    "torch.compile, valid rows": "torch-compile",
-    "cut-cross-entropy 25.1.1 (its torch_compile form)": "cut-cross-entropy",
-    "synpo_fast, chunked (plain torch)": "synpo-chunked",
-    "eager, valid rows": "eager-valid-rows",
-    "TRL 1.16 fused head, valid rows": "trl-fused-head",
-    "Liger 0.8.5 chunked preference, compiled": "liger-preference",
-    "eager, all rows": "eager-all-rows",
 }
 CODECS = {"h264": "H.264", "hevc": "HEVC", "vp9": "VP9", "mjpeg": "MJPEG", "av1": "AV1"}
 Cells = dict[str, str]  # of a row, by column; a column's second occurrence has a 2 behind its name
@@ -72,18 +64,6 @@ def step_cells() -> dict[str, Cells]:
         }
         for label, name in STEPS.items()
     }
-
-
-def head_cells() -> dict[str, Cells]:
-    cases = {case["dtype"]: by_name(case["rows"]) for case in stored("kernels")["cases"]}
-    cells: dict[str, Cells] = {}
-    for label, name in HEADS.items():
-        cells[label] = {}
-        for dtype, column in (("bf16", "peak extra memory"), ("fp32", "peak extra memory 2")):
-            row = cases[dtype][name]
-            cells[label][f"{dtype}: x floor"] = f"{row['ratio_to_floor']:.2f}"
-            cells[label][column] = size(row["peak_extra_bytes"])
-    return cells
 
 
 def decoding_cells() -> dict[str, Cells]:
@@ -131,7 +111,7 @@ def demo_cells() -> dict[str, Cells]:
     return cells
 
 
-TABLES = {"variant": step_cells, "provider": head_cells, "clip": decoding_cells, "seed": demo_cells}
+TABLES = {"variant": step_cells, "clip": decoding_cells, "seed": demo_cells}
 
 
 def tables(text: str, first_column: str) -> list[dict[str, Cells]]:
@@ -189,9 +169,6 @@ def test_what_is_said_beside_the_tables_is_in_the_stored_json():
     of_dpo = sorted(gain(run, "dpo") for run in runs)
     said += [f"gains {gains[0]:.1f} to {gains[-1]:.1f}", f"gains {of_dpo[0]:.1f} to {of_dpo[-1]:.1f}"]
     said.append(f"falls by {100 * falls[0]:.0f} to {100 * falls[-1]:.0f} %")
-    for case in stored("kernels")["cases"]:
-        rows = by_name(case["rows"])
-        said += [f"{rows[name]['error']['log_probs']:.1e}" for name in ("synpo-native", "eager-valid-rows")]
     for case in stored("pairs")["pairs"]:
         said += [
             f"{case['ratio_to_liger']['time']:.2f}x the time and {case['ratio_to_liger']['peak_extra']:.3f}x the extra"
@@ -201,6 +178,21 @@ def test_what_is_said_beside_the_tables_is_in_the_stored_json():
     said.append(f"The slowest of {len(cases)} cases is {slowest:.2f}x")
     text = " ".join(DETAILED.split())
     assert not [words for words in said if words not in text]
+
+
+def test_the_tables_of_the_fused_head_are_written_from_the_stored_json():
+    text = DOCUMENTS["benchmarks/README.md"]
+    assert readme_table.page(text, stored("kernels")) == text, "the tables are stale: run `make docs`"
+
+
+def test_what_the_readme_says_of_the_fused_head_is_in_the_stored_json():
+    cases = stored("kernels")["cases"]
+    wanted = ("bf16", "frozen", "train")
+    rows = by_name(next(case for case in cases if (case["dtype"], case["head"], case["mode"]) == wanted)["rows"])
+    own, liger = rows["synpo-native"], rows["liger-preference"]
+    assert f"{own['ratio_to_floor']:.2f} times their time" in DOCUMENTS["README.md"]
+    assert f"computes all rows, ignored ones (75 %) too: {liger['ratio_to_floor']:.2f} times" in DOCUMENTS["README.md"]
+    assert f"{size(own['peak_extra_bytes'])} against {size(liger['peak_extra_bytes'])}" in DOCUMENTS["README.md"]
 
 
 def test_every_speed_up_in_the_readme_is_among_the_detailed_results():

@@ -86,8 +86,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 @pytest.mark.parametrize("alias", ALIASES)
 def test_an_alias_is_the_option(alias):
-    value = {"model": "tiny:text", "lr": "0.01", "lora_rank": "3"}[alias]
-    words = [word for word in NEEDED if alias != "model" or word not in ("--model_name_or_path", "tiny:text")]
+    value = {"model": "tiny:text", "lr": "0.01", "lora_rank": "3", "f_divergence_type": "forward_kl"}[alias]
+    more = ["--loss_type", "dpo"] if alias == "f_divergence_type" else []
+    words = [word for word in [*NEEDED, *more] if alias != "model" or word not in ("--model_name_or_path", "tiny:text")]
     result = resolve_config([*words, f"--{alias}", value])
     assert str(getattr(result, ALIASES[alias])) == value
     two = [f"--{alias}", value], [f"--{ALIASES[alias]}", value]

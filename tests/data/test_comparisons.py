@@ -8,9 +8,9 @@ import pytest
 from synpo_fast.config.options import PAIRS_FROM as OPTION_WORDS
 from synpo_fast.data import Pair, Response, read_manifest, write_manifest
 from synpo_fast.data.comparisons import PAIRS_FROM, compare_responses, filter_by_score_gap
+from synpo_fast.data.data_key import data_key
 from synpo_fast.data.hold_out import hold_out
 from synpo_fast.data.text_markers import TAGS, any_of, marked_pairs
-from synpo_fast.training.run_data import data_key
 
 SCORES = {"best": 13.5, "good": 9.6, "also good": 9.6, "poor": 9.5, "worst": 1.1 + 1 + 3}
 

@@ -288,6 +288,53 @@ def test_what_is_written_is_read_back(tmp_path, pairs):
     assert [as_dict(pair) for pair in read_manifest(tmp_path / "w.jsonl")] == [as_dict(pair) for pair in pairs]
 
 
+@pytest.mark.parametrize("label", [True, False])
+def test_a_labelled_response_is_written_as_completion_and_label(tmp_path, label):
+    texts = {"chosen": "A ball.", "rejected": ""} if label else {"chosen": "", "rejected": "A ball."}
+    loss = "desirable" if label else "undesirable"
+    pair = Pair(prompt="What?", video="a.mp4", id="x", ground_truth="T.", loss=loss, mismatched="Not written.", **texts)
+    write_manifest(tmp_path / "w.jsonl", [pair])
+    assert json.loads((tmp_path / "w.jsonl").read_text()) == {
+        "id": "x", "video": "a.mp4", "prompt": "What?", "completion": "A ball.", "label": label, "ground_truth": "T."
+    }  # fmt: skip
+    (back,) = read_manifest(tmp_path / "w.jsonl")
+    assert as_dict(back) == {**as_dict(pair), "mismatched": None}
+    assert pair.has_label and not Pair(**GOOD).has_label
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Q", "completion": "A"}, "'label' missing"),
+        ({"completion": "A", "label": False}, "'prompt' missing"),
+        ({"prompt": "Q", "label": True}, "'completion' missing"),
+        ({"prompt": "Q", "completion": " ", "label": True}, "chosen is empty"),
+        (
+            {"prompt": "Q", "completion": "A", "label": 1},
+            "label must be true for a desirable completion or false, got 1",
+        ),
+        ({"prompt": "Q", "completion": "A", "label": True, "loss": "sft"}, "has no loss: leave out one of the two"),
+        ({"prompt": "Q", "chosen": "A", "loss": "desirable"}, "'desirable' is written with completion and label"),
+    ],
+)
+def test_bad_rows_of_a_labelled_response(tmp_path, row, reason):
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    _, (bad,) = read_manifest_rows(tmp_path / "m.jsonl")
+    assert reason in bad.reason
+
+
+def test_a_check_of_the_caller_makes_bad_rows(tmp_path):
+    write_manifest(tmp_path / "w.jsonl", [Pair(**GOOD, id="a"), Pair(**GOOD, id="b")])
+
+    def check(pair):
+        if pair.id == "b":
+            raise ValueError("not this one")
+
+    with pytest.raises(ManifestError, match=r"w\.jsonl:2: not this one"):
+        read_manifest(tmp_path / "w.jsonl", check=check)
+    assert [pair.id for pair in read_manifest(tmp_path / "w.jsonl", on_bad="skip", check=check)] == ["a"]
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "w.jsonl"
     write_manifest(path, [Pair(**GOOD, id="old")])

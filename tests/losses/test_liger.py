@@ -39,6 +39,13 @@ CASES = {
         {"gamma": 1.2, "label_smoothing": 0.1},
         BATCH_NLL,
     ),
+    "cpo_simpo": (
+        "LigerFusedLinearSimPOLoss",
+        {"beta": 2.0, "gamma": 1.2, "alpha": 0.3, "compute_nll_loss": True},
+        "cpo_simpo",
+        {"gamma": 1.2, "nll_weight": 0.3},
+        None,
+    ),
     "orpo": ("LigerFusedLinearORPOLoss", {"beta": 0.4}, "orpo", {"beta": 0.4}, None),
     "cpo": (
         "LigerFusedLinearCPOLoss",
@@ -98,5 +105,5 @@ def test_liger(case, tensors):
     close(output.rejected_logps, rejected_logps)
     close(output.chosen_rewards, chosen_rewards)
     close(output.rejected_rewards, rejected_rewards)
-    if auxiliary is not None or name in ("orpo", "cpo"):
+    if auxiliary is not None or name in ("orpo", "cpo", "cpo_simpo"):
         close(output.metrics["nll_loss"], nll)

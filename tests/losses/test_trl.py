@@ -1,10 +1,9 @@
 """The losses shared with TRL, computed by TRL's own code on the same log-probs.
 
-TRL has no pure entry: DPOTrainer._compute_loss runs on a stand-in for the trainer, with a "model" that returns given
-log-probs; CPOTrainer.cpo_loss and ORPOTrainer.odds_ratio_loss need only a few attributes.
+dpo_types/trl_oracle.py calls DPOTrainer; CPOTrainer.cpo_loss and ORPOTrainer.odds_ratio_loss need only a few attributes. DPO's
+loss types, sums of losses and WPO are in dpo_types/test_trl_types.py.
 """
 
-from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -13,80 +12,18 @@ import torch
 from synpo_fast.losses import PairLogprobs, preference_loss
 
 from . import truth
+from .dpo_types.trl_oracle import KEEP_ALL, our_dpo, trl_dpo
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL is the oracle here and is not installed")
 
-PROMPT = 2
 LENGTHS = [(3, 5), (1, 1), (6, 2)]
-KEEP_ALL = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
-
-
-def padded(pairs):
-    """log-probs [2P, L-1] as TRL's model gives them, 0 outside the completion, and completion_mask [2P, L]."""
-    responses = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
-    width = PROMPT + max(map(len, responses))
-    logps = torch.zeros(len(responses), width - 1, dtype=torch.float64)
-    mask = torch.zeros(len(responses), width, dtype=torch.int64)
-    for row, response in enumerate(responses):
-        logps[row, PROMPT - 1 : PROMPT - 1 + len(response)] = torch.tensor(response, dtype=torch.float64)
-        mask[row, PROMPT : PROMPT + len(response)] = 1
-    return logps, mask
-
-
-def trl_dpo(pairs, reference, loss_type, beta, label_smoothing=0.0):
-    """TRL's loss, its gradient with respect to the log-probs, and its metrics."""
-    from trl.trainer.dpo_trainer import DPOTrainer
-
-    logps, mask = padded(pairs)
-    logps.requires_grad_()
-    ones = torch.ones_like(logps)
-
-    def model(**inputs):
-        return SimpleNamespace(log_probs=logps * mask[:, 1:], entropy=ones, mean_logits=ones, is_top1=ones.bool())
-
-    trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True),
-        accelerator=KEEP_ALL,
-        aux_loss_enabled=False,
-        ld_alpha=None,
-        precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
-        loss_types=[loss_type],
-        loss_weights=[1.0],
-        beta=beta,
-        label_smoothing=label_smoothing,
-        use_weighting=False,
-        _metrics={"train": defaultdict(list)},
-        _total_train_tokens=0,
-        _tp_size=1,
-    )
-    inputs = {
-        "input_ids": torch.zeros_like(mask),
-        "attention_mask": torch.ones_like(mask),
-        "completion_mask": mask,
-        "ref_chosen_logps": torch.tensor([sum(chosen) for chosen, _ in reference], dtype=torch.float64),
-        "ref_rejected_logps": torch.tensor([sum(rejected) for _, rejected in reference], dtype=torch.float64),
-    }
-    loss = DPOTrainer._compute_loss(trainer, model, inputs, False)
-    loss.backward()
-    return loss.detach(), logps.grad, {key: value[0] for key, value in trainer._metrics["train"].items()}
-
-
-def our_dpo(pairs, reference, **options):
-    logps, mask = padded(pairs)
-    logps.requires_grad_()
-    policy = PairLogprobs.from_padded(logps, mask[:, 1:].bool())
-    output = preference_loss("dpo", policy, truth.as_logprobs(reference), **options)
-    loss = output.losses.mean()
-    loss.backward()
-    return loss.detach(), logps.grad, {key: value.item() for key, value in output.metrics.items()}
 
 
 @pytest.mark.parametrize(("variant", "beta"), [("sigmoid", 0.1), ("hinge", 0.3), ("ipo", 0.1), ("ipo", 0.7)])
 def test_dpo(variant, beta):
     pairs, reference = truth.ragged_pairs(LENGTHS), truth.ragged_pairs(LENGTHS, seed=1)
-    their_loss, their_grad, their_metrics = trl_dpo(pairs, reference, variant, beta)
-    our_loss, our_grad, our_metrics = our_dpo(pairs, reference, variant=variant, beta=beta)
+    their_loss, their_grad, their_metrics = trl_dpo(pairs, reference, [variant], beta=beta)
+    our_loss, our_grad, our_metrics = our_dpo("dpo", pairs, reference, variant=variant, beta=beta)
     torch.testing.assert_close(our_loss, their_loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(our_grad, their_grad, rtol=1e-12, atol=1e-15)
     shared = {key for key in our_metrics if key.startswith(("rewards/", "logps/"))}
@@ -97,8 +34,8 @@ def test_dpo(variant, beta):
 def test_label_smoothing():
     # TRL 1.16 smooths in "aot", which sorts log-ratios over the batch: with one pair it is conservative DPO.
     pairs, reference = truth.ragged_pairs([(4, 3)]), truth.ragged_pairs([(4, 3)], seed=1)
-    their_loss, their_grad, _ = trl_dpo(pairs, reference, "aot", 0.1, label_smoothing=0.2)
-    our_loss, our_grad, _ = our_dpo(pairs, reference, label_smoothing=0.2)
+    their_loss, their_grad, _ = trl_dpo(pairs, reference, ["aot"], label_smoothing=0.2)
+    our_loss, our_grad, _ = our_dpo("dpo", pairs, reference, label_smoothing=0.2)
     torch.testing.assert_close(our_loss, their_loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(our_grad, their_grad, rtol=1e-12, atol=1e-15)
 
@@ -129,6 +66,54 @@ def test_cpo_and_simpo(name, options, loss_type):
     torch.testing.assert_close(output.losses, losses, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(output.chosen_rewards, chosen_rewards)
     torch.testing.assert_close(output.rejected_rewards, rejected_rewards)
+
+
+def test_cpo_simpo():
+    """The whole loss and its gradient with respect to the logits, by TRL's loop over a batch with prompts and padding."""
+    from trl.experimental.cpo import CPOTrainer
+
+    torch.manual_seed(0)
+    lengths, prompt, vocabulary, ignored = [3, 1, 6, 5, 1, 2], 2, 11, -100
+    labels = torch.full((6, prompt + max(lengths)), ignored)
+    for row, length in zip(labels, lengths, strict=True):
+        row[prompt : prompt + length] = torch.randint(vocabulary, (length,))
+    logits = torch.randn(*labels.shape, vocabulary, dtype=torch.float64, requires_grad=True)
+    trainer = SimpleNamespace(
+        is_encoder_decoder=False,
+        aux_loss_enabled=False,
+        pad_token_id=0,
+        alpha=0.0,
+        beta=1.5,
+        label_smoothing=0.1,
+        loss_type="simpo",
+        simpo_gamma=0.7,
+        cpo_alpha=0.3,
+        accelerator=KEEP_ALL,
+        get_batch_logps=CPOTrainer.get_batch_logps,
+        cpo_loss=lambda *logps: CPOTrainer.cpo_loss(trainer, *logps),
+        concatenated_inputs=lambda *_, **__: {
+            "concatenated_input_ids": labels,
+            "concatenated_attention_mask": None,
+            "concatenated_labels": labels,
+        },
+        concatenated_forward=lambda *given: CPOTrainer.concatenated_forward(trainer, *given),
+    )
+
+    def model(*_, **__):
+        return SimpleNamespace(logits=logits)
+
+    their_loss, their_metrics = CPOTrainer.get_batch_loss_metrics(trainer, model, {"chosen_labels": labels[:3]})
+    (their_grad,) = torch.autograd.grad(their_loss, logits)
+
+    targets = labels[:, 1:]
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    policy = PairLogprobs.from_padded(logps, targets != ignored)
+    output = preference_loss("cpo_simpo", policy, beta=1.5, gamma=0.7, label_smoothing=0.1, nll_weight=0.3)
+    (our_grad,) = torch.autograd.grad(output.losses.mean(), logits)
+    torch.testing.assert_close(output.losses.mean(), their_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(our_grad, their_grad, rtol=1e-10, atol=1e-15)
+    shared = {key for key in output.metrics if key.startswith(("rewards/", "logps/"))} | {"nll_loss"}
+    assert {key: output.metrics[key].item() for key in shared} == pytest.approx({k: their_metrics[k] for k in shared})
 
 
 def test_orpo():

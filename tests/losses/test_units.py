@@ -11,7 +11,7 @@ CHOSEN, REJECTED = torch.tensor([-0.5, -1.0, -0.3]), torch.tensor([-2.0, -0.7])
 
 def numbers(name, *, repeat=1, beta=None, shift=0.0):
     """(reward, log-prob) of the chosen response. repeat: every token so often; shift: added to each of the reference's."""
-    policy = PairLogprobs.from_pairs([(CHOSEN.repeat(repeat), REJECTED.repeat(repeat))])
+    policy = PairLogprobs.from_pairs([(CHOSEN.repeat(repeat), REJECTED.repeat(repeat))], kl=torch.tensor(0.2))
     reference = None
     if LOSSES[name].needs_reference:
         reference = PairLogprobs.from_pairs([((CHOSEN * 1.5 + shift).repeat(repeat), (REJECTED * 1.5).repeat(repeat))])
@@ -26,7 +26,7 @@ def test_units_say_what_the_numbers_are(name):
     scale = {"nats per token": 1, "nats per response": 2}[logps_unit(name)]
     assert longer_logps == pytest.approx(scale * logps)
     unit = reward_unit(name)
-    per_token = "per token" in unit or unit == "probability"
+    per_token = "per token" in unit or unit.startswith("probability")
     assert longer_reward == pytest.approx(reward if per_token else 2 * reward)
     assert (unit == "probability") == (reward > 0 and reward == pytest.approx(float(CHOSEN.mean().exp())))
     default = LOSSES[name].options["beta"]
@@ -54,5 +54,5 @@ def test_one_line_for_people():
         "rewards are beta*r (beta·nats per response, beta=0.1), log-probs sums (nats per response)"
     )
     assert describe_units("sft") == "loss in nats per token"
-    with pytest.raises(ValueError, match="unknown loss 'kto', expected one of synpo"):
-        describe_units("kto")
+    with pytest.raises(ValueError, match="unknown loss 'cringe', expected one of synpo"):
+        describe_units("cringe")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from synpo_fast.losses import PairLogprobs
+from synpo_fast.losses import LOSSES, PairLogprobs
 
 Response = Sequence[float]
+
+KL = 0.3  # the reference point of kto
 
 # One choice of options for every branch of every loss.
 CASES: list[tuple[str, dict[str, float | str | bool]]] = [
@@ -21,6 +24,26 @@ CASES: list[tuple[str, dict[str, float | str | bool]]] = [
     ("dpo", {"variant": "ipo", "beta": 0.5}),
     ("dpo", {"label_smoothing": 0.2}),
     ("dpo", {"reference_free": True}),
+    ("dpo", {"f_divergence": "js_divergence", "beta": 0.7}),
+    ("dpo", {"ld_alpha": 0.3}),
+    ("hinge", {"beta": 0.3, "f_divergence": "forward_kl"}),
+    ("ipo", {"beta": 0.5, "ld_alpha": 0.0}),
+    ("sigmoid_norm", {"beta": 2.0}),
+    ("robust", {}),
+    ("robust", {"label_smoothing": 0.2, "f_divergence": "alpha_divergence"}),
+    ("exo_pair", {}),
+    ("exo_pair", {"label_smoothing": 0.1, "reference_free": True}),
+    ("discopop", {}),
+    ("discopop", {"discopop_tau": 1.5, "f_divergence": "alpha_divergence", "f_alpha_divergence_coef": 1.0}),
+    ("nca_pair", {"ld_alpha": 0.5}),
+    ("bco_pair", {}),
+    ("bco_pair", {"reference_free": True}),
+    ("sppo_hard", {"beta": 0.5}),
+    ("apo_zero", {}),
+    ("apo_down", {"beta": 0.4}),
+    ("aot", {}),
+    ("aot", {"label_smoothing": 0.2, "ld_alpha": 0.4}),
+    ("aot_unpaired", {"label_smoothing": 0.1}),
     ("simpo", {}),
     ("simpo", {"gamma": -0.3, "label_smoothing": 0.1}),
     ("orpo", {}),
@@ -28,6 +51,14 @@ CASES: list[tuple[str, dict[str, float | str | bool]]] = [
     ("cpo", {}),
     ("cpo", {"variant": "hinge", "nll_weight": 0.5, "nll_reduce": "sum"}),
     ("cpo", {"label_smoothing": 0.3}),
+    ("cpo_simpo", {}),
+    ("cpo_simpo", {"gamma": 1.1, "label_smoothing": 0.2, "nll_weight": 0.4, "nll_reduce": "token_mean"}),
+    ("synpo_ref", {}),
+    ("synpo_ref", {"alpha": 4.0, "beta": 0.5, "link": "logsigmoid"}),
+    ("kto", {}),
+    ("kto", {"beta": 0.4, "desirable_weight": 1.3, "undesirable_weight": 0.6}),
+    ("apo_zero_unpaired", {}),
+    ("apo_zero_unpaired", {"beta": 0.4, "desirable_weight": 0.0, "undesirable_weight": 2.0}),
 ]
 CASE_IDS = [name + "".join(f"-{key}={value}" for key, value in options.items()) for name, options in CASES]
 
@@ -54,15 +85,76 @@ def synpo(chosen: Response, rejected: Response, *, alpha=30.0, beta=0.2, link="s
     return -(sigmoid(x) if link == "sigmoid" else log_sigmoid(x)) - beta * A
 
 
-def dpo(pair, reference, *, beta=0.1, variant="sigmoid", label_smoothing=0.0, reference_free=False) -> float:
-    sums = [math.fsum(y) for y in pair]
-    ref_sums = [0.0, 0.0] if reference_free else [math.fsum(y) for y in reference]
-    r_chosen, r_rejected = sums[0] - ref_sums[0], sums[1] - ref_sums[1]
-    if variant == "hinge":
-        return max(0.0, 1 - beta * (r_chosen - r_rejected))
-    if variant == "ipo":
-        return (r_chosen / len(pair[0]) - r_rejected / len(pair[1]) - 1 / (2 * beta)) ** 2
-    return smoothed(beta * (r_chosen - r_rejected), label_smoothing)
+def synpo_ref(pair, reference, *, alpha=30.0, beta=0.2, link="sigmoid") -> float:
+    gains = [math.exp(mean(y)) - math.exp(mean(ref)) for y, ref in zip(pair, reference, strict=True)]
+    x = alpha * (gains[0] - gains[1])
+    A = mean([math.exp(lp) for lp in pair[0]])
+    return -(sigmoid(x) if link == "sigmoid" else log_sigmoid(x)) - beta * A
+
+
+def ld_sum(pair, index: int, ld_alpha: float) -> float:
+    shared = min(map(len, pair))
+    return math.fsum(pair[index][:shared]) + ld_alpha * math.fsum(pair[index][shared:])
+
+
+def f_score(r: float, divergence: str, coefficient: float) -> float:
+    """f'(exp(r)) with the derivatives as the f-DPO paper lists them."""
+    t = math.exp(r)
+    if divergence == "forward_kl":
+        return 1 - 1 / t
+    if divergence == "js_divergence":
+        return math.log(2 * t / (1 + t))
+    if divergence == "alpha_divergence" and coefficient != 1:
+        return (t ** (coefficient - 1) - 1) / (coefficient - 1)
+    return r
+
+
+def dpo_type(name: str, pairs, references, options) -> list[float]:
+    """The losses of log-ratios to a reference. A batch at once, for the two that sort it."""
+    given = {"beta": 0.1, "ld_alpha": 1.0, "f_divergence": "reverse_kl", "f_alpha_divergence_coef": 0.5, **options}
+    beta, eps = given["beta"], given.get("label_smoothing", 1e-3 if name == "exo_pair" else 0.0)
+    name = given.get("variant", name) if name == "dpo" else name
+    sums = [[ld_sum(pair, i, given["ld_alpha"]) for i in (0, 1)] for pair in pairs]
+    refs = [
+        [0.0 if given.get("reference_free") else ld_sum(pair, i, given["ld_alpha"]) for i in (0, 1)]
+        for pair in references
+    ]
+    ratios = [[s - ref for s, ref in zip(*two, strict=True)] for two in zip(sums, refs, strict=True)]
+    if name.startswith("aot"):
+        u = [r[0] for r in ratios] if name == "aot_unpaired" else [s[0] - s[1] for s in sums]
+        v = [r[1] for r in ratios] if name == "aot_unpaired" else [s[0] - s[1] for s in refs]
+        return [smoothed(beta * (each - sorted(v)[sorted(u).index(each)]), eps) for each in u]
+    return [_of_pair(name, r, [len(y) for y in pair], beta, eps, given) for r, pair in zip(ratios, pairs, strict=True)]
+
+
+def _of_pair(name: str, r, lengths, beta: float, eps: float, given) -> float:
+    x, y = beta * r[0], beta * r[1]
+    by_response = {
+        "nca_pair": lambda: -log_sigmoid(x) - 0.5 * (log_sigmoid(-x) + log_sigmoid(-y)),
+        "bco_pair": lambda: -log_sigmoid(x) - log_sigmoid(-y),
+        "sppo_hard": lambda: (r[0] - 0.5 / beta) ** 2 + (r[1] + 0.5 / beta) ** 2,
+        "apo_zero": lambda: 1 - sigmoid(x) + sigmoid(y),
+        "apo_down": lambda: sigmoid(x) + 1 - sigmoid(x - y),
+    }
+    if name in by_response:
+        return by_response[name]()
+    s = [f_score(each, given["f_divergence"], given["f_alpha_divergence_coef"]) for each in r]
+    z, d = beta * (s[0] - s[1]), s[0] / lengths[0] - s[1] / lengths[1]
+    tau = given.get("discopop_tau", 0.05)
+    return {
+        "dpo": lambda: smoothed(z, eps),
+        "hinge": lambda: max(0.0, 1 - z),
+        "ipo": lambda: (d - 1 / (2 * beta)) ** 2,
+        "sigmoid_norm": lambda: -log_sigmoid(beta * d),
+        "robust": lambda: (eps * log_sigmoid(-z) - (1 - eps) * log_sigmoid(z)) / (1 - 2 * eps),
+        "exo_pair": lambda: sigmoid(z) * math.log(sigmoid(z) / (1 - eps)) + sigmoid(-z) * math.log(sigmoid(-z) / eps),
+        "discopop": lambda: -log_sigmoid(z) * (1 - sigmoid(z / tau)) + math.exp(-z) * sigmoid(z / tau),
+    }[name]()
+
+
+def kto_response(y, reference, desirable, *, kl, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0) -> float:
+    gain = beta * (math.fsum(y) - math.fsum(reference) - kl)
+    return desirable_weight * (1 - sigmoid(gain)) if desirable else undesirable_weight * (1 - sigmoid(-gain))
 
 
 def simpo(chosen: Response, rejected: Response, *, beta=2.0, gamma=0.5, label_smoothing=0.0) -> float:
@@ -92,13 +184,26 @@ def nll(targets: Sequence[Response], reduce: str) -> list[float]:
 
 def losses(name, pairs, reference_pairs, options) -> list[float]:
     """Loss per pair; pairs and reference_pairs are lists of (chosen, rejected)."""
-    if name == "dpo":
-        return [dpo(pair, reference, **options) for pair, reference in zip(pairs, reference_pairs, strict=True)]
+    if name == "synpo_ref":
+        return [synpo_ref(pair, reference, **options) for pair, reference in zip(pairs, reference_pairs, strict=True)]
+    if name in ("kto", "apo_zero_unpaired"):
+        point = {"kto": KL, "apo_zero_unpaired": 0.0}[name]
+        return [
+            mean(
+                [
+                    kto_response(y, ref, i == 0, kl=point, **options)
+                    for i, (y, ref) in enumerate(zip(*both, strict=True))
+                ]
+            )
+            for both in zip(pairs, reference_pairs, strict=True)
+        ]
+    if LOSSES[name].reward == "beta*r":
+        return dpo_type(name, pairs, reference_pairs, options)
     if name in ("synpo", "simpo"):
         return [{"synpo": synpo, "simpo": simpo}[name](*pair, **options) for pair in pairs]
     rest = dict(options)
     weight, reduce = rest.pop("nll_weight", 1.0), rest.pop("nll_reduce", "batch_token_mean")
-    contrast = {"orpo": odds_ratio, "cpo": cpo_contrast}[name]
+    contrast = {"orpo": odds_ratio, "cpo": cpo_contrast, "cpo_simpo": simpo}[name]
     nlls = nll([chosen for chosen, _ in pairs], reduce)
     return [contrast(*pair, **rest) + weight * value for pair, value in zip(pairs, nlls, strict=True)]
 
@@ -114,23 +219,12 @@ def ragged_pairs(lengths: Sequence[tuple[int, int]], *, seed: int = 0, low: floa
 
 
 def as_logprobs(pairs, dtype=torch.float64, **extra) -> PairLogprobs:
-    return PairLogprobs.from_pairs([tuple(torch.tensor(y, dtype=dtype) for y in pair) for pair in pairs], **extra)
+    tensors = [tuple(torch.tensor(y, dtype=dtype) for y in pair) for pair in pairs]
+    return PairLogprobs.from_pairs(tensors, kl=torch.tensor(KL, dtype=dtype), **extra)
 
 
 def with_grad(policy: PairLogprobs) -> tuple[PairLogprobs, Tensor, Tensor]:
     """Returns the pairs over new leaves that require grad, and those leaves."""
     chosen = policy.chosen.clone().requires_grad_()
     rejected = policy.rejected.clone().requires_grad_()
-    return (
-        PairLogprobs(
-            chosen,
-            rejected,
-            policy.chosen_offsets,
-            policy.rejected_offsets,
-            policy.ground_truth,
-            policy.ground_truth_offsets,
-            policy.preference,
-        ),
-        chosen,
-        rejected,
-    )
+    return replace(policy, chosen=chosen, rejected=rejected), chosen, rejected

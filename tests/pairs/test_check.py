@@ -296,3 +296,32 @@ def test_the_docs_name_every_option_and_no_other(inside):
     named = set(re.findall(r"--[a-z_]+", docs.read_text(encoding="utf-8")))
     helps = [inside(name, "--help").stdout for name in ("import", "check")]
     assert named == set(re.findall(r"--[a-z_]+", " ".join(helps))) - {"--help"}
+
+
+def test_rows_of_one_labelled_response(tmp_path):
+    question = {"prompt": "What moves in it?"}
+    good, bad = (
+        {**question, "completion": text, "label": label} for text, label in (("A ball.", True), ("A dog.", False))
+    )
+    rows = [
+        good,
+        bad,
+        {**bad, "label": True},
+        {**GOOD, "rejected": "A ball."},
+        {**good, "label": "yes"},
+        {**good, "chosen": "x"},
+    ]
+    report = check_manifest(manifest(tmp_path, *rows))
+    assert (report.num_pairs, report.num_desirable, report.num_undesirable, report.num_sft) == (4, 2, 1, 0)
+    assert "2 desirable responses, 1 undesirable response\n" in report_text(report)
+    assert {name: words["median"] for name, words in report.words.items()} == {"prompt": 4, "chosen": 2, "rejected": 2}
+    problems = found(report)
+    assert problems["texts both chosen and rejected, for one video and prompt"] == [
+        "pairs-3 chooses what pairs-2 rejects",
+        "pairs-1 chooses what pairs-4 rejects",
+    ]
+    assert [line.split(": ", 1)[1] for line in problems["bad rows"]] == [
+        "label must be true for a desirable completion or false, got 'yes'",
+        "a row with completion and label has no chosen: leave out one of the two",
+    ]
+    assert set(problems) == {"texts both chosen and rejected, for one video and prompt", "bad rows"}

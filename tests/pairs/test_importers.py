@@ -229,6 +229,13 @@ def test_salmonn_v1_rows_of_cross_entropy_alone():
         ("llava-hound", {"conversations": part(), "prompt": None}, "a video inside the turns"),
         (V1, {"conversations": part()}, "a video inside the turns"),
         ("trl", {"tools": ["x"]}, "tools are not supported"),
+        ("trl-unpaired", {"label": None}, "label is neither true nor false: None"),
+        ("trl-unpaired", {"label": 1}, "label is neither true nor false: 1"),
+        ("trl-unpaired", {"completion": None}, "no completion"),
+        ("trl-unpaired", {"prompt": None}, "no prompt"),
+        ("trl-unpaired", {"completion": "A."}, "prompt is not text"),
+        ("trl-unpaired", {"chosen": "A."}, "has chosen: it belongs to pairs"),
+        ("trl-unpaired", {"images": ["a.jpg"]}, "images are not supported"),
         ("longvpo", {"task_type": None}, "no task_type"),
         ("longvpo", {"question": 4}, "question is not text: 4"),
         ("longvpo", {"rejected": None}, "no rejected"),
@@ -281,6 +288,20 @@ def test_trl_in_its_other_shapes():
     assert "without a part" in refusal("trl", {**row, "video": "v.mp4"})
     assert "several videos" in refusal("trl", {**row, "prompt": [{"role": "user", "content": [{"type": "video"}] * 2}]})
     assert "not one user turn" in refusal("trl", {**row, "prompt": [plain, answers[0], plain]})
+
+
+def test_trl_unpaired_in_its_other_shapes():
+    for label, texts in ((True, ("Hi.", "")), (False, ("", "Hi."))):
+        (pair,) = run("trl-unpaired", {"prompt": "Say hi.", "completion": "Hi.", "label": label, "id": 7})
+        assert (pair.id, pair.video, pair.prompt, pair.loss) == (
+            "7",
+            None,
+            "Say hi.",
+            "desirable" if label else "undesirable",
+        )
+        assert (pair.chosen, pair.rejected) == texts
+    (pair,) = run("trl-unpaired", sample("trl-unpaired", prompt=part(video_start=3)))
+    assert row_from_pair(pair)["clips"] == [{"path": "a.webm", "start": 3.0}]
 
 
 @pytest.mark.parametrize(

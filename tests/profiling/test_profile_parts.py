@@ -117,7 +117,7 @@ def test_a_rows_time_is_divided_by_whose_tokens_stand_in_it(share):
 def test_the_clock_leaves_every_object_as_it_was(group):
     module = torch.nn.Linear(2, 2)
     module.loss_of_logps = module.reference_logps = lambda: "own"
-    policy = SimpleNamespace(encode_videos=lambda: 1, hidden_states=lambda row: 2, _row_logps=lambda: 3)
+    policy = SimpleNamespace(encode_videos=lambda: 1, hidden_states=lambda row: 2, _logps=lambda: 3, _outputs=lambda: 4)
     module.policy = policy
     engine = SimpleNamespace(module=module, backward=lambda loss: 4, step=lambda rate: 5)
     before = [dict(vars(each)) for each in (policy, module, engine, dist.ProcessGroup, dist.Work)]

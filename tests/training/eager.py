@@ -37,7 +37,7 @@ def eager_run(values: dict[str, Any], *, pairs_per_step: int = 4) -> tuple[list[
         seconds = (info.timestamps[at[-1]] - info.timestamps[at[0]]) / (len(at) - 1)
         encoded.append(encoder(pair, frames, seconds).sample)
     with torch.no_grad():
-        first = [sums(policy, sample) for sample in encoded]  # the reference is the untrained model
+        first = [both_logps(policy, sample) for sample in encoded]  # the reference is the untrained model
     trained = [p for p in policy.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": values["weight_decay"]},
@@ -63,24 +63,44 @@ def eager_run(values: dict[str, Any], *, pairs_per_step: int = 4) -> tuple[list[
 
 def pair_loss(values: dict[str, Any], policy: Any, sample: Sample, first: tuple[Tensor, Tensor]) -> Tensor:
     kind = values.get("loss_type", "synpo")
-    chosen, rejected = token_logps(policy, sample, 0), token_logps(policy, sample, 1)
+    chosen, rejected = both_logps(policy, sample)
     if kind == "synpo":
         contrast = torch.sigmoid(30 * (chosen.mean().exp() - rejected.mean().exp()))
         return -contrast - 0.2 * chosen.exp().mean()
     if kind == "sft":
         return -chosen.mean()
-    assert kind == "dpo"
-    return -torch.nn.functional.logsigmoid(0.1 * ((chosen.sum() - first[0]) - (rejected.sum() - first[1])))
+    shared, tail = min(len(chosen), len(rejected)), values.get("ld_alpha", 1.0)
+    x, y = (
+        0.1 * (each[:shared].sum() + tail * each[shared:].sum()) for each in (chosen - first[0], rejected - first[1])
+    )
+    log_sigmoid = torch.nn.functional.logsigmoid
+    parts = {"dpo": -log_sigmoid(x - y), "bco_pair": -log_sigmoid(x) - log_sigmoid(-y), "sft": -chosen.mean()}
+    names = kind.split(",")
+    if values.get("use_weighting"):
+        parts["dpo"] = parts["dpo"] * own_probability(policy, sample, 0) * own_probability(policy, sample, 1)
+    return sum(w * parts[name] for w, name in zip(values.get("loss_weights", [1.0] * len(names)), names, strict=True))
 
 
-def sums(policy: Any, sample: Sample) -> tuple[Tensor, Tensor]:
-    return token_logps(policy, sample, 0).sum(), token_logps(policy, sample, 1).sum()
+def both_logps(policy: Any, sample: Sample) -> tuple[Tensor, Tensor]:
+    return token_logps(policy, sample, 0), token_logps(policy, sample, 1)
+
+
+@torch.no_grad()
+def own_probability(policy: Any, sample: Sample, which: int) -> Tensor:
+    """WPO's weight of a response: exp of the mean of log p(token) - log sum_v p(v)^2."""
+    log_probs, labels = token_log_softmax(policy, sample, which)
+    return (log_probs.gather(1, labels)[:, 0] - log_probs.exp().square().sum(-1).log()).mean().exp()
 
 
 def token_logps(policy: Any, sample: Sample, which: int) -> Tensor:
+    log_probs, labels = token_log_softmax(policy, sample, which)
+    return log_probs.gather(1, labels)[:, 0]
+
+
+def token_log_softmax(policy: Any, sample: Sample, which: int) -> tuple[Tensor, Tensor]:
+    """The log-probs of all words, [T, V], and the labels, [T, 1]."""
     alone = Sample(sample.prompt, (sample.responses[which],), sample.video)
     (row,) = plan_rows([alone.lengths])
     hidden = policy.hidden_states(row, [alone], policy.encode_videos([alone]))
     logits = policy.base.get_output_embeddings()(hidden[len(sample.prompt) - 1 :]).double()
-    labels = torch.tensor(alone.responses[0])
-    return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    return logits.log_softmax(-1), torch.tensor(alone.responses[0])[:, None]

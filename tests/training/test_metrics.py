@@ -147,28 +147,38 @@ def test_progress_for_files_has_a_line_a_step(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_diagnostics_are_the_gradients_of_the_mean_rewards(world, group):
-    """Compares with autograd on the mean G(y) of all pairs at once, each response in a row of its own."""
+@pytest.mark.parametrize("loss_type", ["synpo", "simpo", "cpo", "sft,ipo"])
+def test_diagnostics_are_the_gradients_of_the_mean_rewards(world, group, loss_type):
+    """Compares with autograd on the mean reward of all pairs at once, each response in a row of its own."""
     from synpo_fast.data import read_manifest
     from synpo_fast.models import load_policy
+    from synpo_fast.references import FrozenCopy
     from synpo_fast.scoring import PairEncoder
     from synpo_fast.training.pair_module import PairModule
     from synpo_fast.training.reward_gradients import reward_gradient_norms
 
     policy = load_policy("tiny:text", device="cpu")
-    config = TrainConfig(model_name_or_path="x", train_file="x", output_dir="x", use_peft=False)
+    config = TrainConfig(model_name_or_path="x", train_file="x", output_dir="x", use_peft=False, loss_type=loss_type)
     encoder = PairEncoder.of(policy)
     texts = read_manifest(world / "pairs.jsonl")[:3]
     pairs = [encoder(type(pair)(pair.prompt, pair.chosen, pair.rejected, id=pair.id), None) for pair in texts]
     module = PairModule(policy, config)
+    if config.needs_reference:
+        module.reference = FrozenCopy(policy)
+    reward_of = {  # with the default beta of each; the reference's log-probs have no gradient
+        "synpo": lambda logps: logps.mean().exp(),
+        "simpo": lambda logps: 2.0 * logps.mean(),
+        "cpo": lambda logps: 0.1 * logps.sum(),
+        "sft,ipo": lambda logps: 0.1 * logps.sum(),
+    }[loss_type]
     found = reward_gradient_norms(module, [pairs[:2], pairs[2:]])
     trained = [p for p in module.parameters() if p.requires_grad]
     logps = policy([pair.sample for pair in pairs], share_prefix=False, pack=False)
     for which, name in enumerate(("chosen", "rejected")):
-        reward = torch.stack([each[which].mean().exp() for each in logps]).mean()
+        reward = torch.stack([reward_of(each[which]) for each in logps]).mean()
         gradients = torch.autograd.grad(reward, trained, retain_graph=True, allow_unused=True)
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
         size = sum(p.numel() for p in trained)
         assert found[f"diagnostics/grad_norm_{name}"] == pytest.approx(norm / size, rel=1e-4)
-        mean = sum(float(each[which].mean()) for each in logps) / 3
+        mean = sum(each[which].mean().item() for each in logps) / 3
         assert found[f"diagnostics/logps_mean/{name}"] == pytest.approx(mean, rel=1e-5)

@@ -9,10 +9,11 @@ from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data.pair import Pair
 from synpo_fast.models import load_policy
 from synpo_fast.models.lora import add_lora
+from synpo_fast.pair_logprobs import pair_logprobs
 from synpo_fast.references import AdapterOff, FrozenCopy
 from synpo_fast.scoring import PairEncoder
 from synpo_fast.training.metrics import add_sums, means_of
-from synpo_fast.training.pair_module import PairModule, pair_logprobs
+from synpo_fast.training.pair_module import PairModule
 
 PAIRS = [
     Pair("Say a.", "first answer", "no", id="a", ground_truth="truth one"),
@@ -81,7 +82,7 @@ def test_a_pair_without_a_ground_truth_beside_others_is_refused(policy):
         pair_logprobs(pairs, policy([pair.sample for pair in pairs]))
 
 
-@pytest.mark.parametrize("loss_type", ["synpo", "simpo", "orpo", "cpo", "sft"])
+@pytest.mark.parametrize("loss_type", ["synpo", "simpo", "orpo", "cpo", "cpo_simpo", "sft"])
 @pytest.mark.parametrize("parts", [[[0], [1], [3]], [[0, 1], [3]], [[0, 1, 3]]])
 def test_gradient_and_metrics_do_not_depend_on_the_split_into_micro_batches(policy, loss_type, parts):
     pairs = encoded(policy, PAIRS)

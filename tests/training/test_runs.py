@@ -130,3 +130,31 @@ def test_the_first_ten_losses_are_those_of_the_eager_computation(world, tmp_path
     assert losses_of(tmp_path / "out") == pytest.approx(losses, abs=LOSS_TOLERANCE)
     assert norms_of(tmp_path / "out") == pytest.approx(norms, rel=2e-3)
     assert max(losses) - min(losses) > 1e-3  # it trains
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"loss_type": "dpo,bco_pair,sft", "loss_weights": [0.8, 0.2, 1.0]},
+        {"loss_type": "dpo", "ld_alpha": 0.25, "reference": "precomputed"},
+        {"loss_type": "dpo", "use_weighting": True},
+    ],
+    ids=["mpo", "ld_alpha", "wpo"],
+)
+def test_a_sum_of_losses_and_ld_alpha_and_wpo_train_as_the_eager_computation(world, tmp_path, more, in_one_process):
+    values = options(world, tmp_path / "out", max_steps=4, **more)
+    in_one_process({**values, "loss_weights": tuple(more["loss_weights"]) if "loss_weights" in more else None})
+    losses, _, norms = eager_run(values)
+    assert losses_of(tmp_path / "out") == pytest.approx(losses, abs=LOSS_TOLERANCE)
+    assert norms_of(tmp_path / "out") == pytest.approx(norms, rel=2e-3)
+    if "loss_weights" not in more:
+        return
+    part = {**values, "output_dir": str(tmp_path / "part"), "resume": str(tmp_path / "out" / "checkpoint-000003")}
+    in_one_process({**part, "loss_weights": tuple(more["loss_weights"])})  # the stored options are equal to these
+    assert losses_of(tmp_path / "part") == losses_of(tmp_path / "out")[3:]
+    for row in read_metrics(tmp_path / "out" / "metrics.jsonl"):
+        parts = [
+            w * row[f"loss/{name}"] for w, name in zip(more["loss_weights"], ("dpo", "bco_pair", "sft"), strict=True)
+        ]
+        assert row["loss"] == pytest.approx(sum(parts), rel=1e-6)
+        assert row["loss/sft"] != pytest.approx(row["nll_loss"], rel=1e-6)  # the mean over pairs, not over tokens

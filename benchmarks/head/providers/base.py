@@ -1,8 +1,12 @@
-"""The type of a provider, a function from the inputs of a case to the timed step, and helpers for several providers."""
+"""The type of a provider, a function from the inputs of a case to the timed step, and helpers for several providers.
+
+A provider with several settings returns a step for each; the fastest one whose result is right competes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +14,19 @@ from torch import Tensor
 from benchmarks.contest import Step, Unavailable
 from benchmarks.head.problem import IGNORE_INDEX, Inputs, Result
 
-Provider = Callable[[Inputs], Step]
+Provider = Callable[[Inputs], Step | Sequence[Step]]
+
+
+@dataclass(frozen=True)
+class Computes:
+    """A contestant's work in words, for the JSON and the README. A product is one of N x D x V."""
+
+    rows: str  # valid: only those whose label is not ignored; given: it would compute all, and gets the valid ones only
+    output: str
+    logits: str  # the logits, or their gradient, that it stores at once
+    products: str  # with a frozen / a trainable head
+    gradients: str
+    sums: str  # the dtype in which the head's gradient is added up over rows
 
 
 def differentiated(forward: Callable[[], Tensor], inputs: Inputs, setting: str) -> Step:

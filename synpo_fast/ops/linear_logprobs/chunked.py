@@ -11,14 +11,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from synpo_fast.ops.linear_logprobs.problem import Problem
+from synpo_fast.ops.linear_logprobs.problem import Computed, Problem
 
-TILE_BYTES = 64 * 2**20
+SMALL_TILE, LARGE_TILE = 64 * 2**20, 2**30  # bytes
+SHARE_OF_LOGITS = 20
 
 
-def rows_per_tile(num_rows: int, vocabulary: int, element_size: int) -> int:
-    """Number of rows whose logits fill TILE_BYTES, counting one buffer in the input's dtype and one in fp32."""
-    return max(1, min(num_rows, TILE_BYTES // (vocabulary * (element_size + 4))))
+def rows_per_tile(num_rows: int, vocabulary: int, dtype: torch.dtype, device_type: str) -> int:
+    """Number of rows whose logits fill a tile, counting one buffer in the input's dtype and, for 16-bit inputs, one in fp32.
+
+    A tile takes SMALL_TILE bytes on a CPU. On other devices it may take a share of full fp32 logits (5 %), because every tile
+    reads all of W twice, and few rows leave the products waiting for that.
+    """
+    buffers = {dtype, _accumulator(dtype)}
+    allowed = SMALL_TILE
+    if device_type != "cpu":
+        allowed = min(max(allowed, num_rows * vocabulary * 4 // SHARE_OF_LOGITS), LARGE_TILE)
+    return max(1, min(num_rows, allowed // (vocabulary * sum(each.itemsize for each in buffers))))
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -30,25 +39,21 @@ def _tiles(
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
     """Yields for each tile: slice, labels [r, 1], logits [r, V] and target logits [r, 1] in fp32, raw [r, V] in hidden's dtype.
 
-    `logits` and `raw` are buffers that the caller may overwrite and that the next tile reuses. With `kept` [n, V], raw is a
-    view of its rows instead.
+    `logits` and `raw` are buffers that the caller may overwrite and that the next tile reuses. In the first k rows raw is a
+    view of the rows of `kept` [k, V] instead.
     """
     weight, bias, vocabulary = problem.weight, problem.bias, problem.weight.shape[0]
     dtype = _accumulator(hidden.dtype)
-    height = rows_per_tile(hidden.shape[0], vocabulary, hidden.element_size())
-    raw_buffer = hidden.new_empty(height, vocabulary) if kept is None else None
-    if raw_buffer is not None and dtype == hidden.dtype:
-        logits_buffer = raw_buffer
-    else:
-        logits_buffer = hidden.new_empty(height, vocabulary, dtype=dtype)
-    for begin in range(0, hidden.shape[0], height):
-        part = slice(begin, min(begin + height, hidden.shape[0]))
+    height = rows_per_tile(hidden.shape[0], vocabulary, hidden.dtype, hidden.device.type)
+    num_kept = 0 if kept is None else kept.shape[0]
+    raw_buffer = hidden.new_empty(height if num_kept < hidden.shape[0] else 0, vocabulary)
+    logits_buffer = hidden.new_empty(height, vocabulary, dtype=dtype) if dtype != hidden.dtype else None
+    for begin, end in _bounds(hidden.shape[0], num_kept, height):
+        part = slice(begin, end)
         label, rows = labels[part, None], hidden[part]
-        raw = raw_buffer[: rows.shape[0]] if raw_buffer is not None else kept[part]  # type: ignore[index]
+        raw = kept[part] if kept is not None and end <= num_kept else raw_buffer[: rows.shape[0]]
         torch.mm(rows, weight.t(), out=raw)
-        logits = logits_buffer[: rows.shape[0]]
-        if logits.data_ptr() != raw.data_ptr():
-            logits.copy_(raw)
+        logits = raw if logits_buffer is None else logits_buffer[: rows.shape[0]].copy_(raw)
         target = (rows.to(dtype) * weight[label.squeeze(1)].to(dtype)).sum(1, keepdim=True)
         if bias is not None:
             logits += bias
@@ -59,48 +64,58 @@ def _tiles(
         yield part, label, logits, problem.logits(target), raw
 
 
-def forward_rows(
-    problem: Problem, hidden: Tensor, labels: Tensor, want_direction: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [n, D], labels [n], all valid -> log-probs [n], normalisers [n, 2], direction [n, D] (or empty)."""
-    return _forward(problem, hidden, labels, want_direction, None)
+def _bounds(num_rows: int, num_kept: int, height: int) -> Iterator[tuple[int, int]]:
+    """Yields the first row of each tile and the row after its last. No tile has both kept and other rows."""
+    begin = 0
+    while begin < num_rows:
+        end = min(begin + height, num_kept if begin < num_kept else num_rows)
+        yield begin, end
+        begin = end
 
 
-def forward_rows_kept(problem: Problem, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the results of forward_rows (with the direction) and the exponentials [n, V] that kept.py describes."""
-    exponentials = hidden.new_empty(hidden.shape[0], problem.weight.shape[0])
-    return *_forward(problem, hidden, labels, True, exponentials), exponentials
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of kept exponentials."""
+    return dtype
 
 
-def _forward(
-    problem: Problem, hidden: Tensor, labels: Tensor, want_direction: bool, kept: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _accumulator(hidden.dtype)
-    logps = hidden.new_empty(labels.shape, dtype=dtype)
-    normalisers = logps.new_empty(labels.shape[0], 2)
-    direction = torch.empty_like(hidden) if want_direction else hidden.new_empty(0, hidden.shape[1])
+def forward_rows(problem: Problem, hidden: Tensor, labels: Tensor, computed: Computed) -> None:
+    """Fills the tensors of `computed` that are not empty, for hidden [n, D] and labels [n], all valid."""
+    want_direction, kept = computed.direction.shape[0] > 0, computed.exponentials
+    with_slope = problem.softcap is not None and (want_direction or kept.shape[0] > 0)
     for part, label, logits, target, raw in _tiles(problem, hidden, labels, kept):
         logits.scatter_(1, label, -torch.inf)
         top = torch.maximum(logits.amax(1, keepdim=True), target)
-        slope = problem.slope(logits) if want_direction and problem.softcap is not None else None
+        slope = problem.slope(logits) if with_slope else None
         exponentials = logits.sub_(top).exp_()
         others = exponentials.sum(1, keepdim=True)
         at_target = (target - top).exp()
         total = others + at_target
-        logps[part] = torch.where(target == top, -others.log1p(), (target - top) - total.log()).squeeze(1)
-        normalisers[part] = torch.cat([top, total], 1)
-        if not want_direction:
+        computed.logps[part] = torch.where(target == top, -others.log1p(), (target - top) - total.log()).squeeze(1)
+        computed.normalisers[part] = torch.cat([top, total], 1)
+        if computed.stats.shape[0]:
+            computed.stats[part] = _stats(exponentials, at_target, top, total)
+        if not (want_direction or part.stop <= kept.shape[0]):
             continue
         if slope is not None:
             exponentials.mul_(slope).scatter_(1, label, 0.0)
+        raw.copy_(exponentials)
         scale = problem.logit_scale if slope is None else 1.0
-        pulled = torch.mm(raw.copy_(exponentials), problem.weight).to(dtype)
-        pulled *= scale / total
-        pushed = problem.weight[label.squeeze(1)].to(dtype) * (others / total * problem.slope(target))
-        direction[part] = pushed.sub_(pulled)
-        if kept is not None:
+        if want_direction:
+            pulled = torch.mm(raw, problem.weight).to(total.dtype)
+            pulled *= scale / total
+            pushed = problem.weight[label.squeeze(1)].to(total.dtype) * (others / total * problem.slope(target))
+            computed.direction[part] = pushed.sub_(pulled)
+        if part.stop <= kept.shape[0]:
             raw.scatter_(1, label, (-others * problem.slope(target) / scale).to(raw.dtype))
-    return logps, normalisers, direction
+
+
+def _stats(exponentials: Tensor, at_target: Tensor, top: Tensor, total: Tensor) -> Tensor:
+    """The columns of STATS, [r, 4], from the exponentials of the other tokens [r, V] and of the target [r, 1]."""
+    log_total = total.log()
+    minus_weighted = torch.special.entr(exponentials).sum(1, keepdim=True) + torch.special.entr(at_target)
+    squares = torch.linalg.vector_norm(exponentials, dim=1, keepdim=True).square() + at_target.square()
+    entropy = log_total + minus_weighted / total
+    return torch.cat([top + log_total, entropy, (at_target == 1).to(top.dtype), squares.log() - 2 * log_total], 1)
 
 
 def weight_grad_rows(

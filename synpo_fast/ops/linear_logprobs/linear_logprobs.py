@@ -4,25 +4,56 @@
 
 d lp_n / d hidden does not depend on the loss: for z = f(x) it is (1 - p_n) z'_n W[y_n] - sum over v != y_n of p_nv z'_nv W[v].
 So the forward pass computes that direction along with the log-prob (4*N*D*V in total), and the backward of any loss over token
-log-probs is one multiplication per row. Gradients to the head need the coefficients of the loss, so the backward recomputes the
-logits for them.
+log-probs is one multiplication per row. The gradient to the head is one more product if the forward kept the exponentials of
+the logits (6*N*D*V), which it does for as many rows as `keep_bytes` allows; the logits of the other rows are computed again.
+
+`fused_linear_outputs` returns with the log-probs what users read off logits: logsumexp, entropy, accuracy, the sum of squared
+probabilities. A gradient c' that arrives at logsumexp adds c' p z' to that of the logits. This is c' z' onehot - c' (onehot - p)
+z': one row of W per token, and the backward of a log-prob with the coefficient -c'.
 
 README.md in this folder counts the operations and bytes of each backend.
 """
 
-import contextlib
-import functools
-import warnings
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from synpo_fast.ops.linear_logprobs import chunked, host, native
-from synpo_fast.ops.linear_logprobs.problem import Problem, make_problem
+from synpo_fast.ops.linear_logprobs.autocast import autocast_inputs, without_autocast
+from synpo_fast.ops.linear_logprobs.autograd import LinearLogprobs
+from synpo_fast.ops.linear_logprobs.backends import choose_backend
+from synpo_fast.ops.linear_logprobs.problem import Problem, Wanted, make_problem
 from synpo_fast.ops.linear_logprobs.reference import linear_logprobs_reference
+from synpo_fast.ops.linear_logprobs.traced import is_traced
 
-BACKENDS = ("reference", "chunked", "native", "triton")
+KEEP_BYTES = {"cpu": 2**30, "cuda": 2 * 2**30}
+LARGEST_FP16 = 65504
+
+
+class TokenOutputs(NamedTuple):
+    """Values of each label's position, shaped like the labels, 0 where ignored. The first two carry gradients.
+
+    logps: log-prob of the label. logsumexp: log of the sum of exp(logit) over the vocabulary. entropy: in nats.
+    is_top1: True if no other logit exceeds the label's. log_sum_sq_probs: log of the sum of squared probabilities.
+    mean_logits: mean logit over the vocabulary, with gradients; None unless requested.
+    """
+
+    logps: Tensor
+    logsumexp: Tensor
+    entropy: Tensor
+    is_top1: Tensor
+    log_sum_sq_probs: Tensor
+    mean_logits: Tensor | None = None
+
+    def detach(self) -> "TokenOutputs":
+        """The same values without their graph."""
+        mean_logits = None if self.mean_logits is None else self.mean_logits.detach()
+        return self._replace(logps=self.logps.detach(), logsumexp=self.logsumexp.detach(), mean_logits=mean_logits)
+
+    def split(self, lengths: list[int]) -> "list[TokenOutputs]":
+        """Cuts 1-D outputs into parts of these lengths."""
+        columns = [[None] * len(lengths) if each is None else each.split(lengths) for each in self]
+        return [TokenOutputs(*parts) for parts in zip(*columns, strict=True)]
 
 
 def fused_linear_logprobs(
@@ -35,6 +66,7 @@ def fused_linear_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    keep_bytes: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Log-probability of each label under a linear head, as fp32 (fp64 for fp64 inputs) shaped like `labels`.
@@ -48,14 +80,73 @@ def fused_linear_logprobs(
         rows: one index per label into the flattened hidden rows; an index may repeat and its gradients add up. Without
             it labels and hidden have the same leading shape.
         logit_scale, softcap: logits are multiplied by logit_scale, then softcap * tanh(logits / softcap).
-        backend: "reference", "chunked", "native" (CPU) or "triton" (GPU); None picks triton for CUDA tensors, native for
-            CPU tensors, and chunked where those are not available.
+        keep_bytes: if the head trains, memory for exponentials of the logits, kept until the backward. They take V numbers
+            per valid label, in hidden's dtype. The logits of labels beyond the bound are computed twice. None: 2 GiB on a
+            GPU, 1 GiB on a CPU.
+        backend: "reference", "chunked", "native" (CPU) or "triton" (GPU); None picks triton for CUDA tensors (but chunked
+            for fp32 unless torch allows tf32), native for CPU tensors, and chunked where those are not available.
 
     hidden, weight and bias receive gradients if they require them. If none does, only half the work is done.
 
     Raises ValueError for shapes, dtypes, devices, numbers or indices that do not fit, and for a backend that cannot run here.
     On a GPU, checking for labels or rows out of range would need a device sync; instead, their log-prob is NaN.
     """
+    problem, chosen = _prepare(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index, backend)
+    return _run(problem, chosen, keep_bytes, False)[0].view(labels.shape)
+
+
+def fused_linear_outputs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    keep_bytes: int | None = None,
+    with_mean_logits: bool = False,
+    backend: str | None = None,
+) -> TokenOutputs:
+    """Log-probs and what else a trainer reads off logits, from the same pass: see TokenOutputs.
+
+    Arguments and errors are those of fused_linear_logprobs. The results are fp32 (fp64 for fp64 inputs), is_top1 is bool. Equal
+    largest logits all count as the top. A gradient through logsumexp costs N*D operations more.
+
+    with_mean_logits: also return the mean logit of each position, which label smoothing needs. It is hidden x the mean row of
+        the weight, so a softcap is refused.
+    """
+    problem, chosen = _prepare(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index, backend)
+    logps, logsumexp, others = _run(problem, chosen, keep_bytes, True)
+    entropy, is_top1, log_sum_sq_probs = (column.view(labels.shape) for column in others.unbind(1))
+    mean_logits = _mean_logits(problem).view(labels.shape) if with_mean_logits else None
+    return TokenOutputs(
+        logps.view(labels.shape), logsumexp.view(labels.shape), entropy, is_top1 > 0, log_sum_sq_probs, mean_logits
+    )
+
+
+def _mean_logits(problem: Problem) -> Tensor:
+    """Mean logit over the vocabulary of each label's position, [N], 0 where ignored, with autograd."""
+    if problem.softcap is not None:
+        raise ValueError(
+            f"mean logits are not available with a softcap ({problem.softcap}): they are not linear in hidden"
+        )
+    dtype = torch.promote_types(problem.hidden.dtype, torch.float32)
+    means = problem.hidden.to(dtype) @ problem.weight.mean(0).to(dtype)
+    if problem.bias is not None:
+        means = means + problem.bias.mean().to(dtype)
+    counted = problem.labels != problem.ignore_index
+    if problem.rows is not None:
+        means = means[torch.where(counted, problem.rows, 0).clamp(0, max(0, means.shape[0] - 1))]
+    return torch.where(counted, means * problem.logit_scale, 0.0)
+
+
+def _prepare(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, rows: Tensor | None, logit_scale: float,
+    softcap: float | None, ignore_index: int, backend: str | None,
+) -> tuple[Problem, str]:  # fmt: skip
+    """Checks the arguments, casts them as autocast wants, and chooses the backend."""
     if hasattr(torch._C, "_are_functorch_transforms_active") and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "fused_linear_logprobs does not support torch.func transforms (grad, vmap, jvp); use torch.autograd, "
@@ -67,220 +158,40 @@ def fused_linear_logprobs(
         bias=bias, rows=rows, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
     )  # fmt: skip
     # A compiled graph stores the requested backend; the operator inside it chooses when it runs.
-    chosen = (backend or "auto") if torch.compiler.is_compiling() else choose_backend(problem.hidden, backend)
+    return problem, (backend or "auto") if torch.compiler.is_compiling() else choose_backend(problem.hidden, backend)
+
+
+def _run(problem: Problem, backend: str, keep_bytes: int | None, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns log-probs [N], logsumexp [N] and the other columns of STATS [N, 3] (the last two zeros or empty without stats)."""
     with without_autocast(problem.hidden):
-        if chosen == "reference":
-            logps = linear_logprobs_reference(problem)
-        else:
-            want_direction = torch.is_grad_enabled() and problem.hidden.requires_grad
-            logps = _LinearLogprobs.apply(
-                problem.hidden, weight, problem.bias, problem.labels, problem.rows,
-                problem.logit_scale, problem.softcap, ignore_index, want_direction, chosen,
-            )  # fmt: skip
-    return logps.view(labels.shape)
+        if backend == "reference":
+            return linear_logprobs_reference(problem, stats)
+        grad = torch.is_grad_enabled()
+        direction = grad and problem.hidden.requires_grad
+        head = problem.weight.requires_grad or (problem.bias is not None and problem.bias.requires_grad)
+        keep_rows = _rows_to_keep(problem, keep_bytes, backend) if grad and head else 0
+        return LinearLogprobs.apply(
+            problem.hidden, problem.weight, problem.bias, problem.labels, problem.rows,
+            problem.logit_scale, problem.softcap, problem.ignore_index, Wanted(direction, keep_rows, stats), backend,
+        )  # fmt: skip
 
 
-def _autocast_is_on(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+def _rows_to_keep(problem: Problem, keep_bytes: int | None, backend: str) -> int:
+    """The number of rows whose exponentials fit keep_bytes."""
+    if keep_bytes is not None and (isinstance(keep_bytes, bool) or not isinstance(keep_bytes, int) or keep_bytes < 0):
+        raise ValueError(f"keep_bytes must be a number of bytes, got {keep_bytes!r}")
+    hidden, vocabulary = problem.hidden, problem.weight.shape[0]
+    on_cpu = hidden.device.type == "cpu"
+    # The target's entry can reach V, which fp16 cannot hold. The native backend keeps fp32 for fp16 inputs.
+    if hidden.dtype == torch.float16 and backend != "native" and vocabulary > LARGEST_FP16:
+        return 0
+    if hidden.dtype == torch.float16 and is_traced(hidden):
+        return 0  # the dtype that the backend keeps must be known before one is chosen
+    element_size = 4 if on_cpu and hidden.dtype == torch.float16 else hidden.element_size()
+    allowed = default_keep_bytes(hidden.device) if keep_bytes is None else keep_bytes
+    return min(problem.labels.shape[0], allowed // (vocabulary * element_size))
 
 
-def without_autocast(tensor: Tensor) -> Any:
-    """A context in which autocast is off: the op chooses its own precisions, so a surrounding autocast must not apply."""
-    if _autocast_is_on(tensor.device.type):
-        return torch.autocast(tensor.device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-def autocast_inputs(hidden: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
-    """Casts the arguments as autocast casts those of a linear layer; returns them unchanged where autocast is off."""
-    if not isinstance(hidden, Tensor) or not _autocast_is_on(hidden.device.type):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(hidden.device.type)
-    return _cast(hidden, dtype), _cast(weight, dtype), _cast(bias, dtype)
-
-
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
-        return tensor.to(dtype)
-    return tensor
-
-
-def choose_backend(hidden: Tensor, wanted: str | None) -> str:
-    """The backend that will run. Raises ValueError with the reason if the wanted one cannot."""
-    if wanted is not None and wanted not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {wanted!r}")
-    if wanted in ("reference", "chunked"):
-        return wanted
-    device = hidden.device.type
-    if wanted is None and device not in ("cpu", "cuda"):
-        return "chunked"
-    candidate = wanted or ("triton" if device == "cuda" else "native")
-    reason = _why_impossible(candidate, device, hidden.dtype)
-    if reason is None:
-        return candidate
-    if wanted is not None:
-        raise ValueError(f"backend={wanted!r} cannot be used here: {reason}")
-    if hidden.dtype != torch.float64:
-        _warn_once(f"fused_linear_logprobs uses backend='chunked', not {candidate!r}: {reason}")
-    return "chunked"
-
-
-def _why_impossible(backend: str, device: str, dtype: torch.dtype) -> str | None:
-    if backend == "native":
-        return native.reason_unusable(device, dtype)
-    from synpo_fast.ops.linear_logprobs import triton_support
-
-    return triton_support.reason_unusable(device, dtype)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
-
-
-def _module(backend: str) -> Any:
-    if backend == "triton":
-        from synpo_fast.ops.linear_logprobs import triton_launch
-
-        return triton_launch
-    return {"chunked": chunked, "native": native}[backend]
-
-
-def forward(problem: Problem, want_direction: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns log-probs [N], normalisers [n, 2] or [N, 2] and direction [n, D] or [N, D] (or [0, D]), without autograd."""
-    if backend == "triton":
-        return _module(backend).linear_logprobs_forward(problem, want_direction)
-    return host.forward(_module(backend), problem, want_direction)
-
-
-def backward(
-    problem: Problem,
-    grad_logps: Tensor,
-    saved: tuple[Tensor, Tensor, Tensor],
-    needs: tuple[bool, bool, bool],
-    backend: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if backend == "triton":
-        return _module(backend).linear_logprobs_backward(problem, grad_logps, *saved, needs)
-    return host.backward(_module(backend), problem, grad_logps, *saved, needs)
-
-
-class _LinearLogprobs(torch.autograd.Function):
-    """Autograd of the op. Saves the direction [n, D] for hidden's gradient and, for the head's, the normalisers (a, b) [n, 2]:
-    softmax = exp(z - a) / b."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, rows, logit_scale, softcap, ignore_index, want_direction, backend):
-        problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
-        if _is_traced(hidden):
-            logps, normalisers, direction = _traced_forward(
-                hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index, want_direction, backend
-            )
-        else:
-            logps, normalisers, direction = forward(problem, want_direction, backend)
-        if any(ctx.needs_input_grad[1:3]):
-            ctx.save_for_backward(hidden, weight, labels, bias, rows, logps, normalisers, direction)
-        elif ctx.needs_input_grad[0]:
-            # With a frozen head the backward needs only the direction, so only shapes of hidden, weight and log-probs are kept.
-            shapes = [_shape_only(tensor) for tensor in (hidden, weight, logps)]
-            ctx.save_for_backward(shapes[0], shapes[1], labels, None, rows, shapes[2], normalisers, direction)
-        ctx.options = (logit_scale, softcap, ignore_index, backend)
-        return logps
-
-    @staticmethod
-    def backward(ctx, grad_logps):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "fused_linear_logprobs can be differentiated once, and create_graph=True asks for more; "
-                "use backend='reference' for higher derivatives"
-            )
-        hidden, weight, labels, bias, rows, logps, normalisers, direction = ctx.saved_tensors
-        *numbers, backend = ctx.options
-        needs = tuple(ctx.needs_input_grad[:3])
-        with without_autocast(hidden):
-            if _is_traced(hidden):
-                grads = _traced_backward(
-                    grad_logps,
-                    hidden,
-                    weight,
-                    labels,
-                    bias,
-                    rows,
-                    logps,
-                    normalisers,
-                    direction,
-                    *numbers,
-                    *needs,
-                    backend,
-                )
-                grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
-            else:
-                problem = Problem(hidden, weight, labels, bias, rows, *numbers)
-                grads = backward(problem, grad_logps, (logps, normalisers, direction), needs, backend)
-        return *grads, None, None, None, None, None, None, None
-
-
-def _shape_only(tensor: Tensor) -> Tensor:
-    """A tensor with the same shape, dtype and device that takes the memory of one element."""
-    return tensor.new_zeros(()).expand(tensor.shape)
-
-
-def _is_traced(hidden: Tensor) -> bool:
-    """True under torch.compile and for tensors without values: the work is then one opaque operator with known output shapes."""
-    if torch.compiler.is_compiling() or hidden.device.type == "meta":
-        return True
-    return type(hidden).__name__ == "FakeTensor"
-
-
-def _padded(values: Tensor, num_rows: int) -> Tensor:
-    """Pads [n, ...] to [num_rows, ...]: the output shapes of a traced operator must not depend on the labels' values."""
-    if values.shape[0] == num_rows:
-        return values
-    return torch.cat([values, values.new_zeros(num_rows - values.shape[0], *values.shape[1:])])
-
-
-def _choose_at_run_time(hidden: Tensor, requested: str) -> str:
-    return choose_backend(hidden, None if requested == "auto" else requested)
-
-
-@torch.library.custom_op("synpo_fast::linear_logprobs_forward", mutates_args=())
-def _traced_forward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, rows: Tensor | None,
-    logit_scale: float, softcap: float | None, ignore_index: int, want_direction: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
-    logps, normalisers, direction = forward(problem, want_direction, _choose_at_run_time(hidden, backend))
-    num_labels = labels.shape[0]
-    return logps, _padded(normalisers, num_labels), _padded(direction, num_labels if want_direction else 0)
-
-
-@_traced_forward.register_fake
-def _(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index, want_direction, backend):
-    logps = hidden.new_empty(labels.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    direction = hidden.new_empty(labels.shape[0] if want_direction else 0, hidden.shape[1])
-    return logps, logps.new_empty(labels.shape[0], 2), direction
-
-
-@torch.library.custom_op("synpo_fast::linear_logprobs_backward", mutates_args=())
-def _traced_backward(
-    grad_logps: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, rows: Tensor | None,
-    logps: Tensor, normalisers: Tensor, direction: Tensor, logit_scale: float, softcap: float | None, ignore_index: int,
-    needs_hidden: bool, needs_weight: bool, needs_bias: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
-    needs = (needs_hidden, needs_weight, needs_bias)
-    grads = backward(problem, grad_logps, (logps, normalisers, direction), needs, _choose_at_run_time(hidden, backend))
-    gh, gw, gb = (hidden.new_empty(0) if grad is None else grad for grad in grads)
-    return gh, gw, gb
-
-
-@_traced_backward.register_fake
-def _(
-    grad_logps, hidden, weight, labels, bias, rows, logps, normalisers, direction, logit_scale, softcap, ignore_index,
-    needs_hidden, needs_weight, needs_bias, backend,
-):  # fmt: skip
-    return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else hidden.new_empty(0),
-        hidden.new_empty(weight.shape[0]) if needs_bias else hidden.new_empty(0),
-    )
+def default_keep_bytes(device: torch.device) -> int:
+    """Memory that one call may take for exponentials if keep_bytes is None."""
+    return KEEP_BYTES["cpu" if device.type == "cpu" else "cuda"]

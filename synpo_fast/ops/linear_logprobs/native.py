@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from synpo_fast.ops import native_library
-from synpo_fast.ops.linear_logprobs.problem import FLOAT_DTYPES, Problem
+from synpo_fast.ops.linear_logprobs.problem import FLOAT_DTYPES, Computed, Problem
 
 
 def reason_unusable(device: str, dtype: torch.dtype) -> str | None:
@@ -30,28 +30,27 @@ def _register_flops() -> None:
     operators = torch.ops.synpo_fast_native
 
     @register_flop_formula(operators.linear_logprobs_forward)
-    def forward_flops(hidden, weight, labels, bias, logit_scale, softcap, want_direction, *_, **__) -> int:
-        return (4 if want_direction else 2) * hidden[0] * weight[0] * weight[1]
+    def forward_flops(
+        hidden, weight, labels, bias, logit_scale, softcap, logps, normalisers, direction, *_, **__
+    ) -> int:
+        return (4 if direction[0] else 2) * hidden[0] * weight[0] * weight[1]
 
     @register_flop_formula(operators.linear_logprobs_weight_grad)
     def weight_grad_flops(hidden, weight, *_, **__) -> int:
         return 4 * hidden[0] * weight[0] * weight[1]
 
 
-def forward_rows(
-    problem: Problem, hidden: Tensor, labels: Tensor, want_direction: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [n, D], labels [n], all valid -> log-probs [n], normalisers [n, 2], direction [n, D] (or empty)."""
-    return torch.ops.synpo_fast_native.linear_logprobs_forward(
-        hidden, problem.weight, labels, problem.bias, problem.logit_scale, problem.softcap, want_direction
-    )[:3]
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of kept exponentials: that of the matrix products."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
-def forward_rows_kept(problem: Problem, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns forward_rows (with direction) and the exponentials [n, V] that kept.py describes (fp32 for fp16 inputs)."""
-    return torch.ops.synpo_fast_native.linear_logprobs_forward(
-        hidden, problem.weight, labels, problem.bias, problem.logit_scale, problem.softcap, True, True
-    )
+def forward_rows(problem: Problem, hidden: Tensor, labels: Tensor, computed: Computed) -> None:
+    """Fills the tensors of `computed` that are not empty, for hidden [n, D] and labels [n], all valid."""
+    torch.ops.synpo_fast_native.linear_logprobs_forward(
+        hidden, problem.weight, labels, problem.bias, problem.logit_scale, problem.softcap,
+        computed.logps, computed.normalisers, computed.direction, computed.exponentials, computed.stats,
+    )  # fmt: skip
 
 
 def weight_grad_rows(

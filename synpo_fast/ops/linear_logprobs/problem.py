@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -37,6 +38,53 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """The results that a forward computes in addition to the log-probs.
+
+    direction: d lp / d hidden of each valid row.
+    keep_rows: keep the exponentials of up to this many valid rows, with which the head's gradient needs no second pass over the
+        logits. It may be more than 0 without the direction, where only the head trains.
+    stats: the columns of STATS.
+    """
+
+    direction: bool
+    keep_rows: int = 0
+    stats: bool = False
+
+
+STATS = ("logsumexp", "entropy", "is_top1", "log_sum_sq_probs")
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The results of a forward, without autograd. N labels, of which the n valid ones come first in "compacted" tensors.
+
+    logps: [N], in label order, 0 where ignored.
+    normalisers: [n, 2] or [N, 2], compacted: (a, b) with softmax = exp(z - a) / b.
+    direction: [n, D] or [N, D], compacted, [0, D] if not wanted; its dtype is direction_dtype's.
+    exponentials: [k, V] or wider, of the first k compacted rows. E = exp(z - a), times z' with a softcap. The target's entry is
+        replaced by -(b - e_target) z', without the factor logit_scale that the others lack, so that -c / b * E (times
+        logit_scale without a softcap) is the gradient of c * lp with respect to every raw logit.
+    stats: [N, 4] fp32 in label order, 0 where ignored: see STATS; [0, 4] if not wanted.
+    """
+
+    logps: Tensor
+    normalisers: Tensor
+    direction: Tensor
+    exponentials: Tensor
+    stats: Tensor
+
+
+def direction_dtype(dtype: torch.dtype, stats: bool) -> torch.dtype:
+    """Dtype of the direction for inputs of `dtype`: fp32 where 16 bits would lose its small values, otherwise the same.
+
+    In fp16, 1 - p of a confident token is below the smallest number until the loss scale multiplies it. The gradient through
+    logsumexp (stats) subtracts the direction from a row of W, which is much larger than the difference.
+    """
+    return torch.float32 if dtype == torch.float16 or (stats and dtype == torch.bfloat16) else dtype
+
+
+@dataclass(frozen=True)
 class ValidRows:
     """The n positions whose label is not ignored, in order. Host-driven backends compute only these."""
 
@@ -59,10 +107,10 @@ class ValidRows:
         return values if self.positions is None else values.index_select(0, self.positions)
 
     def spread(self, values: Tensor, num_labels: int) -> Tensor:
-        """Scatters values back, [n] -> [N], with 0 where the label is ignored."""
+        """Scatters values back, [n, ...] -> [N, ...], with 0 where the label is ignored."""
         if self.positions is None:
             return values
-        return values.new_zeros(num_labels).index_copy_(0, self.positions, values)
+        return values.new_zeros(num_labels, *values.shape[1:]).index_copy_(0, self.positions, values)
 
 
 def valid_rows(problem: Problem) -> ValidRows:
@@ -117,6 +165,8 @@ def make_problem(
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+        if is_traceable_wrapper_subclass(tensor):
+            raise ValueError(_way_out_of_wrapper(name, tensor))
         if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}")
     _check_shapes(hidden, weight, labels, bias, rows)
@@ -132,6 +182,17 @@ def make_problem(
         softcap=None if softcap is None else float(softcap),
         ignore_index=ignore_index,
     )
+
+
+def _way_out_of_wrapper(name: str, tensor: Tensor) -> str:
+    """The message for a tensor that wraps others (DTensor, torchao's quantised ones): the kernels would read a null pointer."""
+    kind = type(getattr(tensor, "data", tensor)).__name__
+    if hasattr(tensor, "full_tensor"):
+        return (
+            f"{name} is a {kind}, sharded over processes: gather it inside the forward of the module that holds it "
+            f"({name}.full_tensor()), or read it inside the forward of the model that FSDP or DeepSpeed wraps, where it is whole"
+        )
+    return f"{name} is a {kind}, which has no memory of its own: pass a plain tensor, such as {name}.dequantize()"
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, rows: Tensor | None) -> None:

@@ -1,14 +1,35 @@
-"""Tile sizes of the Triton kernels by GPU generation and dtype, and the split of a problem to meet a memory bound.
+"""Tile sizes of the Triton kernels by GPU generation and dtype, and the split of a problem: fast, and within a memory bound.
+
+The split is the one with the least time that triton_time_model.py predicts. Computing it takes about a millisecond on the
+host; it is cached for each number of row tiles.
 
 tests/ops/linear_logprobs compiles the kernels ahead of time with these sizes and checks the machine code: matrix instructions of
 the generation, no spills, shared memory within the chip's limit. Tuning on hardware starts from these sizes.
 """
 
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from synpo_fast.ops.linear_logprobs.triton_time_model import (
+    AMPERE,
+    BLACKWELL,
+    FILL,
+    HOPPER,
+    Chip,
+    backward_time,
+    ceil_div,
+    forward_time,
+    waves,
+)
+
 MIB = 2**20
+MOST_ROWS = 4096  # of a block
+MOST_SPLITS = 8
+CANDIDATES = 8  # sizes of blocks whose time is predicted in full
 
 
 @dataclass(frozen=True)
@@ -29,6 +50,7 @@ class KernelConfig:
     weighted: Tile  # exponentials x W: rows are tokens, columns D, depth the vocabulary
     logit_grads: Tile  # hidden x W^T again, in the backward
     weight_grad: Tile  # logit_grads^T x hidden: rows are the vocabulary, columns D, depth tokens
+    chip: Chip  # rates with which the time of a split is predicted
     copy_engine: bool  # load operands through tensor descriptors; before Hopper these lose the software pipeline
 
 
@@ -41,36 +63,30 @@ def kernel_config(dtype: torch.dtype, capability: int, *, simple: bool = True) -
     """
     if capability == 0:
         logits, weighted = Tile(16, 32, 16, 2, 1, 1), Tile(16, 16, 32, 2, 1, 1)
-        return KernelConfig(logits, weighted, logits, Tile(32, 16, 16, 2, 1, 1), copy_engine=True)
+        return KernelConfig(logits, weighted, logits, Tile(32, 16, 16, 2, 1, 1), AMPERE, copy_engine=True)
+    old = capability < 90 or capability >= 120
+    chip = AMPERE if old else HOPPER if capability < 100 else BLACKWELL
     if dtype == torch.float32:
         small = Tile(64, 64, 32, 8, 4, 2)
-        return KernelConfig(small, small, small, small, copy_engine=90 <= capability < 120)
-    if capability < 90 or capability >= 120:
+        return KernelConfig(small, small, small, small, chip, copy_engine=not old)
+    if old:
         tile = Tile(128, 128, 32, 8, 8, 3)
-        return KernelConfig(tile, tile, Tile(128, 64, 32, 8, 4, 3), tile, copy_engine=False)
+        return KernelConfig(tile, tile, Tile(128, 64, 32, 8, 4, 3), tile, chip, copy_engine=False)
     if not simple:
         tile = Tile(128, 128, 64, 8, 8, 3)
-        return KernelConfig(tile, tile, tile, tile, copy_engine=True)
+        return KernelConfig(tile, tile, tile, tile, chip, copy_engine=True)
+    wide, deep, small = Tile(128, 256, 64, 8, 8, 3), Tile(128, 256, 64, 8, 8, 4), Tile(128, 128, 64, 8, 8, 4)
     if capability < 100:
-        return KernelConfig(
-            logits=Tile(128, 256, 64, 8, 8, 3),
-            weighted=Tile(128, 256, 64, 8, 8, 4),
-            logit_grads=Tile(128, 128, 64, 8, 8, 3),
-            weight_grad=Tile(128, 256, 64, 8, 8, 4),
-            copy_engine=True,
-        )
+        return KernelConfig(wide, deep, logit_grads=wide, weight_grad=deep, chip=chip, copy_engine=True)
+    tall = Tile(256, 128, 64, 4, 8, 3)  # 128 x 256 spills here, see README.md
     return KernelConfig(
-        logits=Tile(128, 256, 64, 8, 8, 3),
-        weighted=Tile(128, 128, 64, 8, 8, 4),
-        logit_grads=Tile(128, 128, 64, 8, 8, 3),
-        weight_grad=Tile(128, 256, 64, 8, 8, 4),
-        copy_engine=True,
+        tall, small, logit_grads=replace(small, num_stages=3), weight_grad=deep, chip=chip, copy_engine=True
     )
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Split of a problem: rows and vocabulary columns processed at a time, and partial sums per sum over the vocabulary."""
+    """A block of rows: how many, vocabulary columns processed at a time, and partial sums per sum over the vocabulary."""
 
     rows: int
     columns: int
@@ -78,41 +94,130 @@ class Cut:
 
 
 def cut_forward(
-    num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, num_programs: int
-) -> Cut:
-    """Split of the forward pass that keeps extra memory (all but the result) within 5 % of full fp32 logits for N >= 4096.
+    num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, num_programs: int, kept: int = 0
+) -> list[Cut]:
+    """Blocks of rows, in order, with the least predicted time, within 5 % of full fp32 logits of extra memory for N >= 4096.
 
-    The copied rows count as extra memory. With fewer rows the exponentials may take 64 MiB. A strip is allowed at least 16 MiB:
-    with a small vocabulary (V < 12 D or so) the copied rows alone exceed 5 %.
-
-    Wide strips read and write the partial sums less often. Few rows are split over the vocabulary, because their
-    [rows, D] result alone has too few tiles to fill the chip.
+    kept: number of first rows whose exponentials are kept; their blocks have all columns, and their exponentials do not count.
+    The copied rows count as extra memory. With a small vocabulary (V < 12 D or so) they alone exceed 5 %; partial sums and one
+    strip of exponentials may always take 48 MiB, and 96 MiB with fewer rows.
     """
-    rows = min(num_rows, 4096 if num_rows >= 8192 else 2048)
-    tiles = -(-rows // config.weighted.rows) * -(-dim // config.weighted.columns)
-    splits = max(1, min(8, num_programs // tiles))
-    fixed = (
-        num_rows * dim * element_size + splits * rows * dim * 4 + 2 * rows * -(-vocabulary // config.logits.columns) * 4
+    rounded = num_rows // 128 * 128 or num_rows  # so that nearby numbers of rows share a cached choice
+    allowed = _allowed(rounded, dim, vocabulary, element_size, 48 if num_rows >= 4096 else 96)
+    cuts: list[Cut] = []
+    for rows, whole in ((kept, True), (num_rows - kept, False)):
+        if rows:
+            tiles = ceil_div(rows, _row_unit(config))
+            *full, last = _Blocks(dim, vocabulary, element_size, config, num_programs, allowed, whole).best(tiles)
+            cuts += [*full, replace(last, rows=rows - sum(cut.rows for cut in full))]
+    return cuts
+
+
+def cut_weight_grad(
+    num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig, num_programs: int | None = None
+) -> int:
+    """Number of vocabulary columns whose logit gradients, for all rows, fit the same bound and take the least predicted time.
+
+    num_programs: None for the multiprocessors of the generation's chip.
+    """
+    logits, grads = config.logit_grads, config.weight_grad
+    num_programs = num_programs or config.chip.multiprocessors
+    allowed = min(_allowed(num_rows, dim, vocabulary, element_size, 48 if num_rows >= 4096 else 64), 256 * MIB)
+    widest = max(1, allowed // (num_rows * element_size * logits.columns))
+    row_tiles = ceil_div(num_rows, logits.rows)
+    grad_tiles = ceil_div(logits.columns, grads.rows) * ceil_div(dim, grads.columns)
+    strips = _strip_tiles(widest, ceil_div(vocabulary, logits.columns), num_programs, row_tiles, grad_tiles)
+    return min(
+        (tiles * logits.columns for tiles in sorted(strips)),
+        key=lambda width: backward_time(num_rows, dim, vocabulary, element_size, config, width, num_programs),
     )
-    allowed = _allowed(num_rows, vocabulary, fixed)
-    return Cut(rows, _strip(rows, vocabulary, element_size, allowed, config.logits.columns, splits), splits)
 
 
-def cut_weight_grad(num_rows: int, dim: int, vocabulary: int, element_size: int, config: KernelConfig) -> int:
-    """Number of vocabulary columns whose logit gradients, for all rows, fit the same bound."""
-    allowed = _allowed(num_rows, vocabulary, num_rows * dim * element_size)
-    return _strip(num_rows, vocabulary, element_size, allowed, config.logit_grads.columns, 1)
+def _allowed(num_rows: int, dim: int, vocabulary: int, element_size: int, least: int) -> int:
+    """Bytes that may be held besides the copied rows: `least` MiB, or all that 5 % of full fp32 logits leave."""
+    return max(least * MIB, num_rows * vocabulary * 4 // 20 - num_rows * dim * element_size)
 
 
-def _allowed(num_rows: int, vocabulary: int, fixed: int) -> int:
-    """Number of bytes that a strip may take."""
-    least = 16 * MIB if num_rows >= 4096 else 64 * MIB
-    return min(max(least, num_rows * vocabulary * 4 // 20 - fixed), 256 * MIB)
+def _row_unit(config: KernelConfig) -> int:
+    """Number of rows in whole tiles of both products."""
+    return max(config.logits.rows, config.weighted.rows)
 
 
-def _strip(rows: int, vocabulary: int, element_size: int, allowed: int, multiple: int, splits: int) -> int:
-    """Number of columns per strip: as few strips as fit, of about equal width, in whole tiles."""
-    multiple *= splits
-    widest = max(multiple, allowed // (rows * element_size) // multiple * multiple)
-    strips = -(-vocabulary // widest)
-    return -(-vocabulary // (strips * multiple)) * multiple
+@dataclass(frozen=True)
+class _Blocks:
+    """Search for blocks of rows with the least predicted time. whole: each block has all columns."""
+
+    dim: int
+    vocabulary: int
+    element_size: int
+    config: KernelConfig
+    programs: int
+    allowed: int
+    whole: bool
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 (instances are small and compare by value)
+    def best(self, row_tiles: int) -> tuple[Cut, ...]:
+        """Equal blocks of whole tiles, and one for the rest, among the most promising numbers of tiles."""
+        most = min(row_tiles, max(1, MOST_ROWS // _row_unit(self.config)))
+        rough = [0.0] + [
+            min((time for time, _, _ in self._roughly(tiles)), default=math.inf) for tiles in range(1, most + 1)
+        ]
+
+        def total(tiles: int) -> float:
+            return row_tiles // tiles * rough[tiles] + rough[row_tiles % tiles]
+
+        fitting = [tiles for tiles in range(1, most + 1) if total(tiles) < math.inf]
+        promising = sorted(fitting, key=total)[:CANDIDATES]
+        sizes = [[tiles] * (row_tiles // tiles) + [row_tiles % tiles] * (row_tiles % tiles > 0) for tiles in promising]
+        return min((tuple(self._block(tiles) for tiles in size) for size in sizes), key=self._time)
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
+    def _block(self, row_tiles: int) -> Cut:
+        """One block of rows: its partial sums and strips."""
+        logits = self.config.logits
+        height = ceil_div(row_tiles * _row_unit(self.config), logits.rows)
+        all_tiles = ceil_div(self.vocabulary, logits.columns)
+        cuts = [
+            replace(cut, columns=tiles * logits.columns)
+            for _, _, cut in sorted(self._roughly(row_tiles))[:2]
+            for tiles in sorted(_strip_tiles(cut.columns // logits.columns, all_tiles, self.programs, height))
+            if not self.whole or tiles == all_tiles
+        ]
+        return min(cuts, key=lambda cut: self._time([cut]))
+
+    def _time(self, cuts: Sequence[Cut]) -> float:
+        return forward_time(cuts, self.dim, self.vocabulary, self.element_size, self.config, self.programs)
+
+    def _roughly(self, row_tiles: int) -> list[tuple[float, int, Cut]]:
+        """Rough times, numbers of partial sums, and cuts with the widest strips that fit, of one block.
+
+        The time is the second product's, because the first one fills its waves with any rows and partial sums.
+        """
+        tile, chip, columns = self.config.weighted, self.config.chip, self.config.logits.columns
+        rows, elements = row_tiles * _row_unit(self.config), tile.rows * tile.columns
+        all_tiles = ceil_div(self.vocabulary, columns)
+        result = ceil_div(rows, tile.rows) * ceil_div(self.dim, tile.columns)
+        overhead = FILL / chip.clock + 8 * elements / chip.memory
+        found = []
+        for splits in range(1, MOST_SPLITS + 1):
+            left = min(self.allowed - splits * rows * self.dim * 4, 256 * MIB)
+            fits = all_tiles if self.whole and left >= 0 else left // (rows * (columns * self.element_size + 8))
+            widest = min(fits, all_tiles)
+            if row_tiles == splits == 1:  # the smallest block is used even where it does not fit
+                widest = max(1, all_tiles if self.whole else widest)
+            if widest >= 1:
+                product = 2 * elements * self.vocabulary / (splits * chip.operations)
+                seconds = waves(result * splits, self.programs) * (product + ceil_div(all_tiles, widest) * overhead)
+                found.append((seconds, splits, Cut(rows, widest * columns, splits)))
+        return found
+
+
+def _strip_tiles(widest: int, all_tiles: int, programs: int, *heights: int) -> set[int]:
+    """Numbers of column tiles per strip worth a look: the most that fit, strips of equal width, and whole waves.
+
+    heights: tiles of a product for each column tile of the strip.
+    """
+    widest = min(widest, all_tiles)
+    equal = ceil_div(all_tiles, ceil_div(all_tiles, widest))
+    whole = {height * widest // programs * programs // height for height in heights}
+    return {widest, equal} | {tiles for tiles in whole if tiles}

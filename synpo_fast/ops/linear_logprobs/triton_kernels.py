@@ -3,10 +3,16 @@
 The kernels work on compacted rows: valid rows come first in a [N, D] copy. The number of valid rows stays on the device, so
 dropping ignored rows needs no synchronisation. Row tiles beyond that number are never visited.
 
-Exponentials are exp(z - t_n) with a reference t_n that starts at the target's logit and changes lazily. A tile uses its own
-maximum only if it holds a logit more than LIMIT above the reference, and only then _settle_rows_kernel rescales the row's
-earlier sums to the new reference. bf16 and fp32 keep their relative precision from e^-60 to e^60, so this loses no precision,
-and in ordinary data no partial sum is rescaled. The target itself is excluded from every sum.
+Exponentials are exp(z - t_n) with a reference t_n that starts at the target's logit, or `headroom` below it, and changes lazily.
+A tile uses its own maximum only if it holds a logit more than LIMIT above the reference, and only then _settle_rows_kernel
+rescales the row's earlier sums to the new reference. bf16 and fp32 keep their relative precision from e^-60 to e^60, so this
+loses no precision, and in ordinary data no partial sum is rescaled. The target itself is excluded from every sum.
+
+With STATS three more sums of each row are computed: dots, the sum of e (z - t); best, the largest logit; squares, the sum of
+exp(2 (z - best)). Entropy and the sum of squared probabilities follow from them.
+
+Arguments that follow the number of rows are not specialised: otherwise Triton would compile a kernel again for a length of 1, for
+a multiple of 16, or for a pointer off a 16-byte boundary.
 """
 
 import triton
@@ -61,14 +67,15 @@ def _load_tile(source, row, column, stride, num_rows, num_columns, TMA: tl.const
         return tl.load(source + r[:, None].to(tl.int64) * stride + c[None, :], mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["labels", "rows", "num_hidden"])
 def _prepare_rows_kernel(
     hidden, weight, bias, labels, rows, place, num_hidden, V, D, hidden_stride, weight_stride, logit_scale, softcap,
-    ignore_index, compact, label_out, target_out, top_out, others_out,
+    ignore_index, headroom, compact, label_out, target_out, top_out, others_out,
     HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Copies a valid row to its position among the valid rows and computes its target logit as an fp32 dot product.
 
+    headroom: distance of the first reference below the target's logit.
     For a label or row out of range the target is NaN, so that the log-prob shows the error without a synchronisation.
     """
     position = tl.program_id(0)
@@ -95,7 +102,7 @@ def _prepare_rows_kernel(
         target = tl.where(in_range, target, float("nan"))
         tl.store(label_out + n, label)
         tl.store(target_out + n, target)
-        tl.store(top_out + n, tl.where(target == target, tl.maximum(target, -1e30), 0.0))
+        tl.store(top_out + n, tl.where(target == target, tl.maximum(target - headroom, -1e30), 0.0))
         tl.store(others_out + n, 0.0)
 
 
@@ -117,16 +124,17 @@ def _logits_tile(
     return _bounded_logit(raw, logit_scale, softcap, HAS_SOFTCAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "first_row", "num_rows"])
 def _exp_logits_forward_kernel(
-    x, w, bias, labels, top, exponentials, tile_top, tile_sum, count, first_row, num_rows, first_column, strip_columns,
-    V, D, weight_stride, logit_scale, softcap, num_programs,
-    KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    LIMIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    x, w, bias, labels, top, exponentials, tile_top, tile_sum, tile_dots, tile_best, tile_squares, count, first_row, num_rows,
+    first_column, strip_columns, V, D, weight_stride, logit_scale, softcap, num_programs,
+    KEEP: tl.constexpr, STATS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Computes exp(z - t) z' in the input's dtype for one vocabulary strip and one row block, and each tile's t and sum.
+    """Computes each tile's t and sum of exp(z - t) for one vocabulary strip and one row block.
 
-    exponentials [num_rows, strip_columns], tile_top and tile_sum [column tiles, num_rows].
+    KEEP: also stores exp(z - t) z' in the input's dtype. exponentials [num_rows, strip_columns], tile_* [column tiles, num_rows].
     """
     valid = tl.minimum(tl.load(count).to(tl.int32) - first_row, num_rows)
     row_tiles = tl.cdiv(valid, BLOCK_N)
@@ -149,8 +157,16 @@ def _exp_logits_forward_kernel(
         highest = tl.max(z, 1)
         reference = tl.where(highest > reference + LIMIT, highest, reference)
         e = tl.exp(z - reference[:, None])
-        tl.store(tile_top + column_tile * num_rows + r, reference, mask=inside)
-        tl.store(tile_sum + column_tile * num_rows + r, tl.sum(e, 1), mask=inside)
+        at = column_tile * num_rows + r
+        tl.store(tile_top + at, reference, mask=inside)
+        tl.store(tile_sum + at, tl.sum(e, 1), mask=inside)
+        if STATS:
+            best = tl.maximum(highest, -1e30)
+            tl.store(tile_best + at, best, mask=inside)
+            tl.store(tile_dots + at, tl.sum(tl.where(e > 0, e * (z - reference[:, None]), 0.0), 1), mask=inside)
+            # exp(z - best) from e: if best is far below the reference, the tile adds nothing to the row's squares.
+            lifted = e * tl.exp(tl.minimum(reference - best, 80.0))[:, None]
+            tl.store(tile_squares + at, tl.sum(lifted * lifted, 1), mask=inside)
         if KEEP:
             if HAS_SOFTCAP:
                 e = tl.where(counted, e * _logit_slope(z, logit_scale, softcap, HAS_SOFTCAP), 0.0)
@@ -164,33 +180,51 @@ def _exp_logits_forward_kernel(
                 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "first_row", "num_rows", "tiles", "splits"])
 def _settle_rows_kernel(
-    top, others, tile_top, tile_sum, exponentials, totals, count, first_row, num_rows, strip_columns, D,
-    KEEP: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    top, others, dots, best, squares, tile_top, tile_sum, tile_dots, tile_best, tile_squares, exponentials, totals, count,
+    first_row, num_rows, strip_columns, D, tiles, splits,
+    KEEP: tl.constexpr, STATS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds the strip's sums to each row's total; if a tile raised the reference, rescales the row's earlier results."""
     r = tl.program_id(0)
     n = first_row + r
     if n < tl.load(count).to(tl.int32):
         t = tl.arange(0, BLOCK_T)
+        tile_row = t * num_rows + r
         before = tl.load(top + n)
-        used = tl.load(tile_top + t * num_rows + r, mask=t < TILES, other=float("-inf"))
-        sums = tl.load(tile_sum + t * num_rows + r, mask=t < TILES, other=0.0)
+        used = tl.load(tile_top + tile_row, mask=t < tiles, other=float("-inf"))
+        sums = tl.load(tile_sum + tile_row, mask=t < tiles, other=0.0)
         after = tl.maximum(before, tl.max(used, 0))
-        total = tl.load(others + n) * tl.exp(before - after) + tl.sum(sums * tl.exp(used - after), 0)
+        shrink = tl.exp(before - after)
+        factors = tl.exp(used - after)
+        earlier = tl.load(others + n)
+        total = earlier * shrink + tl.sum(sums * factors, 0)
+        if STATS:
+            moved = tl.where(t < tiles, used - after, 0.0)
+            strip_dots = tl.load(tile_dots + tile_row, mask=t < tiles, other=0.0) + moved * sums
+            dot = (tl.load(dots + n) + (before - after) * earlier) * shrink + tl.sum(strip_dots * factors, 0)
+            highest = tl.load(tile_best + tile_row, mask=t < tiles, other=-1e30)
+            best_before = tl.load(best + n)
+            best_after = tl.maximum(best_before, tl.max(highest, 0))
+            square = tl.load(tile_squares + tile_row, mask=t < tiles, other=0.0) * tl.exp(2.0 * (highest - best_after))
+            square = tl.load(squares + n) * tl.exp(2.0 * (best_before - best_after)) + tl.sum(square, 0)
+        # One thread stores what every warp has loaded, and every warp branches on its own load below.
+        tl.debug_barrier()
         tl.store(others + n, total)
         tl.store(top + n, after)
+        if STATS:
+            tl.store(dots + n, dot)
+            tl.store(best + n, best_after)
+            tl.store(squares + n, square)
         if KEEP:
             if after > before:
-                shrink = tl.exp(before - after)
-                for split in range(SPLITS):
+                for split in range(splits):
                     for begin in range(0, D, BLOCK_D):
                         d = begin + tl.arange(0, BLOCK_D)
                         at = totals + (split * num_rows + r).to(tl.int64) * D + d
                         tl.store(at, tl.load(at, mask=d < D, other=0.0) * shrink, mask=d < D)
-                for tile in range(TILES):
+                for tile in range(tiles):
                     factor = tl.exp(tl.load(tile_top + tile * num_rows + r) - after)
                     if factor != 1.0:
                         v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -199,21 +233,26 @@ def _settle_rows_kernel(
                         tl.store(at, e.to(exponentials.dtype.element_ty), mask=v < strip_columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "first_row", "num_rows", "splits"])
 def _weighted_rows_kernel(
-    exponentials, w, totals, count, first_row, num_rows, first_column, strip_columns, V, D, weight_stride, num_programs,
-    FIRST: tl.constexpr, SPLITS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    exponentials, w, totals, count, first_row, num_rows, first_column, strip_columns, V, D, weight_stride, splits,
+    num_programs, FIRST: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Adds exponentials x W of one strip to totals. The strip's columns are split into SPLITS parts, each with its own sum."""
+    """Adds exponentials x W of one strip to totals. The strip's columns are split into `splits` parts, each with its own sum.
+
+    SPLIT: there is more than one part. Without that knowledge the common case of one part would spill registers on sm_90.
+    """
+    if not SPLIT:
+        splits = 1
     valid = tl.minimum(tl.load(count).to(tl.int32) - first_row, num_rows)
     row_tiles = tl.cdiv(valid, BLOCK_N)
     column_tiles = tl.cdiv(D, BLOCK_D)
     width = tl.minimum(strip_columns, V - first_column)
-    part = tl.cdiv(width, SPLITS * BLOCK_V) * BLOCK_V
-    for index in tl.range(tl.program_id(0), row_tiles * column_tiles * SPLITS, num_programs):
-        split = index % SPLITS
-        row_tile, column_tile = _tile_of(index // SPLITS, row_tiles, column_tiles, GROUP)
+    part = tl.cdiv(width, splits * BLOCK_V) * BLOCK_V
+    for index in tl.range(tl.program_id(0), row_tiles * column_tiles * splits, num_programs):
+        split = index % splits
+        row_tile, column_tile = _tile_of(index // splits, row_tiles, column_tiles, GROUP)
         row = row_tile * BLOCK_N
         d = column_tile * BLOCK_D
         r = row + tl.arange(0, BLOCK_N)
@@ -233,14 +272,28 @@ def _weighted_rows_kernel(
 
 
 @triton.jit
-def _finish_rows_kernel(
-    weight, position_labels, labels, place, target, top, others, totals, logps, normalisers, direction,
-    exponentials, first_row, num_rows, strip_columns, D, weight_stride, logit_scale, softcap, ignore_index,
-    KEEP: tl.constexpr, KEEP_ALL: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Writes log-prob, normaliser (t, sum) and direction (1 - p) z' W[y] - sum of p_v z'_v W[v] of each valid row of a block.
+def _row_stats(z, t, rest, logp, dots, best, squares):
+    """logsumexp, entropy, is_top1 and log_sum_sq_probs of a row from its target's logit z and the sums over the other tokens."""
+    log_total = tl.log(rest + tl.exp(z - t))
+    # Entropy is the sum of p (logsumexp - z) over all tokens: every term is at least 0.
+    entropy = (rest * log_total - dots) / (rest + tl.exp(z - t)) + tl.where(logp > -80.0, -logp * tl.exp(logp), 0.0)
+    highest = tl.maximum(z, best)
+    square = squares * tl.exp(2.0 * (best - highest)) + tl.exp(2.0 * (z - highest))
+    log_highest = tl.where(z >= best, logp, best - t - log_total)
+    is_top1 = tl.where(z >= best, 1.0, 0.0)
+    return t + log_total, tl.where(entropy < 0, 0.0, entropy), is_top1, tl.log(square) + 2.0 * log_highest
 
-    KEEP_ALL: also writes the target's entry of the exponentials, see kept.py.
+
+@triton.jit(do_not_specialize=["position_labels", "first_row", "num_rows", "splits"])
+def _finish_rows_kernel(
+    weight, position_labels, labels, place, target, top, others, dots, best, squares, totals, logps, normalisers, direction,
+    exponentials, stats, first_row, num_rows, strip_columns, D, splits, weight_stride, logit_scale, softcap, ignore_index,
+    DIRECTION: tl.constexpr, KEPT: tl.constexpr, STATS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Writes log-prob and normaliser (t, sum) of each valid row of a block.
+
+    DIRECTION: also (1 - p) z' W[y] - sum of p_v z'_v W[v]. KEPT: also the target's entry of the exponentials, see
+    problem.Computed. STATS: also the columns of problem.STATS.
     """
     position = tl.program_id(0)
     if tl.load(position_labels + position) != ignore_index:
@@ -250,115 +303,36 @@ def _finish_rows_kernel(
             z = tl.load(target + n)
             t = tl.load(top + n)
             rest = tl.load(others + n)
-            total = rest + tl.exp(z - t)
-            tl.store(logps + position, tl.where(z == t, -_log1p(rest), (z - t) - tl.log(total)))
+            at_target = tl.exp(z - t)
+            total = rest + at_target
+            logp = tl.where(z >= t, -_log1p(rest / at_target), (z - t) - tl.log(total))
+            tl.store(logps + position, logp)
             tl.store(normalisers + 2 * n, t)
             tl.store(normalisers + 2 * n + 1, total)
-            if KEEP:
-                label = tl.load(labels + n)
-                toward = rest / total * _logit_slope(z, logit_scale, softcap, HAS_SOFTCAP)
-                scale = 1.0  # the part of the slope that the exponentials do not include
-                if not HAS_SOFTCAP:
-                    scale = logit_scale
+            if STATS:
+                moments = _row_stats(z, t, rest, logp, tl.load(dots + n), tl.load(best + n), tl.load(squares + n))
+                tl.store(stats + 4 * position.to(tl.int64), moments[0])
+                tl.store(stats + 4 * position.to(tl.int64) + 1, moments[1])
+                tl.store(stats + 4 * position.to(tl.int64) + 2, moments[2])
+                tl.store(stats + 4 * position.to(tl.int64) + 3, moments[3])
+            label = tl.load(labels + n)
+            slope = _logit_slope(z, logit_scale, softcap, HAS_SOFTCAP)
+            scale = 1.0  # the part of the slope that the exponentials do not include
+            if not HAS_SOFTCAP:
+                scale = logit_scale
+            if KEPT:
+                tl.store(
+                    exponentials + r * strip_columns + label, (-rest * slope / scale).to(exponentials.dtype.element_ty)
+                )
+            if DIRECTION:
+                toward = rest / total * slope
                 away = scale / total
-                if KEEP_ALL:
-                    at_target = -toward * total / scale
-                    tl.store(exponentials + n * strip_columns + label, at_target.to(exponentials.dtype.element_ty))
                 for begin in range(0, D, BLOCK_D):
                     d = begin + tl.arange(0, BLOCK_D)
                     w = tl.load(weight + label * weight_stride + d, mask=d < D, other=0.0).to(tl.float32)
                     pulled = tl.zeros([BLOCK_D], tl.float32)
-                    for split in range(SPLITS):
+                    for split in range(splits):
                         pulled += tl.load(totals + (split * num_rows + r) * D + d, mask=d < D, other=0.0)
                     result = toward * w - away * pulled
+                    tl.debug_barrier()  # the sums may lie where the direction goes
                     tl.store(direction + n * D + d, result.to(direction.dtype.element_ty), mask=d < D)
-
-
-@triton.jit
-def _scale_rows_backward_kernel(
-    grad_logps, grad_stride, direction, labels, place, out, D, ignore_index, BLOCK_D: tl.constexpr
-):
-    """Computes out[position] = grad_logps[position] * direction of that row, 0 where ignored."""
-    position = tl.program_id(0).to(tl.int64)
-    counted = tl.load(labels + position) != ignore_index
-    n = tl.maximum(tl.load(place + position).to(tl.int64) - 1, 0)
-    c = tl.load(grad_logps + position * grad_stride).to(tl.float32)
-    for begin in range(0, D, BLOCK_D):
-        d = begin + tl.arange(0, BLOCK_D)
-        x = tl.load(direction + n * D + d, mask=(d < D) & counted, other=0.0).to(tl.float32)
-        tl.store(out + position * D + d, tl.where(counted, c * x, 0.0).to(out.dtype.element_ty), mask=d < D)
-
-
-@triton.jit
-def _logit_grads_backward_kernel(
-    x, w, bias, labels, normalisers, misses, coefficients, logit_grads, column_sums, count, num_rows, first_column, strip_columns,
-    V, D, weight_stride, logit_scale, softcap, num_programs,
-    HAS_BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Computes c (onehot - softmax) z' of one strip for all valid rows. `misses` holds 1 - p_y.
-
-    Rows between the last valid one and the end of its tile are set to 0, because the next product sums over whole tiles.
-    """
-    valid = tl.load(count).to(tl.int32)
-    row_tiles = tl.cdiv(valid, BLOCK_N)
-    column_tiles = tl.cdiv(tl.minimum(strip_columns, V - first_column), BLOCK_V)
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, num_programs):
-        row_tile, column_tile = _tile_of(tile, row_tiles, column_tiles, GROUP)
-        row = row_tile * BLOCK_N
-        column = first_column + column_tile * BLOCK_V
-        z = _logits_tile(
-            x, w, bias, row, column, D, V, num_rows, weight_stride, logit_scale, softcap,
-            HAS_BIAS, HAS_SOFTCAP, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
-        r = row + tl.arange(0, BLOCK_N)
-        c = column + tl.arange(0, BLOCK_V)
-        inside = r < valid
-        label = tl.load(labels + r, mask=inside, other=-1)
-        reference = tl.load(normalisers + 2 * r, mask=inside, other=0.0)
-        total = tl.load(normalisers + 2 * r + 1, mask=inside, other=1.0)
-        coefficient = tl.load(coefficients + r, mask=inside, other=0.0)
-        slope = _logit_slope(z, logit_scale, softcap, HAS_SOFTCAP)
-        p = tl.exp(z - reference[:, None]) / total[:, None]
-        miss = tl.load(misses + r, mask=inside, other=0.0)
-        g = tl.where(c[None, :] == label[:, None], miss[:, None], -p) * slope * coefficient[:, None]
-        g = tl.where(inside[:, None] & (c < V)[None, :], g, 0.0)
-        if BIAS_GRAD:
-            s = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-            tl.store(column_sums + row_tile * strip_columns + s, tl.sum(g, 0), mask=s < strip_columns)
-        if TMA:
-            logit_grads.store([row, column_tile * BLOCK_V], g.to(w.dtype))
-        else:
-            s = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-            place = logit_grads + r[:, None].to(tl.int64) * strip_columns + s[None, :]
-            tl.store(
-                place, g.to(logit_grads.dtype.element_ty), mask=(r < num_rows)[:, None] & (s < strip_columns)[None, :]
-            )
-
-
-@triton.jit
-def _weight_grad_backward_kernel(
-    logit_grads, x, grad_weight, peak, count, first_column, strip_columns, V, D, num_programs,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Computes one strip of dW = logit_grads^T x over all valid rows, summed in fp32 and rounded once."""
-    valid = tl.load(count).to(tl.int32)
-    scale = tl.load(peak)
-    row_tiles = tl.cdiv(tl.minimum(strip_columns, V - first_column), BLOCK_V)
-    column_tiles = tl.cdiv(D, BLOCK_D)
-    for index in tl.range(tl.program_id(0), row_tiles * column_tiles, num_programs):
-        row_tile, column_tile = _tile_of(index, row_tiles, column_tiles, GROUP)
-        v = row_tile * BLOCK_V
-        d = column_tile * BLOCK_D
-        total = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
-        for n in range(0, valid, BLOCK_N):
-            # After the last valid row a tile holds zeros (copy engine) or is not read (pointers).
-            g = _load_tile(logit_grads, n, v, strip_columns, valid, strip_columns, TMA, BLOCK_N, BLOCK_V)
-            b = _load_tile(x, n, d, D, valid, D, TMA, BLOCK_N, BLOCK_D)
-            total = tl.dot(g.T, b, total, input_precision=PRECISION)
-        r = first_column + v + tl.arange(0, BLOCK_V)
-        c = d + tl.arange(0, BLOCK_D)
-        at = grad_weight + r.to(tl.int64)[:, None] * D + c[None, :]
-        inside = ((v + tl.arange(0, BLOCK_V)) < strip_columns)[:, None] & (r < V)[:, None] & (c < D)[None, :]
-        tl.store(at, (total * scale).to(grad_weight.dtype.element_ty), mask=inside)

@@ -4,11 +4,13 @@
         exponentials of the logits -> update the rows' references and sums -> (with a gradient) add exponentials x W
     -> finish rows
 
+Blocks of rows whose exponentials are kept have one strip, the whole vocabulary, and write it where it stays.
 The host reads no tensor here, so a call can be captured in a CUDA graph.
 """
 
 import functools
-from dataclasses import dataclass
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,38 +19,26 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from synpo_fast.ops.linear_logprobs import triton_kernels as kernels
-from synpo_fast.ops.linear_logprobs.problem import Problem
-from synpo_fast.ops.linear_logprobs.triton_config import (
-    Cut,
-    KernelConfig,
-    Tile,
-    cut_forward,
-    cut_weight_grad,
-    kernel_config,
-)
-from synpo_fast.ops.linear_logprobs.triton_support import interpreting
+from synpo_fast.ops.linear_logprobs.problem import STATS, Computed, Problem, Wanted, direction_dtype
+from synpo_fast.ops.linear_logprobs.triton_config import Cut, KernelConfig, Tile, cut_forward, kernel_config
+from synpo_fast.ops.linear_logprobs.triton_support import capability, interpreting, tf32_allowed
 
 
 @functools.cache
-def _num_programs(device: torch.device) -> int:
+def num_programs(device: torch.device) -> int:
     """Number of programs in a persistent grid: one per multiprocessor."""
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _config(problem: Problem, weight: Tensor) -> KernelConfig:
-    simple = problem.softcap is None and _tma_fits(weight)
-    return kernel_config(problem.hidden.dtype, _capability(problem.hidden.device), simple=simple)
-
-
-@functools.cache
-def _capability(device: torch.device) -> int:
-    """Compute capability as 80, 90, 100, ...; 0 where kernels are interpreted."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def config_of(problem: Problem, weight: Tensor, stats: bool = False) -> KernelConfig:
+    simple = problem.softcap is None and tma_fits(weight)
+    config = kernel_config(problem.hidden.dtype, capability(problem.hidden.device), simple=simple)
+    if stats and problem.softcap is not None and not config.copy_engine:
+        # With wider tiles or fewer warps sm_80 spills 32 to 96 bytes.
+        config = replace(config, logits=replace(config.logit_grads, num_warps=8))
+    return config
 
 
 def _limit(dtype: torch.dtype) -> float:
@@ -56,36 +46,42 @@ def _limit(dtype: torch.dtype) -> float:
     return 8.0 if dtype == torch.float16 else 60.0
 
 
-def _precision(dtype: torch.dtype) -> str:
+def _headroom(dtype: torch.dtype) -> float:
+    """Distance of the first reference below the target's logit. In fp16, the exponentials of a confident token's rivals would
+    otherwise be below its smallest number; a rival more than _limit above that reference still raises it."""
+    return 6.0 if dtype == torch.float16 else 0.0
+
+
+def precision(dtype: torch.dtype) -> str:
     """Input precision of fp32 products: tf32 if torch allows it, otherwise full fp32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
-def _block_dim(dim: int) -> int:
+def block_dim(dim: int) -> int:
     return min(1024, triton.next_power_of_2(dim))
 
 
-def _tma_fits(*tensors: Tensor) -> bool:
+def tma_fits(*tensors: Tensor) -> bool:
     """True if the copy engine can load the tensors: unit stride within rows, and rows that start at multiples of 16 bytes."""
     return all(
         t.stride(1) == 1 and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors
     )
 
 
-def _operand(tensor: Tensor, rows: int, columns: int, tma: bool) -> Any:
+def operand(tensor: Tensor, rows: int, columns: int, tma: bool) -> Any:
     if not tma:
         return tensor
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
 
 
-def _options(tile: Tile) -> dict[str, int]:
+def options(tile: Tile) -> dict[str, int]:
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
-class _Rows:
+class CompactedRows:
     """The compacted valid rows on the device: hidden [N, D], labels [N], target logits [N], and their number `count`."""
 
-    def __init__(self, problem: Problem, weight: Tensor) -> None:
+    def __init__(self, problem: Problem, weight: Tensor, headroom: float = 0.0) -> None:
         num_labels, dim = problem.labels.shape[0], weight.shape[1]
         hidden = problem.hidden if problem.hidden.stride(-1) == 1 else problem.hidden.contiguous()
         self.kept = problem.labels != problem.ignore_index
@@ -93,14 +89,14 @@ class _Rows:
         self.count = self.place[-1:]
         self.hidden = torch.zeros(num_labels, dim, dtype=hidden.dtype, device=hidden.device)
         self.labels = torch.zeros_like(problem.labels)
-        self.target, self.top, self.others = torch.zeros(3, num_labels, dtype=torch.float32, device=hidden.device)
+        self.target, self.top, self.others = _vectors(3, num_labels, hidden.device).zero_()
         kernels._prepare_rows_kernel[(num_labels,)](
             hidden, weight, problem.bias, problem.labels, problem.rows, self.place,
             hidden.shape[0], weight.shape[0], dim, hidden.stride(0), weight.stride(0),
-            problem.logit_scale, problem.softcap or 0.0, problem.ignore_index,
+            problem.logit_scale, problem.softcap or 0.0, problem.ignore_index, headroom,
             self.hidden, self.labels, self.target, self.top, self.others,
             HAS_BIAS=problem.bias is not None, HAS_ROWS=problem.rows is not None,
-            HAS_SOFTCAP=problem.softcap is not None, BLOCK_D=_block_dim(dim),
+            HAS_SOFTCAP=problem.softcap is not None, BLOCK_D=block_dim(dim),
         )  # fmt: skip
 
     def compact(self, values: Tensor) -> Tensor:
@@ -109,246 +105,173 @@ class _Rows:
         return values.new_zeros(values.shape[0] + 1).scatter_(0, slot, values)[:-1]
 
 
-def _head(weight: Tensor) -> Tensor:
+def _vectors(number: int, length: int, device: torch.device) -> Tensor:
+    """Uninitialised fp32 [number, length]; each vector starts on a 16-byte boundary, or Triton would compile for each length."""
+    return torch.empty(number, -(-length // 4) * 4, dtype=torch.float32, device=device)[:, :length]
+
+
+def _padded(length: int, dtype: torch.dtype) -> int:
+    """Bytes of a buffer in a shared piece of memory, so that the next one starts on a boundary that the copy engine accepts."""
+    return -(-length * dtype.itemsize // 128) * 128
+
+
+def _carve(memory: Tensor, sizes: list[tuple[int, torch.dtype]]) -> list[Tensor]:
+    """Vectors of the given lengths and dtypes, one after another in `memory` (bytes)."""
+    starts = itertools.accumulate((_padded(*size) for size in sizes[:-1]), initial=0)
+    return [
+        memory[start : start + length * dtype.itemsize].view(dtype)
+        for start, (length, dtype) in zip(starts, sizes, strict=True)
+    ]
+
+
+def row_major(weight: Tensor) -> Tensor:
     return weight if weight.stride(1) == 1 else weight.contiguous()
 
 
-def linear_logprobs_forward(problem: Problem, want_direction: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns log-probs [N] (0 where ignored), and normalisers [N, 2] and direction [N, D] (or [0, D]) of the compacted rows."""
+def linear_logprobs_forward(problem: Problem, wanted: Wanted) -> Computed:
+    """Computes the log-probs and what is wanted with them. Compacted results have room for all N rows.
+
+    fp16 keeps no exponentials: its range does not hold both those of confident tokens and the target's entry, which can reach V.
+    """
     with torch.cuda.device_of(problem.hidden):  # Triton launches on the current device, not on the tensors' device
-        return forward(problem, want_direction, keep_all=False)[:3]
+        device, dtype = problem.hidden.device, problem.hidden.dtype
+        num_labels, (vocabulary, dim) = problem.labels.shape[0], problem.weight.shape
+        weight = row_major(problem.weight)
+        config = config_of(problem, weight, wanted.stats)
+        whole = -(-vocabulary // config.logits.columns) * config.logits.columns
+        kept = 0 if dtype == torch.float16 else min(wanted.keep_rows, num_labels)
+        computed = Computed(
+            logps=torch.zeros(num_labels, dtype=torch.float32, device=device),
+            normalisers=torch.zeros(num_labels, 2, dtype=torch.float32, device=device),
+            direction=torch.empty(0, dim, dtype=direction_dtype(dtype, wanted.stats), device=device),
+            exponentials=torch.empty(kept, whole, dtype=dtype, device=device),
+            stats=torch.zeros(num_labels if wanted.stats else 0, len(STATS), dtype=torch.float32, device=device),
+        )
+        return _Forward(problem, weight, wanted, computed, config).run() if num_labels else computed
 
 
-def forward(problem: Problem, want_direction: bool, keep_all: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns linear_logprobs_forward and the exponentials: of the last strip, or with keep_all of all rows and columns."""
-    device, dtype = problem.hidden.device, problem.hidden.dtype
-    num_labels, (vocabulary, dim) = problem.labels.shape[0], problem.weight.shape
-    logps = torch.zeros(num_labels, dtype=torch.float32, device=device)
-    normalisers = torch.zeros(num_labels, 2, dtype=torch.float32, device=device)
-    weight = _head(problem.weight)
-    config, programs = _config(problem, weight), _num_programs(device)
-    whole = -(-vocabulary // config.logits.columns) * config.logits.columns
-    if num_labels == 0:
-        nothing = problem.hidden.new_empty(0, dim)
-        return logps, normalisers, nothing, problem.hidden.new_empty(0, whole)
-    cut = cut_forward(num_labels, dim, vocabulary, dtype.itemsize, config, programs)
-    if interpreting():
-        cut = _small_cut(num_labels, vocabulary, config)
-    if keep_all:
-        cut = Cut(rows=num_labels, columns=whole, splits=cut.splits)
-    columns = cut.columns if want_direction else whole
-    tiles = columns // config.logits.columns
-    # fp16 exponentials kept for dW must not exceed 1, or the factors c / b would fall below fp16's smallest number.
-    limit = 0.0 if keep_all and dtype == torch.float16 else _limit(dtype)
+class _Forward:
+    """One forward pass: its buffers, and the launches for a block of rows."""
 
-    rows = _Rows(problem, weight)
-    kept_rows = cut.rows if want_direction else 0
-    exponentials = torch.empty(kept_rows, columns, dtype=dtype, device=device)
-    if keep_all and problem.bias is not None:
-        exponentials.zero_()  # the bias gradient sums over all rows, including the unused ones after the valid rows
-    totals = torch.empty(cut.splits, kept_rows, dim, dtype=torch.float32, device=device)
-    tile_top, tile_sum = torch.empty(2, tiles, cut.rows, dtype=torch.float32, device=device)
-    tma = config.copy_engine and _tma_fits(rows.hidden, weight) and (not want_direction or _tma_fits(exponentials))
+    def __init__(
+        self, problem: Problem, weight: Tensor, wanted: Wanted, computed: Computed, config: KernelConfig
+    ) -> None:
+        device, dtype = problem.hidden.device, problem.hidden.dtype
+        num_labels, (self.vocabulary, self.dim) = problem.labels.shape[0], problem.weight.shape
+        self.problem, self.wanted, self.config = problem, wanted, config
+        self.weight, self.programs = weight, num_programs(device)
+        kept, whole = computed.exponentials.shape
+        self.cuts = cut_forward(num_labels, self.dim, self.vocabulary, dtype.itemsize, config, self.programs, kept)
+        if interpreting():
+            self.cuts = _small_cuts(num_labels, kept, self.vocabulary, config)
+        if not wanted.direction:  # nothing reads a strip, so it is not stored and spans the vocabulary
+            self.cuts = [replace(cut, columns=whole) for cut in self.cuts]
+        self.rows = rows = CompactedRows(problem, self.weight, _headroom(dtype))
+        # Directions overwrite the copied rows. In another dtype they are a tensor of their own, which also holds the sums.
+        direction = rows.hidden if wanted.direction else computed.direction
+        self.in_place = wanted.direction and computed.direction.dtype != dtype
+        if self.in_place:
+            direction = torch.empty(num_labels, self.dim, dtype=computed.direction.dtype, device=device)
+        self.computed = replace(computed, direction=direction)
+        self.moments: list[Tensor | None] = [None] * 3  # dots, best and squares of rows
+        if wanted.stats:
+            dots, best, squares = _vectors(3, num_labels, device).zero_()
+            self.moments = [dots, best.fill_(-1e30), squares]
 
-    x, w = (
-        _operand(t, r, config.logits.depth, tma)
-        for t, r in ((rows.hidden, config.logits.rows), (weight, config.logits.columns))
-    )
-    e_out = _operand(exponentials, config.logits.rows, config.logits.columns, tma and want_direction)
-    e_in = _operand(exponentials, config.weighted.rows, config.weighted.depth, tma and want_direction)
-    w_in = _operand(weight, config.weighted.depth, config.weighted.columns, tma)
-    shape = {"HAS_SOFTCAP": problem.softcap is not None, "KEEP": want_direction}
-    for first_row in range(0, num_labels, cut.rows):
-        block = min(cut.rows, num_labels - first_row)
-        for first_column in range(0, vocabulary, columns):
-            used = -(-min(columns, vocabulary - first_column) // config.logits.columns)
-            kernels._exp_logits_forward_kernel[(programs,)](
-                x, w, problem.bias, rows.labels, rows.top, e_out, tile_top, tile_sum, rows.count,
-                first_row, block, first_column, columns, vocabulary, dim, weight.stride(0),
-                problem.logit_scale, problem.softcap or 0.0, programs,
-                HAS_BIAS=problem.bias is not None, TMA=tma, PRECISION=_precision(dtype), LIMIT=limit,
+    def run(self) -> Computed:
+        kept = self.computed.exponentials.shape[0]
+        starts = list(itertools.accumulate((cut.rows for cut in self.cuts[:-1]), initial=0))
+        buffers = [self._buffers(cut, first < kept) for cut, first in zip(self.cuts, starts, strict=True)]
+        # All blocks use the same memory, each in its own way.
+        most = max(sum(_padded(length, dtype) for length, dtype in sizes) for sizes in buffers)
+        memory = torch.empty(most, dtype=torch.uint8, device=self.weight.device)
+        for cut, first, sizes in zip(self.cuts, starts, buffers, strict=True):
+            sums, strip, *tiles = _carve(memory, sizes)
+            if self._sums_in_place(cut):
+                sums = self.computed.direction[first : first + cut.rows]
+            if first < kept:
+                exponentials = self.computed.exponentials[first : first + cut.rows]
+            else:
+                exponentials = strip.view(cut.rows if self.wanted.direction else 0, cut.columns)
+            self._block(first, cut, exponentials, sums, tiles, first < kept)
+        return self.computed
+
+    def _sums_in_place(self, cut: Cut) -> bool:
+        return self.in_place and cut.splits == 1
+
+    def _buffers(self, cut: Cut, is_kept: bool) -> list[tuple[int, torch.dtype]]:
+        """Lengths and dtypes of a block's partial sums, strip of exponentials, and vectors of each tile's rows."""
+        direction, fp32 = self.wanted.direction, torch.float32
+        summed = cut.splits * cut.rows * self.dim if direction and not self._sums_in_place(cut) else 0
+        stored = cut.rows * cut.columns if direction and not is_kept else 0
+        tiles = cut.rows * cut.columns // self.config.logits.columns
+        return [(summed, fp32), (stored, self.rows.hidden.dtype), *[(tiles, fp32)] * (5 if self.wanted.stats else 2)]
+
+    def _block(
+        self, first: int, cut: Cut, exponentials: Tensor, sums: Tensor, tiles: list[Tensor], is_kept: bool
+    ) -> None:
+        """Computes the rows [first, first + cut.rows). exponentials: those to keep, or memory for one strip, or of no rows."""
+        problem, rows, config, computed = self.problem, self.rows, self.config, self.computed
+        block, splits = cut.rows, cut.splits
+        columns, stored = exponentials.shape[1], exponentials.shape[0] > 0
+        tile_top, tile_sum, *tile_moments = tiles if self.wanted.stats else [*tiles, None, None, None]
+        tma = config.copy_engine and tma_fits(rows.hidden, self.weight, *([exponentials] if stored else []))
+        x = operand(rows.hidden, config.logits.rows, config.logits.depth, tma)
+        w = operand(self.weight, config.logits.columns, config.logits.depth, tma)
+        e_out = operand(exponentials, config.logits.rows, config.logits.columns, tma and stored)
+        e_in = operand(exponentials, config.weighted.rows, config.weighted.depth, tma and stored)
+        w_in = operand(self.weight, config.weighted.depth, config.weighted.columns, tma)
+        numbers = (problem.logit_scale, problem.softcap or 0.0)
+        has_softcap, stats = problem.softcap is not None, self.wanted.stats
+        most_tiles = triton.next_power_of_2(computed.exponentials.shape[1] // config.logits.columns)
+        for first_column in range(0, self.vocabulary, columns):
+            kernels._exp_logits_forward_kernel[(self.programs,)](
+                x, w, problem.bias, rows.labels, rows.top, e_out, tile_top, tile_sum, *tile_moments,
+                rows.count, first, block, first_column, columns, self.vocabulary, self.dim, self.weight.stride(0),
+                *numbers, self.programs,
+                KEEP=stored, STATS=stats, HAS_BIAS=problem.bias is not None, HAS_SOFTCAP=has_softcap, TMA=tma,
+                PRECISION=precision(rows.hidden.dtype), LIMIT=_limit(rows.hidden.dtype),
                 BLOCK_N=config.logits.rows, BLOCK_V=config.logits.columns, BLOCK_D=config.logits.depth,
-                GROUP=config.logits.group, **shape, **_options(config.logits),
+                GROUP=config.logits.group, **options(config.logits),
             )  # fmt: skip
+            used = -(-min(columns, self.vocabulary - first_column) // config.logits.columns)
             kernels._settle_rows_kernel[(block,)](
-                rows.top, rows.others, tile_top, tile_sum, exponentials, totals, rows.count,
-                first_row, block, columns, dim,
-                KEEP=want_direction, TILES=used, BLOCK_T=triton.next_power_of_2(tiles),
-                BLOCK_V=config.logits.columns, BLOCK_D=_block_dim(dim), SPLITS=cut.splits if first_column else 0,
+                rows.top, rows.others, *self.moments, tile_top, tile_sum, *tile_moments,
+                exponentials, sums, rows.count, first, block, columns, self.dim,
+                used, splits if first_column and self.wanted.direction else 0,
+                KEEP=stored, STATS=stats, BLOCK_T=most_tiles, BLOCK_V=config.logits.columns,
+                BLOCK_D=block_dim(self.dim), num_warps=8,
             )  # fmt: skip
-            if want_direction:
-                kernels._weighted_rows_kernel[(programs,)](
-                    e_in, w_in, totals, rows.count, first_row, block, first_column, columns, vocabulary, dim,
-                    weight.stride(0), programs,
-                    FIRST=first_column == 0, SPLITS=cut.splits, TMA=tma, PRECISION=_precision(dtype),
-                    BLOCK_N=config.weighted.rows, BLOCK_D=config.weighted.columns, BLOCK_V=config.weighted.depth,
-                    GROUP=config.weighted.group, **_options(config.weighted),
+            if self.wanted.direction:
+                kernels._weighted_rows_kernel[(self.programs,)](
+                    e_in, w_in, sums, rows.count, first, block, first_column, columns, self.vocabulary, self.dim,
+                    self.weight.stride(0), splits, self.programs,
+                    FIRST=first_column == 0, SPLIT=splits > 1, TMA=tma,
+                    PRECISION=precision(rows.hidden.dtype), BLOCK_N=config.weighted.rows,
+                    BLOCK_D=config.weighted.columns, BLOCK_V=config.weighted.depth,
+                    GROUP=config.weighted.group, **options(config.weighted),
                 )  # fmt: skip
-        # The valid rows of this block are not read again, so their directions overwrite them.
-        kernels._finish_rows_kernel[(num_labels,)](
-            weight, problem.labels, rows.labels, rows.place, rows.target, rows.top, rows.others, totals,
-            logps, normalisers, rows.hidden, exponentials, first_row, block, columns, dim, weight.stride(0),
-            problem.logit_scale, problem.softcap or 0.0, problem.ignore_index,
-            KEEP_ALL=keep_all, SPLITS=cut.splits, BLOCK_D=_block_dim(dim), **shape,
+        # The copied rows of this block are not read again, so that directions may overwrite them.
+        kernels._finish_rows_kernel[(problem.labels.shape[0],)](
+            self.weight, problem.labels, rows.labels, rows.place, rows.target, rows.top, rows.others, *self.moments, sums,
+            computed.logps, computed.normalisers, computed.direction, exponentials, computed.stats,
+            first, block, columns, self.dim, splits, self.weight.stride(0), *numbers, problem.ignore_index,
+            DIRECTION=self.wanted.direction, KEPT=is_kept, STATS=stats, HAS_SOFTCAP=has_softcap,
+            BLOCK_D=block_dim(self.dim),
         )  # fmt: skip
-    direction = rows.hidden if want_direction else rows.hidden.new_empty(0, dim)
-    return logps, normalisers, direction, exponentials
 
 
-def _small_cut(num_rows: int, vocabulary: int, config: KernelConfig) -> Cut:
-    """Split for the interpreter: several blocks, strips and partial sums even for the few rows of a test."""
-    strip = min(-(-vocabulary // (2 * config.logits.columns)) * 2, 4) * config.logits.columns
-    return Cut(rows=min(num_rows, 2 * config.logits.rows), columns=strip, splits=2)
+def small_strip(vocabulary: int, config: KernelConfig) -> int:
+    """Columns of a strip for the interpreter: several strips and partial sums even for the small vocabulary of a test."""
+    return min(-(-vocabulary // (2 * config.logits.columns)) * 2, 4) * config.logits.columns
 
 
-def linear_logprobs_backward(
-    problem: Problem,
-    grad_logps: Tensor,
-    logps: Tensor,
-    normalisers: Tensor,
-    direction: Tensor,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients to hidden [M, D], weight [V, D] and bias [V]; None where `needs` is False."""
-    grad_hidden: Tensor | None = None
-    grad_weight: Tensor | None = None
-    grad_bias: Tensor | None = None
-    if problem.labels.shape[0] == 0:
-        grad_hidden = problem.hidden.new_zeros(problem.hidden.shape)
-        grad_weight = problem.weight.new_zeros(problem.weight.shape)
-        grad_bias = problem.weight.new_zeros(problem.weight.shape[0])
-    else:
-        with torch.cuda.device_of(problem.hidden):
-            if needs[0]:
-                grad_hidden = _hidden_grad(problem, grad_logps, direction)
-            if needs[1] or needs[2]:
-                grad_weight, grad_bias = _weight_grads(problem, grad_logps, logps, normalisers, needs[2])
-    return (
-        grad_hidden if needs[0] else None,
-        grad_weight if needs[1] else None,
-        grad_bias if needs[2] else None,
-    )
-
-
-def _hidden_grad(problem: Problem, grad_logps: Tensor, direction: Tensor) -> Tensor:
-    num_labels, dim = direction.shape
-    place = torch.cumsum(problem.labels != problem.ignore_index, 0)
-    scaled = torch.empty_like(direction)
-    kernels._scale_rows_backward_kernel[(num_labels,)](
-        grad_logps, grad_logps.stride(0), direction, problem.labels, place, scaled, dim, problem.ignore_index,
-        BLOCK_D=_block_dim(dim),
-    )  # fmt: skip
-    if problem.rows is None:
-        return scaled
-    grad_hidden = torch.zeros(problem.hidden.shape, dtype=direction.dtype, device=direction.device)
-    # Ignored positions hold zeros, so their row index does not matter. A valid row out of range gave NaN in the forward.
-    safe = problem.rows.clamp(0, problem.hidden.shape[0] - 1)
-    return grad_hidden.index_add_(0, safe, scaled)
-
-
-def _weight_grads(
-    problem: Problem, grad_logps: Tensor, logps: Tensor, normalisers: Tensor, bias_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    device, dtype = problem.hidden.device, problem.hidden.dtype
-    num_labels, (vocabulary, dim) = problem.labels.shape[0], problem.weight.shape
-    weight = _head(problem.weight)
-    config, programs = _config(problem, weight), _num_programs(device)
-    rows = _Rows(problem, weight)
-    columns = cut_weight_grad(num_labels, dim, vocabulary, dtype.itemsize, config)
-    if interpreting():
-        columns = _small_cut(num_labels, vocabulary, config).columns
-    # Late in SynPO training a coefficient can be below fp16's smallest number, so the products use c / max |c|.
-    coefficients = rows.compact(grad_logps.float())
-    peak = coefficients.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    coefficients = coefficients / peak
-    misses = rows.compact(-torch.expm1(logps))
-
-    row_tiles = -(-num_labels // config.logit_grads.rows)
-    logit_grads = torch.empty(row_tiles * config.logit_grads.rows, columns, dtype=dtype, device=device)
-    grad_weight = torch.empty(vocabulary, dim, dtype=dtype, device=device)
-    grad_bias = torch.empty(vocabulary, dtype=dtype, device=device) if bias_grad else None
-    column_sums = torch.zeros(row_tiles if bias_grad else 0, columns, dtype=torch.float32, device=device)
-    tma = config.copy_engine and _tma_fits(rows.hidden, weight, logit_grads)
-
-    logits, grads = config.logit_grads, config.weight_grad
-    x, w = _operand(rows.hidden, logits.rows, logits.depth, tma), _operand(weight, logits.columns, logits.depth, tma)
-    g_out = _operand(logit_grads, logits.rows, logits.columns, tma)
-    g_in, x_in = (
-        _operand(logit_grads, grads.depth, grads.rows, tma),
-        _operand(rows.hidden, grads.depth, grads.columns, tma),
-    )
-    for first_column in range(0, vocabulary, columns):
-        kernels._logit_grads_backward_kernel[(programs,)](
-            x, w, problem.bias, rows.labels, normalisers, misses, coefficients, g_out, column_sums, rows.count,
-            num_labels, first_column, columns, vocabulary, dim, weight.stride(0),
-            problem.logit_scale, problem.softcap or 0.0, programs,
-            HAS_BIAS=problem.bias is not None, BIAS_GRAD=bias_grad, HAS_SOFTCAP=problem.softcap is not None,
-            TMA=tma, PRECISION=_precision(dtype),
-            BLOCK_N=logits.rows, BLOCK_V=logits.columns, BLOCK_D=logits.depth, GROUP=logits.group, **_options(logits),
-        )  # fmt: skip
-        _add_weight_grad(g_in, x_in, grad_weight, peak, rows.count, first_column, columns, grads, tma, programs)
-        if grad_bias is not None:
-            width = min(columns, vocabulary - first_column)
-            grad_bias[first_column : first_column + width] = column_sums[:, :width].sum(0) * peak
-    return grad_weight, grad_bias
-
-
-def _add_weight_grad(
-    logit_grads: Any, hidden: Any, grad_weight: Tensor, peak: Tensor, count: Tensor, first_column: int, columns: int,
-    tile: Tile, tma: bool, programs: int,
-) -> None:  # fmt: skip
-    """Computes strip [first_column, first_column + columns) of grad_weight = peak * logit_grads^T hidden over the valid rows."""
-    kernels._weight_grad_backward_kernel[(programs,)](
-        logit_grads, hidden, grad_weight, peak, count, first_column, columns, *grad_weight.shape, programs,
-        TMA=tma, PRECISION=_precision(grad_weight.dtype),
-        BLOCK_V=tile.rows, BLOCK_D=tile.columns, BLOCK_N=tile.depth, GROUP=tile.group, **_options(tile),
-    )  # fmt: skip
-
-
-@dataclass
-class KeptOnGPU:
-    """Triton counterpart of kept.KeptLogprobs: rows are compacted on the device, and the host never reads their number."""
-
-    problem: Problem
-    logps: Tensor
-    normalisers: Tensor
-    direction: Tensor
-    exponentials: Tensor
-
-    def gradients(self, coefficients: Tensor, want_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of sum_n coefficients_n lp_n: to hidden [M, D], to weight [V, D] and, if wanted, to bias [V]."""
-        with torch.cuda.device_of(coefficients):
-            return self._gradients(coefficients, want_bias)
-
-    def _gradients(self, coefficients: Tensor, want_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        problem, dtype = self.problem, self.problem.hidden.dtype
-        grad_weight = torch.empty(problem.weight.shape, dtype=dtype, device=problem.hidden.device)
-        if problem.labels.shape[0] == 0:
-            grad_bias = grad_weight.new_zeros(grad_weight.shape[0]) if want_bias else None
-            return problem.hidden.new_zeros(problem.hidden.shape), grad_weight.zero_(), grad_bias
-        weight = _head(problem.weight)
-        config, programs = _config(problem, weight), _num_programs(problem.hidden.device)
-        rows = _Rows(problem, weight)
-        totals = self.normalisers[:, 1]
-        factor = torch.where(totals > 0, -rows.compact(coefficients.float()) / totals, 0.0)
-        if problem.softcap is None:
-            factor = factor * problem.logit_scale
-        # Late in SynPO training a coefficient can be below fp16's smallest number, so the product uses factor / max |factor|.
-        peak = factor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-        factor = factor / peak
-        scaled = (rows.hidden * factor[:, None]).to(dtype)
-        tile, columns = config.weight_grad, self.exponentials.shape[1]
-        tma = config.copy_engine and _tma_fits(scaled, self.exponentials)
-        e = _operand(self.exponentials, tile.depth, tile.rows, tma)
-        x = _operand(scaled, tile.depth, tile.columns, tma)
-        _add_weight_grad(e, x, grad_weight, peak, rows.count, 0, columns, tile, tma, programs)
-        grad_bias = None
-        if want_bias:
-            sums = torch.mm(factor[None].to(dtype), self.exponentials)[0, : grad_weight.shape[0]]
-            grad_bias = (sums * peak).to(dtype)
-        return _hidden_grad(problem, coefficients, self.direction), grad_weight, grad_bias
-
-
-def linear_logprobs_kept_on_gpu(problem: Problem) -> KeptOnGPU:
-    with torch.cuda.device_of(problem.hidden):
-        return KeptOnGPU(problem, *forward(problem, True, keep_all=True))
+def _small_cuts(num_rows: int, kept: int, vocabulary: int, config: KernelConfig) -> list[Cut]:
+    """Blocks for the interpreter: several even for the few rows of a test, with one and two partial sums by turns."""
+    block, strip = 2 * config.logits.rows, small_strip(vocabulary, config)
+    whole = -(-vocabulary // config.logits.columns) * config.logits.columns
+    starts = [*range(0, kept, block), *range(kept, num_rows, block)]
+    return [
+        Cut(end - start, whole if start < kept else strip, 2 - index % 2)
+        for index, (start, end) in enumerate(itertools.pairwise([*starts, num_rows]))
+    ]

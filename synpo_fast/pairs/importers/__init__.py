@@ -39,6 +39,7 @@ IMPORTERS: dict[str, Importer] = {
     "video-salmonn2-v1": video_salmonn2.import_v1_row,
     "video-salmonn2-plus": video_salmonn2.import_plus_row,
     "trl": trl.import_row,
+    "trl-unpaired": trl.import_unpaired_row,
     "llama-factory": chat.import_llama_factory_row,
     "ms-swift": chat.import_ms_swift_row,
     "llava-hound": flat.import_llava_hound_row,

@@ -1,4 +1,5 @@
-"""Imports TRL's preference rows: prompt, chosen and rejected, each a text ("standard") or messages ("conversational").
+"""Imports TRL's preference rows: prompt, chosen and rejected, each a text ("standard") or messages ("conversational"); and its
+unpaired preference rows: prompt, completion and a label, which is true for a desirable completion.
 
 Without a prompt, chosen and rejected are whole conversations that share all but their last turn. A video is a content part
 {"type": "video"} of the user turn. Its path is in the part, or in a column video or videos. video_start and video_end in the
@@ -7,20 +8,17 @@ part make a clip. Standard rows are text pairs.
 
 from typing import Any
 
-from synpo_fast.data.pair import Clip, Pair
+from synpo_fast.data.pair import LABELS, Clip, Pair
 from synpo_fast.pairs.importers.conversations import Turn, read_turns, single_answer, single_prompt
 from synpo_fast.pairs.importers.source_row import ImportOptions, Refused, SourceRow, clean_prompt, make_pair
 
 
 def import_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
-    row.refuse("images", "image", because="images are not supported")
-    row.refuse("tools", because="tools are not supported")
-    row.refuse("clips", because="it belongs to rows of a manifest")
+    _refuse_what_is_not_supported(row)
     scores = {"chosen_score": row.number("score_chosen"), "rejected_score": row.number("score_rejected")}
     values = [row.get(key) for key in ("prompt", "chosen", "rejected")]
     if any(isinstance(value, str) for value in values):
-        row.refuse("video", "videos", because="a standard row of TRL is text; use messages for a video")
-        prompt = clean_prompt(row.text("prompt"), num_videos=0)
+        prompt = _text_prompt(row)
         chosen, rejected = row.text("chosen"), row.text("rejected")
         return [make_pair(id=row.id(), prompt=prompt, chosen=chosen, rejected=rejected, **scores)]
     for key, value in zip(("chosen", "rejected"), values[1:], strict=True):
@@ -45,6 +43,39 @@ def import_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
             **scores,
         )
     ]
+
+
+def import_unpaired_row(row: SourceRow, options: ImportOptions) -> list[Pair]:
+    _refuse_what_is_not_supported(row)
+    row.refuse("chosen", "rejected", because="it belongs to pairs, use --format trl")
+    label, values = row.get("label"), [row.get(key) for key in ("prompt", "completion")]
+    if not isinstance(label, bool):
+        raise Refused("label is neither true nor false", f"{label!r:.60}")
+    for key, value in zip(("prompt", "completion"), values, strict=True):
+        if value is None:
+            raise Refused(f"no {key}")
+    fields: dict[str, Any] = {"id": row.id()}
+    if any(isinstance(value, str) for value in values):
+        fields["prompt"], completion = _text_prompt(row), row.text("completion")
+    else:
+        turn = single_prompt(read_turns(row, "prompt", may_hold_videos=True), options)
+        completion = single_answer(read_turns(row, "completion", may_hold_videos=True), "completion")
+        fields |= _shown(turn, _video(turn, row), options)
+        fields["prompt"] = clean_prompt(turn.text, num_videos=0, system=turn.system)
+    texts = {"chosen": completion, "rejected": ""} if label else {"chosen": "", "rejected": completion}
+    return [make_pair(**fields, **texts, loss=LABELS[label])]
+
+
+def _refuse_what_is_not_supported(row: SourceRow) -> None:
+    row.refuse("images", "image", because="images are not supported")
+    row.refuse("tools", because="tools are not supported")
+    row.refuse("clips", because="it belongs to rows of a manifest")
+
+
+def _text_prompt(row: SourceRow) -> str:
+    """The prompt of a standard row."""
+    row.refuse("video", "videos", because="a standard row of TRL is text; use messages for a video")
+    return clean_prompt(row.text("prompt"), num_videos=0)
 
 
 def _shown(turn: Turn, video: Any, options: ImportOptions) -> dict[str, Any]:

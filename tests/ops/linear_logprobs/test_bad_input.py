@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from synpo_fast import fused_linear_logprobs
 from synpo_fast.ops import native_library
@@ -85,6 +88,66 @@ def test_mistakes_are_named(mistake, backend):
         call(**{"backend": backend, **arguments})
 
 
+class Quantised(torch.Tensor):
+    """A tensor that wraps another, as torchao's quantised weights do."""
+
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise AssertionError(f"the op must not compute with it, it called {func}")
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "native", "triton", None])
+def test_tensors_without_memory_are_refused_with_the_way_out(backend):
+    """Their pointer is null: on a GPU the kernels would read address 0."""
+    is_new = not dist.is_initialized()  # the trainer's tests may have left such a group in this process
+    if is_new:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = distribute_tensor(torch.randn(10, 8, requires_grad=True), mesh, [Shard(0)])
+        for weight in (sharded, torch.nn.Parameter(sharded)):
+            with pytest.raises(ValueError, match=r"weight is a DTensor, sharded over .*weight\.full_tensor\(\)"):
+                call(weight=weight, backend=backend)
+        with pytest.raises(ValueError, match=r"bias is a DTensor.*bias\.full_tensor\(\)"):
+            call(bias=sharded[:, 0], backend=backend)
+        with pytest.raises(ValueError, match="hidden is a DTensor"):
+            call(sharded[:4], sharded, backend=backend)
+        if backend in ("chunked", "reference"):
+            gathered = sharded.full_tensor()
+            call(weight=gathered, backend=backend).sum().backward()
+            assert sharded.grad is not None
+    finally:
+        if is_new:
+            dist.destroy_process_group()
+    for weight in (Quantised(W), torch.nn.Parameter(Quantised(W))):
+        with pytest.raises(ValueError, match=r"weight is a Quantised, which has no memory .*weight\.dequantize\(\)"):
+            call(weight=weight, backend=backend)
+
+
+def test_parameters_and_subclasses_with_memory_are_taken():
+    class Named(torch.Tensor):
+        pass
+
+    expected = call(backend="chunked")
+    for weight in (torch.nn.Parameter(W), W.as_subclass(Named), torch.nn.Buffer(W)):
+        assert torch.equal(call(weight=weight, backend="chunked"), expected)
+
+
 def test_an_impossible_backend_says_why(monkeypatch):
     with pytest.raises(ValueError, match=r"native.*float64"):
         call(H.double(), W.double(), backend="native")
@@ -101,17 +164,25 @@ def test_the_native_operators_check_for_themselves():
         pytest.skip(str(native_library.reason_unavailable()))
     forward = torch.ops.synpo_fast_native.linear_logprobs_forward
     with pytest.raises(ValueError, match="label 10 at position 1 is outside"):
-        forward(H, W, torch.tensor([1, 10, 3, 3]), None, 1.0, None, True)
-    pair_loss = torch.ops.synpo_fast_native.synpo_pair_loss
-    with pytest.raises(ValueError, match="offsets must rise"):
-        pair_loss(torch.zeros(9), torch.tensor([0, 5, 3]), torch.tensor([5, 6, 9]), None, 30.0, 0.2, False)
+        forward(H, W, torch.tensor([1, 10, 3, 3]), None, 1.0, None, *_results(4))
+    for place, name in enumerate(("logps", "normalisers", "direction", "exponentials", "stats")):
+        wrong = list(_results(4))
+        wrong[place] = wrong[place].new_empty(5, *wrong[place].shape[1:])
+        with pytest.raises(ValueError, match=f"{name} must be contiguous|exponentials of 5 rows cannot be kept"):
+            forward(H, W, torch.tensor([1, 2, 3, 3]), None, 1.0, None, *wrong)
+
+
+def _results(num_rows):
+    """Tensors that the native forward fills, for H and W."""
+    shapes = ((num_rows,), (num_rows, 2), (num_rows, H.shape[1]), (num_rows, W.shape[0]), (num_rows, 4))
+    return tuple(torch.empty(shape) for shape in shapes)
 
 
 def test_a_missing_native_library_is_said_once(monkeypatch):
-    from synpo_fast.ops.linear_logprobs import linear_logprobs
+    from synpo_fast.ops.linear_logprobs import backends
 
     monkeypatch.setattr(native_library, "reason_unavailable", lambda: "not built here")
-    linear_logprobs._warn_once.cache_clear()
+    backends._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="'chunked', not 'native': not built here"):
         call()
     import warnings

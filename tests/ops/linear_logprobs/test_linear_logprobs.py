@@ -9,6 +9,7 @@ from synpo_fast import fused_linear_logprobs
 from tests.ops.linear_logprobs.problems import (
     BACKEND_DTYPES,
     NAMES,
+    allowed,
     assert_as_good_as_eager,
     device_of,
     error,
@@ -88,6 +89,30 @@ def test_confident_targets_keep_their_gradient(backend, dtype):
     if backend != "reference":
         assert error(fused.logps, truth.logps) < 1e-2
         assert error(fused.grads["hidden"], truth.grads["hidden"]) < 2e-2
+
+
+def confident_case(margin: float):
+    """A head of the usual size, and hidden states that point to the label: logits lead by about `margin`."""
+    case = make_case(24, 64, 400)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(24, 64, generator=generator, dtype=torch.float64)
+    case.weight = torch.randn(400, 64, generator=generator, dtype=torch.float64) * 0.02
+    toward = case.weight[case.labels]
+    case.hidden = toward * (margin / toward.square().sum(1, keepdim=True)) + noise * 0.6
+    return case
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("margin", [21.0, 24.0, 27.0])
+def test_fp16_directions_of_confident_tokens_survive_until_the_loss_scale(backend, margin):
+    """1 - p is 1e-5 to 1e-7 and the head's entries 0.02: what multiplies a coefficient is far below fp16's smallest number."""
+    case = confident_case(margin).rounded(torch.float16)
+    truth = run_eager(case, torch.float64)
+    case.upstream = case.upstream * 2.0**16
+    eager, fused = run_eager(case, torch.float16), run_fused(case, backend, torch.float16)
+    true = truth.grads["hidden"] * 2.0**16
+    ours, theirs = error(fused.grads["hidden"], true), error(eager.grads["hidden"], true)
+    assert ours <= allowed(theirs, torch.float16), f"error {ours:.3g}, eager {theirs:.3g}"
 
 
 @every_backend
@@ -327,8 +352,9 @@ def test_any_shape_and_options(backend, data):
 
 def test_coefficients_below_fp16_reach_the_head():
     """Coefficients of 1e-9 are 0 in fp16: the head's gradient is computed from normalised ones and scaled in fp32."""
-    from synpo_fast.ops.linear_logprobs import kept, linear_logprobs
-    from synpo_fast.ops.linear_logprobs.problem import make_problem
+    from synpo_fast.ops.linear_logprobs import backends
+    from synpo_fast.ops.linear_logprobs.linear_logprobs import LARGEST_FP16
+    from synpo_fast.ops.linear_logprobs.problem import Wanted, make_problem
 
     case = make_case(16, 16, 40).rounded(torch.float16)
     expected = run_eager(case, torch.float64).grads["weight"]
@@ -338,8 +364,9 @@ def test_coefficients_below_fp16_reach_the_head():
             case.hidden.to(device, torch.float16), case.weight.to(device, torch.float16), case.labels.to(device),
             bias=None, rows=None, logit_scale=1.0, softcap=None, ignore_index=-100,
         )  # fmt: skip
-        saved = linear_logprobs.forward(problem, True, backend)
         tiny = (case.upstream * 2.0**-8).float().to(device)  # results stay normal in fp16, c * (1 - p) often does not
-        _, grad, _ = linear_logprobs.backward(problem, tiny, saved, (False, True, False), backend)
-        assert error(grad.double().cpu() * 2.0**8, expected) < 5e-3, backend
-        assert torch.finfo(torch.float16).max == kept.LARGEST_FP16
+        for keep_rows in (0, 16):
+            computed = backends.forward(problem, Wanted(True, keep_rows), backend)
+            _, grad, _ = backends.backward(problem, tiny, computed, (False, True, False), backend)
+            assert error(grad.double().cpu() * 2.0**8, expected) < 5e-3, (backend, keep_rows)
+        assert torch.finfo(torch.float16).max == LARGEST_FP16

@@ -13,7 +13,6 @@ from synpo_fast import (
     FusedLinearPreferenceLoss,
     FusedLinearSimPOLoss,
     FusedLinearSynPOLoss,
-    fused,
 )
 from synpo_fast.losses import AuxiliaryNLL, PairLogprobs, preference_loss
 from synpo_fast.ops import native_library
@@ -67,15 +66,14 @@ def backend(request):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("head", ["frozen", "one group", "groups", "too large"])
+@pytest.mark.parametrize("head", ["frozen", "all kept", "some kept", "none kept"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_against_eager(backend, name, head, bias):
     device = device_of(backend, torch.float32)
     build, ours, theirs = LOSSES[name]
     weight, hidden, target, row = batch(device=device, bias=bias)
-    group_bytes = {"groups": V * 4 * 2 * T, "too large": 0}.get(head)
-    module = build(backend=backend, group_bytes=group_bytes, **ours)
-    fused._warn_once_pair_too_large.cache_clear()
+    keep_bytes = {"some kept": V * 4 * 2 * T, "none kept": 0}.get(head)
+    module = build(backend=backend, keep_bytes=keep_bytes, **ours)
     reference = None
     if name == "dpo":
         reference = (weight.detach() + 0.1, hidden.detach() * 0.9)
@@ -87,17 +85,14 @@ def test_against_eager(backend, name, head, bias):
             row.requires_grad_(False)
         leaves = [hidden]
     expected = eager(name, theirs, weight, hidden, target, row, reference)
-    if head == "too large":
-        with pytest.warns(UserWarning, match="a pair's exponentials exceed group_bytes"):
-            loss, outputs = module(weight, hidden, target, row, **ref_arguments)
-    else:
-        loss, outputs = module(weight, hidden, target, row, **ref_arguments)
+    loss, outputs = module(weight, hidden, target, row, **ref_arguments)
     torch.testing.assert_close(loss.double(), expected.losses.mean(), rtol=1e-5, atol=1e-6)
     for found, true in zip(grads_of(loss, *leaves), grads_of(expected.losses.mean(), *leaves), strict=True):
         assert error(found, true) < 2e-5
     chosen, rejected, _, _, nll, chosen_rewards, rejected_rewards = outputs
+    shown_nll = torch.zeros(()) if module.like_liger else expected.metrics["nll_loss"]
     for found, true in [
-        (chosen, expected.chosen_logps), (rejected, expected.rejected_logps), (nll, expected.metrics["nll_loss"]),
+        (chosen, expected.chosen_logps), (rejected, expected.rejected_logps), (nll, shown_nll),
         (chosen_rewards, expected.chosen_rewards), (rejected_rewards, expected.rejected_rewards),
     ]:  # fmt: skip
         assert not found.requires_grad
@@ -109,7 +104,7 @@ def test_against_eager(backend, name, head, bias):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_heads_beside_eager(backend, dtype):
-    """Trainable head in groups: no worse than eager in the same dtype, against fp64."""
+    """Trainable head, some exponentials kept: no worse than eager in the same dtype, against fp64."""
     device = device_of(backend, dtype)
     weight, hidden, target, _ = batch(dtype, device)
     truth = grads_of(eager("synpo", {}, weight, hidden, target).losses.mean(), hidden, weight)
@@ -120,7 +115,7 @@ def test_sixteen_bit_heads_beside_eager(backend, dtype):
     )
     peer = preference_loss("synpo", PairLogprobs.from_padded(logps, target != -100)).losses.mean()
     peers = grads_of(peer, low[1], low[0])
-    module = FusedLinearSynPOLoss(backend=backend, group_bytes=V * 4 * 2 * T)
+    module = FusedLinearSynPOLoss(backend=backend, keep_bytes=V * 4 * 2 * T)
     loss, _ = module(weight, hidden, target)
     for found, other, true in zip(grads_of(loss, hidden, weight), peers, truth, strict=True):
         assert error(found, true) <= 1.25 * error(other, true) + 5e-3
@@ -153,11 +148,59 @@ def test_swapping_ligers_import(compute_nll_loss, trainable, average_log_prob):
             loss.backward()
             results.append([loss.detach(), *(o.detach() for o in outputs), *(leaf.grad for leaf in leaves)])
         for index, (liger_value, our_value) in enumerate(zip(*results, strict=True)):
-            if liger_value is None or (index == 5 and not compute_nll_loss):
-                continue  # frozen; Liger reports an NLL of 0 when it does not add it
+            if liger_value is None:
+                continue  # frozen
             torch.testing.assert_close(
                 our_value, liger_value.to(our_value), rtol=2e-4, atol=2e-5, msg=lambda m, i=index: f"{i}: {m}"
             )
+
+
+LIGERS_TYPES = (
+    "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", LIGERS_TYPES)
+@pytest.mark.parametrize("use_ref_model", [True, False])
+def test_every_loss_type_of_ligers(loss_type, use_ref_model):
+    """Also where all targets of a response are ignored: its log-prob is 0, and its pair counts."""
+    liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+    settings = {"loss_type": loss_type, "beta": 0.3, "use_ref_model": use_ref_model, "compiled": False}
+    settings |= {"label_smoothing": 0.1} if loss_type in ("exo_pair", "robust") else {}
+    settings |= {"discopop_tau": 0.4} if loss_type == "discopop" else {}
+    weight, hidden, target, bias = batch(bias=True)
+    target[1], target[P + 2] = -100, -100
+    ref = {"ref_input": hidden.detach() * 1.1, "ref_weight": weight.detach() * 0.9, "ref_bias": bias.detach() * 0.5}
+    results = []
+    for module in (liger.LigerFusedLinearDPOLoss(**settings), FusedLinearDPOLoss(**settings)):
+        leaves = [leaf.detach().requires_grad_() for leaf in (hidden, weight, bias)]
+        loss, outputs = module(leaves[1], leaves[0], target, leaves[2], **(ref if use_ref_model else {}))
+        loss.backward()
+        results.append([loss.detach(), *(each.detach() for each in outputs), *(leaf.grad for leaf in leaves)])
+    for index, (liger_value, our_value) in enumerate(zip(*results, strict=True)):
+        torch.testing.assert_close(
+            our_value, liger_value.to(our_value), rtol=2e-5, atol=2e-6, msg=lambda m, i=index: f"{i}: {m}"
+        )
+
+
+def test_a_type_without_an_option_refuses_it():
+    with pytest.raises(ValueError, match="'hinge' has no label_smoothing"):
+        FusedLinearDPOLoss(loss_type="hinge", label_smoothing=0.1)
+    with pytest.raises(ValueError, match="'sigmoid' has no discopop_tau"):
+        FusedLinearDPOLoss(discopop_tau=0.2)
+
+
+def test_what_the_model_would_have_said():
+    """last_tokens: entropy and top-1 of every target, as in materialised logits."""
+    weight, hidden, target, _ = batch()
+    module = FusedLinearSynPOLoss()
+    module(weight, hidden, target)
+    log_softmax = F.linear(hidden.detach(), weight.detach()).log_softmax(-1)
+    entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+    mask = target != -100
+    torch.testing.assert_close(module.last_tokens.entropy, torch.where(mask, entropy, 0.0))
+    assert torch.equal(module.last_tokens.is_top1, (log_softmax.argmax(-1) == target) & mask)
+    assert not any(each.requires_grad for each in module.last_tokens if each is not None)
 
 
 def flops(module, weight, hidden, target):
@@ -169,29 +212,16 @@ def flops(module, weight, hidden, target):
 
 @pytest.mark.parametrize("backend", ["chunked", "native"])
 def test_flops(backend):
-    """4NDV with a frozen head, 6NDV with a trainable one whatever the groups, 8NDV where a pair does not fit."""
+    """4NDV with a frozen head, 6NDV with a trainable one, 8NDV where no exponentials fit."""
     if backend == "native" and not native_library.is_available():
         pytest.skip(str(native_library.reason_unavailable()))
     weight, hidden, target, _ = batch()
     valid = int((target != -100).sum())
     unit = valid * D * V
     means = 4 * D  # the two logit means: a dot product each
-    groups = V * 4 * 2 * T
-    for products, head, group_bytes in [
-        (4, weight.detach(), None),
-        (6, weight, None),
-        (6, weight, groups),
-        (8, weight, 0),
-    ]:
-        module = FusedLinearSynPOLoss(backend=backend, group_bytes=group_bytes)
-        assert 0 <= flops(module, head, hidden, target) - products * unit <= means, (products, group_bytes)
-
-
-def test_groups_are_cut_to_the_bound():
-    assert fused.cut_groups([10, 10, 10], 1, 20) == [(slice(0, 2), True), (slice(2, 3), True)]
-    assert fused.cut_groups([10, 30, 10], 1, 20) == [(slice(0, 1), True), (slice(1, 2), False), (slice(2, 3), True)]
-    assert fused.cut_groups([10], 1, 5) == [(slice(0, 1), False)]
-    assert fused.cut_groups([1] * 5, 4, 1000) == [(slice(0, 5), True)]
+    for products, head, keep_bytes in [(4, weight.detach(), None), (6, weight, None), (8, weight, 0)]:
+        module = FusedLinearSynPOLoss(backend=backend, keep_bytes=keep_bytes)
+        assert 0 <= flops(module, head, hidden, target) - products * unit <= means, (products, keep_bytes)
 
 
 def test_no_gradient_is_computed_under_no_grad():
@@ -232,12 +262,12 @@ def test_inside_a_compiled_model(trainable):
         torch.testing.assert_close(found, expected)
 
 
-def test_gradients_are_handed_over_once():
+def test_the_loss_can_be_differentiated_again_but_not_twice():
     weight, hidden, target, _ = batch()
     loss, _ = FusedLinearSynPOLoss(backend="chunked")(weight, hidden, target)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="retain_graph=True is not supported"):
-        loss.backward()
+    first = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
+    for one, two in zip(first, torch.autograd.grad(loss, [hidden, weight]), strict=True):
+        assert torch.equal(one, two)
     loss, _ = FusedLinearSynPOLoss(backend="chunked")(weight, hidden, target)
     with pytest.raises(RuntimeError, match="create_graph=True asks for more"):
         torch.autograd.grad(loss, hidden, create_graph=True)
@@ -319,11 +349,11 @@ def test_scale_softcap_and_many_tiles(trainable):
                 assert error(found, true) < 1e-4, (backend, options)
 
 
-def test_auxiliary_nll_over_groups_counts_the_whole_batch():
-    """batch_token_mean divides by the tokens of all pairs, also where a group has seen only its own."""
+def test_auxiliary_nll_with_some_exponentials_kept():
+    """batch_token_mean divides by the tokens of all pairs."""
     weight, hidden, target, _ = batch(pairs=4)
     auxiliary = AuxiliaryNLL(weight=0.5, reduce="batch_token_mean")
-    module = FusedLinearPreferenceLoss("simpo", auxiliary=auxiliary, group_bytes=V * 4 * 2 * T, backend="chunked")
+    module = FusedLinearPreferenceLoss("simpo", auxiliary=auxiliary, keep_bytes=V * 4 * 2 * T, backend="chunked")
     expected = eager("simpo", {}, weight, hidden, target, auxiliary=auxiliary).losses.mean()
     loss, _ = module(weight, hidden, target)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
@@ -357,8 +387,7 @@ def test_identical_responses_cancel():
         (lambda: FusedLinearSynPOLoss(backend="nope"), r"backend must be one of .*'nope'"),
         (lambda: FusedLinearDPOLoss(average_log_prob=True, loss_type="ipo"), r"already uses means"),
         (lambda: FusedLinearSimPOLoss(average_log_prob=True), r"already uses means"),
-        (lambda: FusedLinearSynPOLoss(group_bytes=-1), r"group_bytes must not be negative, got -1"),
-        (lambda: FusedLinearDPOLoss(loss_type="robust")(*batch()[:3], ref_input=batch()[1], ref_weight=batch()[0]), r"'robust'"),
+        (lambda: FusedLinearSynPOLoss(keep_bytes=-1), r"keep_bytes must not be negative, got -1"),
         (lambda: FusedLinearDPOLoss()(*batch()[:3]), r"'dpo' needs ref_input and ref_weight"),
         (lambda: FusedLinearSynPOLoss()(*batch()[:3], ref_input=batch()[1]), r"uses no reference"),
         (lambda: FusedLinearSynPOLoss()(batch()[0], batch()[1][:3], batch()[2][:3]), r"\[2B, T, D\].*\[3, 11, 16\]"),

@@ -1,0 +1,98 @@
+"""Cross entropy on hidden states and a head, for supervised training, without storing the logits.
+
+    L_t = -lp_t + label_smoothing * (lp_t - mean_v log p_t(v)) + lse_square_scale * logsumexp_t^2
+
+The constructor's arguments and the call are those of LigerFusedLinearCrossEntropyLoss, where both have them. It costs 4*N*D*V
+for N valid tokens with a frozen head and 6*N*D*V with a trained one. Liger's module needs a GPU; this one runs anywhere.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from synpo_fast.losses.nll import TokenPenalties, token_penalties
+from synpo_fast.ops.linear_logprobs import BACKENDS, fused_linear_outputs
+from synpo_fast.ops.linear_logprobs.problem import check_numbers
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class CrossEntropyOutput(NamedTuple):
+    """The loss, and what was asked for beside it, detached: the z-loss in it, and the share of tokens that are the first choice.
+
+    With reduction "none" each has one value per position."""
+
+    loss: Tensor
+    z_loss: Tensor | None
+    token_accuracy: Tensor | None
+
+
+class FusedLinearCrossEntropyLoss(nn.Module):
+    """Cross entropy of targets under a linear head, with label smoothing and z-loss.
+
+    Args:
+        ignore_index: targets that do not count.
+        lse_square_scale: weight of the squared logsumexp (z-loss).
+        label_smoothing: share of each target that lies on all words alike; not with a softcap.
+        reduction: "mean" over the valid tokens, "sum" or "none".
+        softcap, logit_scale, keep_bytes, backend: as in fused_linear_logprobs.
+        return_z_loss, return_token_accuracy: return a CrossEntropyOutput in place of the loss.
+
+    forward(lin_weight, _input, target, bias=None) takes _input [..., D] and target [...], already shifted. Without a valid target
+    the mean is 0.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        return_token_accuracy: bool = False,
+        *,
+        logit_scale: float = 1.0,
+        keep_bytes: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.penalties = TokenPenalties(label_smoothing, lse_square_scale)
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        if label_smoothing and softcap is not None:
+            raise ValueError(f"label_smoothing={label_smoothing} is not possible with softcap={softcap}")
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+        check_numbers(logit_scale, softcap, ignore_index)
+        self.ignore_index, self.reduction = ignore_index, reduction
+        self.softcap, self.logit_scale = softcap, logit_scale
+        self.return_z_loss, self.return_token_accuracy = return_z_loss, return_token_accuracy
+        self.keep_bytes, self.backend = keep_bytes, backend
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor | CrossEntropyOutput:
+        tokens = fused_linear_outputs(
+            _input, lin_weight, target, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap,
+            ignore_index=self.ignore_index, keep_bytes=self.keep_bytes, backend=self.backend,
+            with_mean_logits=self.penalties.label_smoothing > 0,
+        )  # fmt: skip
+        added = token_penalties(tokens.logps, tokens.logsumexp, tokens.mean_logits, self.penalties)
+        num_valid = (target != self.ignore_index).sum().clamp(min=1)
+        loss = self._reduced(added - tokens.logps, num_valid)
+        if not (self.return_z_loss or self.return_token_accuracy):
+            return loss
+        with torch.no_grad():
+            z_loss = self._reduced(self.penalties.z_loss * tokens.logsumexp.square(), num_valid)
+            hits = tokens.is_top1.to(tokens.logps.dtype)
+            accuracy = hits if self.reduction == "none" else hits.sum() / num_valid
+        return CrossEntropyOutput(
+            loss, z_loss if self.return_z_loss else None, accuracy if self.return_token_accuracy else None
+        )
+
+    def _reduced(self, values: Tensor, num_valid: Tensor) -> Tensor:
+        if self.reduction == "none":
+            return values
+        return values.sum() / num_valid if self.reduction == "mean" else values.sum()
