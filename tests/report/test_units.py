@@ -79,7 +79,7 @@ def test_one_run_names_its_units(tmp_path):
     assert "log-prob, chosen nats per response -255" in page.text
 
 
-@pytest.mark.parametrize("content", [None, b"loss_type: kto\n", b"loss_type: [1]\n", b"beta: 0.1\n"])
+@pytest.mark.parametrize("content", [None, b"loss_type: cringe\n", b"loss_type: [1]\n", b"beta: 0.1\n"])
 def test_an_old_run_whose_loss_is_not_known_stands_alone(tmp_path, content):
     folders = [run_of(tmp_path / name, "dpo") for name in ("a", "b")]
     for folder in folders:
