@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 REPORTERS = ("tensorboard", "wandb")
 EVAL_METRICS = ("loss", *(name for name in WEIGHTS if name not in LOGIT_METRICS))  # the trainer makes no logits
+OF_SFT = ("loss", "nll_loss", "mean_token_accuracy", "entropy")
 
 
 def check_config(config: TrainConfig) -> None:
@@ -227,7 +228,7 @@ def _check_best(config: TrainConfig) -> None:
         raise UserError(f"{why} compares evaluations, which need held-out pairs: give eval_file or eval_split")
     if not config.eval_steps:
         raise UserError(f"{why} compares evaluations, but eval_steps=0 evaluates only at the end: set eval_steps")
-    compared = [name for name in EVAL_METRICS if config.loss_type != SFT or name in ("loss", "nll_loss")]
+    compared = [name for name in EVAL_METRICS if config.loss_type != SFT or name in OF_SFT]
     compared = [name for name in compared if name != "kl" or config.reads_single_responses]
     if "," in config.loss_type:
         compared += [LOSS_METRIC + member for member in members_of(config.loss_type)]

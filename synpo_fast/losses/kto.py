@@ -49,7 +49,10 @@ def kto(
     holds other responses.
     """
     if policy.kl is None:
-        raise ValueError("kto needs policy.kl, see kl_reference_point; apo_zero_unpaired is the loss without it")
+        raise ValueError(
+            "kto needs policy.kl, see kl_reference_point (FusedLinearKTOLoss takes it as kl); apo_zero_unpaired is the loss "
+            "without it"
+        )
     return _unpaired_loss("kto", policy, reference, policy.kl, beta, desirable_weight, undesirable_weight)
 
 

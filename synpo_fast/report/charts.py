@@ -67,6 +67,15 @@ CHARTS = (
         axis="nats per token",
     ),
     NLL_CHART,
+    Chart(
+        "Chosen tokens that are the model's first choice",
+        {"mean_token_accuracy": "share"},
+        floor=0,
+        factor=100,
+        unit=" %",
+    ),
+    Chart("Entropy of the model's next token", {"entropy": "entropy"}, floor=0, axis="nats"),
+    Chart("Reference point of kto", {"kl": "kl"}, floor=0, axis="nats per response"),
     Chart("Gradient norm, before clipping", {"grad_norm": "norm"}, floor=0, median=True, quantity=GRADIENT),
     Chart(
         "Gradient norm of each response's reward",

@@ -280,7 +280,7 @@ def test_names_and_directions_are_hugging_faces(metric, greater, expected):
     assert (config.best_metric, config.best_is_greater) == expected
 
 
-@pytest.mark.parametrize("loss_type", ["synpo", "sft"])
+@pytest.mark.parametrize("loss_type", ["synpo", "sft", "kto"])
 def test_the_names_that_are_taken_are_those_that_evaluation_writes(world, tmp_path, in_one_process, loss_type):
     values = settings(world, tmp_path, max_steps=1, loss_type=loss_type, early_stopping_patience=None)
     in_one_process(values)
