@@ -192,7 +192,8 @@ def _way_out_of_wrapper(name: str, tensor: Tensor) -> str:
             f"{name} is a {kind}, sharded over processes: gather it inside the forward of the module that holds it "
             f"({name}.full_tensor()), or read it inside the forward of the model that FSDP or DeepSpeed wraps, where it is whole"
         )
-    return f"{name} is a {kind}, which has no memory of its own: pass a plain tensor, such as {name}.dequantize()"
+    way_out = f"{name}.wait()" if hasattr(tensor, "wait") else f"{name}.dequantize()"
+    return f"{name} is a {kind}, which has no memory of its own: pass a plain tensor, such as {way_out}"
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, rows: Tensor | None) -> None:

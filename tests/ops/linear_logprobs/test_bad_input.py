@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -137,6 +138,8 @@ def test_tensors_without_memory_are_refused_with_the_way_out(backend):
     for weight in (Quantised(W), torch.nn.Parameter(Quantised(W))):
         with pytest.raises(ValueError, match=r"weight is a Quantised, which has no memory .*weight\.dequantize\(\)"):
             call(weight=weight, backend=backend)
+    with pytest.raises(ValueError, match=r"hidden is a AsyncCollectiveTensor, which has no memory .*hidden\.wait\(\)"):
+        call(AsyncCollectiveTensor(H), backend=backend)
 
 
 def test_parameters_and_subclasses_with_memory_are_taken():

@@ -103,7 +103,7 @@ def confident_case(margin: float):
     return case
 
 
-@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize("margin", [21.0, 24.0, 27.0])
 def test_fp16_directions_of_confident_tokens_survive_until_the_loss_scale(backend, margin):
     """1 - p is 1e-5 to 1e-7 and the head's entries 0.02: what multiplies a coefficient is far below fp16's smallest number."""
