@@ -43,8 +43,9 @@ PUBLIC = (
         "The fused losses, the op below them, and the scores of pairs. Importing `synpo_fast` loads nothing: a name is loaded "
         "when it is first asked for. [using_the_loss.md](using_the_loss.md) shows the losses at work.",
         (
-            "FusedLinearSynPOLoss", "FusedLinearDPOLoss", "FusedLinearSimPOLoss", "FusedLinearPreferenceLoss", "FusedLinearKTOLoss",
-            "FusedLinearCrossEntropyLoss", "fused_linear_logprobs", "fused_linear_outputs", "score_pairs", "LOSSES",
+            "FusedLinearSynPOLoss", "FusedLinearDPOLoss", "FusedLinearSimPOLoss", "FusedLinearPreferenceLoss",
+            "FusedLinearKTOLoss", "FusedLinearCrossEntropyLoss",
+            "fused_linear_logprobs", "fused_linear_outputs", "score_pairs", "LOSSES",
         ),
     ),
     Section("synpo_fast.fused", "The result of the cross entropy.", ("CrossEntropyOutput",)),

@@ -39,7 +39,7 @@ def matrix_instructions(ptx: str) -> dict[str, int]:
 
 
 def tile_instructions(cubin: bytes) -> int:
-    """Instructions of one warp in the loop over tiles, without those of the product's loop inside; 0 without such loops."""
+    """Instructions of one warp in the loop over tiles, without those of the loops of products inside; 0 without such loops."""
     lines: list[str] = []
     labels: dict[str, int] = {}
     loops = []
@@ -52,5 +52,10 @@ def tile_instructions(cubin: bytes) -> int:
                 loops.append((labels[jump[1]], len(lines)))
             lines.append(found[1])
     products = [n for n, line in enumerate(lines) if re.search(rf"\b({'|'.join(MATRIX_OPERATIONS)})[. ]", line)]
-    around = sorted(last - first for first, last in loops if any(first <= n <= last for n in products))
-    return around[-1] - around[0] if len(around) > 1 else 0
+    length = inner = 0
+    covered: set[int] = set()
+    for length, first in sorted((last - first, first) for first, last in loops):
+        inside = {n for n in products if first <= n <= first + length}
+        if inside and not inside & covered:  # the shortest loop around these instructions is a product's
+            inner, covered = inner + length, covered | inside
+    return max(0, length - inner) if covered else 0

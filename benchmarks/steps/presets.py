@@ -4,7 +4,7 @@ cpu        a small Qwen2.5-VL: 29 M parameters in about the proportions of the 7
            third of what it costs the language model, the head is a tenth of the language model)
 text       the same language model without a tower; TRL's own data pipeline can feed it
 text-1024  28 M parameters, prompts of 1024 tokens and responses of 128, to measure what sharing a long prompt saves
-responses  11 M parameters; ten responses to one video and all 45 comparisons of two of them
+responses  4 M parameters; ten responses to one video and all 45 comparisons of two of them
 gpu        Qwen2.5-VL-7B in its published dimensions, with random bf16 weights, built on the device
 """
 
@@ -60,11 +60,11 @@ _CPU_LANGUAGE = {
 }
 _NARROW_LANGUAGE = {"hidden_size": 512, "num_layers": 6, "intermediate_size": 1536, "vocab_size": 8000}
 _SMALL_LANGUAGE = {
-    "hidden_size": 384,
+    "hidden_size": 256,
     "num_layers": 3,
-    "num_heads": 6,
+    "num_heads": 4,
     "num_kv_heads": 2,
-    "intermediate_size": 1152,
+    "intermediate_size": 768,
     "vocab_size": 2048,
 }
 # Qwen/Qwen2.5-VL-7B-Instruct, config.json
@@ -94,8 +94,8 @@ PRESETS = {
         frames=0, size=0, prefix=1024, completion=128, spread=0.0, pairs=2, lora_r=16,
     ),
     "responses": Preset(
-        "responses", "qwen2_5_vl", _SMALL_LANGUAGE | {"vision_hidden_size": 128, "vision_layers": 2}, "float32",
-        frames=8, size=112, prefix=160, completion=32, spread=0.0, pairs=1, lora_r=16, responses=10,
+        "responses", "qwen2_5_vl", _SMALL_LANGUAGE | {"vision_hidden_size": 64, "vision_layers": 2}, "float32",
+        frames=8, size=84, prefix=120, completion=24, spread=0.0, pairs=1, lora_r=16, responses=10,
     ),
     "gpu": Preset(
         "gpu", "qwen2_5_vl", _QWEN25_VL_7B, "bfloat16",

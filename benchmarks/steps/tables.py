@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.common import format_bytes, format_seconds, format_table
+from synpo_fast.terminal.printable import counted
 
 
 def title(workload: dict[str, Any], gemm: dict[str, Any]) -> str:
@@ -20,7 +21,7 @@ def title(workload: dict[str, Any], gemm: dict[str, Any]) -> str:
         tokens = workload["language_tokens"]
         pairs = (
             f"{workload['comparisons']} pairs per step, comparisons ({workload['pairs_from']}) of {workload['responses']} "
-            f"responses to each of {workload['pairs']} videos"
+            f"responses to each of {counted(workload['pairs'], 'video')}"
         )
         predicted = (
             f"a pass of the language model runs {tokens['padded']} tokens in padded rows, {tokens['shared']} in pairs that "

@@ -167,6 +167,8 @@ def _check_start(config: TrainConfig) -> None:
         )
     if config.profile and config.reference_free:
         raise UserError("profile compares with dpo's references: leave reference_free unset")
+    if config.profile and (config.label_smoothing_factor or config.z_loss):
+        raise UserError("profile compares with dpo, which has neither: leave label_smoothing_factor and z_loss unset")
     if config.diagnostics and config.loss_type == SFT:
         raise UserError("diagnostics compare chosen and rejected rewards: loss_type=sft has none")
     for name in ("diagnostics", "profile"):

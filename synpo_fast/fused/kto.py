@@ -30,8 +30,9 @@ class FusedLinearKTOLoss(nn.Module):
         desirable_weight, undesirable_weight: weights of the two labels; Liger has none.
         settings: logit_scale, softcap, keep_bytes and backend of fused_linear_logprobs.
 
-    forward(_input, lin_weight, target, bias=None, preference_labels=None, ref_input=None, ref_weight=None, ref_bias=None, kl=None)
-    takes _input [B, T, D], target [B, T] (already shifted) and preference_labels bool [B], True for a desirable response, and returns
+    forward(_input, lin_weight, target, bias=None, preference_labels=None, ref_input=None, ref_weight=None, ref_bias=None,
+    kl=None) takes _input [B, T, D], target [B, T] (already shifted) and preference_labels bool [B], True for a desirable
+    response, and returns
         loss, (chosen_logps, rejected_logps, chosen_logits, rejected_logits, chosen_rewards, rejected_rewards)
     where the loss is the mean over responses, and everything in the tuple is a detached sum over the desirable or over the
     undesirable responses, as in Liger; the logits are summed over all positions and the vocabulary. `last_output` keeps the

@@ -106,10 +106,11 @@ class Bench:
                 )
 
     def _dpo_starts_at_log_2(self) -> bool:
-        """True if DPO's loss must be log 2: policy equals reference, and the loss has its default form and no extra term."""
+        """True if DPO's loss must be log 2: policy equals reference; default form, no extra term, no weights."""
         every = all(pair.preference for step in self.steps for pair in step.batch.pairs)
         form = self.config.variant if self.config.loss_type == "dpo" else None
-        return every and self.engine.module.auxiliary is None and form in (None, "sigmoid")
+        plain = self.engine.module.auxiliary is None and not self.config.use_weighting
+        return every and plain and form in (None, "sigmoid")
 
     def costs(self, variant: Variant) -> dict[str, Any]:
         """A variant's memory (on the rank that needs most), FLOPs (all ranks) and precomputing time. All ranks must call this."""

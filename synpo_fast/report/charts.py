@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
+from synpo_fast.losses.weighted_sum import LOSS_METRIC
 from synpo_fast.report.axes import TOP, PlotArea
 from synpo_fast.report.colours import RESPONSE_COLOURS
 from synpo_fast.report.data import RunRecord
@@ -23,7 +24,7 @@ from synpo_fast.report.series import (
     thinned,
     value_range,
 )
-from synpo_fast.report.units import GRADIENT, LOGPS, LOSS, REWARD, REWARD_GRADIENT, by_unit
+from synpo_fast.report.units import GRADIENT, LOGPS, LOSS, MEMBER, REWARD, REWARD_GRADIENT, by_unit
 
 POINT_BUDGET = 900  # about so many points in a chart, shared by its lines
 MAX_MARKS = 40
@@ -130,7 +131,8 @@ def other_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """Charts of the logged numbers that are in neither OUTCOME nor CHARTS."""
     known = {name for chart in (*OUTCOME, *CHARTS) for name in chart.metrics} | UNCHARTED
     names = {name: None for run in runs for row in run.steps for name in row if name not in known}
-    return [Chart(name, {name: name}) for name in names if any(finite(points_of(run.steps, name)) for run in runs)]
+    shown = [name for name in names if any(finite(points_of(run.steps, name)) for run in runs)]
+    return [Chart(name, {name: name}, quantity=MEMBER if name.startswith(LOSS_METRIC) else "") for name in shown]
 
 
 def outcome_charts(runs: Sequence[RunRecord]) -> tuple[Chart, ...]:

@@ -14,6 +14,7 @@ from synpo_fast.report.formats import NO_NUMBER
 
 # The quantities whose unit depends on the loss and its options.
 LOSS, GRADIENT, REWARD, LOGPS, REWARD_GRADIENT = "loss", "gradient", "reward", "logps", "reward gradient"
+MEMBER = "member"  # one of several losses that are added up
 UNKNOWN = "unit not known"
 
 
@@ -24,7 +25,7 @@ def unit_of(run: RunRecord, quantity: str) -> str:
     name = run.config.get("loss_type")
     if not isinstance(name, str) or (name != SFT and not _is_loss(name)):
         return UNKNOWN
-    if quantity in (LOSS, GRADIENT):
+    if quantity in (LOSS, GRADIENT, MEMBER):
         loss = loss_unit(name, _options(run, name), auxiliary_nll=number_in(run.config.get("auxiliary_nll")) or 0.0)
         return loss if quantity == LOSS else f"of the {'NLL' if name == SFT else loss}"
     if name == SFT:

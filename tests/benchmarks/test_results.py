@@ -66,6 +66,31 @@ def step_cells() -> dict[str, Cells]:
     }
 
 
+SEVERAL = {
+    "TRL 1.16 DPO, reference = adapter off, 45 pairs": "trl-dpo-adapter-off",
+    "synpo_fast DPO, adapter off, 45 pairs": "synpo-fast-dpo",
+    "synpo_fast SynPO, 45 pairs": "synpo-fast",
+    "synpo_fast DPO, adapter off, one row": "synpo-fast-responses-dpo",
+    "synpo_fast SynPO, one row": "synpo-fast-responses",
+}
+
+
+def several_cells() -> dict[str, Cells]:
+    record = stored("responses")
+    rows = by_name(record["runs"][0]["rows"])
+    return {
+        label: {
+            "step": f"{rows[name]['seconds']['median']:.2f} s",
+            "pairs/s": f"{rows[name]['pairs_per_s']:.1f}",
+            "peak memory": size(rows[name]["peak_memory_bytes"]),
+            "GFLOP": f"{rows[name]['flops'] / 1e9:.1f}",
+            "speed-up": "1.00x" if name == record["baseline"] else interval(rows[name]),
+            "theory": f"{rows[name]['limit']:.2f}x",
+        }
+        for label, name in SEVERAL.items()
+    }
+
+
 def decoding_cells() -> dict[str, Cells]:
     """The cells of the table of decoding, by clip and number of wanted frames in one string."""
 
@@ -111,7 +136,7 @@ def demo_cells() -> dict[str, Cells]:
     return cells
 
 
-TABLES = {"variant": step_cells, "clip": decoding_cells, "seed": demo_cells}
+TABLES = {"variant": step_cells, "ten responses": several_cells, "clip": decoding_cells, "seed": demo_cells}
 
 
 def tables(text: str, first_column: str) -> list[dict[str, Cells]]:
@@ -161,6 +186,8 @@ def test_what_is_said_beside_the_tables_is_in_the_stored_json():
         said += [f"{row['ratio']:.2f}x" for row in ends]
         if sweep["name"] == "frames":
             said.append(f"we measure {ends[0]['ratio']:.2f}x; FLOP counts predict {ends[0]['limit']:.2f}x")
+    apart, together = stored("responses-best-rest")["runs"][0]["rows"]
+    said += [f"{together['flops'] / apart['flops']:.2f} of the FLOPs of nine separate pairs", interval(together)]
     sharing = stored("prefix_sharing")
     said += [f"{sharing['ratio']:.2f}x", f"{sharing['limit']:.2f}x"]
     said += [f"{median(sharing['seconds'][name]):.2f} s" for name in ("shared", "unshared")]

@@ -1,19 +1,18 @@
 """`--loss_type a,b --loss_weights x,y`, WPO's weights and sorted batches: how they are given, kept, and refused."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
 from synpo_fast.config.sources import dump_config, resolve_config
 from synpo_fast.config.train_config import TrainConfig
+from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.errors import UserError
 from synpo_fast.losses import PairLogprobs, preference_loss, wpo_weights
 from synpo_fast.training.pair_module import PairModule
 
 NEEDED = {"model_name_or_path": "tiny:text", "train_file": "pairs.jsonl", "output_dir": "out"}
-PAIRS = [SimpleNamespace(preference=True, has_ground_truth=False)] * 2
+PAIRS = [EncodedPair(None, "a")] * 2
 LOGPS = [
     [torch.tensor([-0.5, -1.0, -0.3]), torch.tensor([-2.0, -0.7])],
     [torch.tensor([-0.2]), torch.tensor([-0.4, -0.6, -1.5, -0.1])],
@@ -57,7 +56,7 @@ def test_weights_of_wpo_reach_the_loss():
     policy, reference = PairLogprobs.from_pairs(LOGPS), PairLogprobs.from_pairs(REFERENCE)
     weights = wpo_weights(policy, PairLogprobs.from_pairs(squares))
     expected = preference_loss("dpo", policy, reference, pair_weights=weights).losses
-    found = module.loss_of_logps(PAIRS, LOGPS, REFERENCE, squares).losses
+    found = module.loss_of_logps(PAIRS, LOGPS, REFERENCE, log_sum_sq_probs=squares).losses
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert not found.equal(module.loss_of_logps(PAIRS, LOGPS, REFERENCE).losses)
     with pytest.raises(ValueError, match=r"log_sum_sq_probs has .* \(1, 3, 2\), the policy \(2, 4, 6\)"):
@@ -93,6 +92,7 @@ def test_evaluations_can_be_compared_by_a_member():
         (["--loss_type=dpo,aot_unpaired"], "loss_type=dpo,aot_unpaired sorts the pairs of a micro-batch"),
         (["--loss_type=sft", "--use_weighting"], "loss_type=sft has none: leave use_weighting unset"),
         (["--loss_type=aot", "--per_device_train_batch_size=2", "--use_weighting"], "compares sorted values"),
+        (["--loss_type=sft", "--z_loss=1e-4", "--profile=2"], "leave label_smoothing_factor and z_loss unset"),
         (["--loss_type=synpo,sft", "--reference=frozen_copy"], "reads no reference"),
     ],
 )

@@ -72,6 +72,29 @@ def test_runs_of_one_loss_share_axes_unless_beta_scales_their_rewards(tmp_path):
     assert [names for *_, names, _ in axes(other, "Reward margin")] == [["1 margin"], ["4 margin"]]
 
 
+def test_a_sum_of_losses_is_named_by_its_members_and_weights(tmp_path):
+    def one(name, **options):
+        rows = [
+            step_row(step, 12) | {"rewards/margins": 1.0, "loss/dpo": 0.7, "loss/sft": 2.5} for step in range(1, 13)
+        ]
+        return make_run(tmp_path / name, rows=rows, num_steps=12, loss_type="dpo,sft", **options)
+
+    runs = [
+        one("1", loss_weights=(0.8, 0.2)),
+        one("2", loss_weights=(0.8, 0.2)),
+        one("3"),
+        one("4", beta=0.5),
+    ]
+    page = report(*runs)
+    found = axes(page, "loss/sft")
+    assert [names for *_, names, _ in found] == [["1 loss/sft", "2 loss/sft"], ["3 loss/sft", "4 loss/sft"]]
+    assert "(of the 0.8 dpo + 0.2 sft loss)" in found[0][3] and "(of the 1 dpo + 1 sft loss)" in found[1][3]
+    assert [names for *_, names, _ in axes(page, "Reward margin")] == [
+        ["1 margin", "2 margin", "3 margin"],
+        ["4 margin"],
+    ]
+
+
 def test_one_run_names_its_units(tmp_path):
     page = report(run_of(tmp_path / "run", "dpo", beta=0.25))
     assert axes(page, "Reward margin")[0][3] == "Reward margin: chosen minus rejected"
@@ -79,7 +102,7 @@ def test_one_run_names_its_units(tmp_path):
     assert "log-prob, chosen nats per response -255" in page.text
 
 
-@pytest.mark.parametrize("content", [None, b"loss_type: cringe\n", b"loss_type: [1]\n", b"beta: 0.1\n"])
+@pytest.mark.parametrize("content", [None, b"loss_type: ppo\n", b"loss_type: [1]\n", b"beta: 0.1\n"])
 def test_an_old_run_whose_loss_is_not_known_stands_alone(tmp_path, content):
     folders = [run_of(tmp_path / name, "dpo") for name in ("a", "b")]
     for folder in folders:

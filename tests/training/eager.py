@@ -76,6 +76,8 @@ def pair_loss(values: dict[str, Any], policy: Any, sample: Sample, first: tuple[
     log_sigmoid = torch.nn.functional.logsigmoid
     parts = {"dpo": -log_sigmoid(x - y), "bco_pair": -log_sigmoid(x) - log_sigmoid(-y), "sft": -chosen.mean()}
     names = kind.split(",")
+    if values.get("use_weighting"):
+        parts["dpo"] = parts["dpo"] * own_probability(policy, sample, 0) * own_probability(policy, sample, 1)
     return sum(w * parts[name] for w, name in zip(values.get("loss_weights", [1.0] * len(names)), names, strict=True))
 
 
@@ -83,10 +85,22 @@ def both_logps(policy: Any, sample: Sample) -> tuple[Tensor, Tensor]:
     return token_logps(policy, sample, 0), token_logps(policy, sample, 1)
 
 
+@torch.no_grad()
+def own_probability(policy: Any, sample: Sample, which: int) -> Tensor:
+    """WPO's weight of a response: exp of the mean of log p(token) - log sum_v p(v)^2."""
+    log_probs, labels = token_log_softmax(policy, sample, which)
+    return (log_probs.gather(1, labels)[:, 0] - log_probs.exp().square().sum(-1).log()).mean().exp()
+
+
 def token_logps(policy: Any, sample: Sample, which: int) -> Tensor:
+    log_probs, labels = token_log_softmax(policy, sample, which)
+    return log_probs.gather(1, labels)[:, 0]
+
+
+def token_log_softmax(policy: Any, sample: Sample, which: int) -> tuple[Tensor, Tensor]:
+    """The log-probs of all words, [T, V], and the labels, [T, 1]."""
     alone = Sample(sample.prompt, (sample.responses[which],), sample.video)
     (row,) = plan_rows([alone.lengths])
     hidden = policy.hidden_states(row, [alone], policy.encode_videos([alone]))
     logits = policy.base.get_output_embeddings()(hidden[len(sample.prompt) - 1 :]).double()
-    labels = torch.tensor(alone.responses[0])
-    return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    return logits.log_softmax(-1), torch.tensor(alone.responses[0])[:, None]

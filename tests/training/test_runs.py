@@ -137,10 +137,11 @@ def test_the_first_ten_losses_are_those_of_the_eager_computation(world, tmp_path
     [
         {"loss_type": "dpo,bco_pair,sft", "loss_weights": [0.8, 0.2, 1.0]},
         {"loss_type": "dpo", "ld_alpha": 0.25, "reference": "precomputed"},
+        {"loss_type": "dpo", "use_weighting": True},
     ],
-    ids=["mpo", "ld_alpha"],
+    ids=["mpo", "ld_alpha", "wpo"],
 )
-def test_a_sum_of_losses_and_ld_alpha_train_as_the_eager_computation(world, tmp_path, more, in_one_process):
+def test_a_sum_of_losses_and_ld_alpha_and_wpo_train_as_the_eager_computation(world, tmp_path, more, in_one_process):
     values = options(world, tmp_path / "out", max_steps=4, **more)
     in_one_process({**values, "loss_weights": tuple(more["loss_weights"]) if "loss_weights" in more else None})
     losses, _, norms = eager_run(values)

@@ -54,12 +54,13 @@ class KernelConfig:
     copy_engine: bool  # load operands through tensor descriptors; before Hopper these lose the software pipeline
 
 
-def kernel_config(dtype: torch.dtype, capability: int, *, simple: bool = True) -> KernelConfig:
+def kernel_config(dtype: torch.dtype, capability: int, *, simple: bool = True, stats: bool = False) -> KernelConfig:
     """Tile sizes for a dtype and a compute capability (80, 90, 100, ...; 0: Triton's interpreter).
 
     The interpreter gets small tiles, so that small test problems span many of them.
     simple: True if the copy engine can load the operands and the logits have no softcap. Otherwise the widest tiles would
-    need too many registers. Consumer Blackwell (120) has as little shared memory as the generation before Hopper.
+    need too many registers. stats: the logits' kernel also computes statistics.
+    Consumer Blackwell (120) has as little shared memory as the generation before Hopper.
     """
     if capability == 0:
         logits, weighted = Tile(16, 32, 16, 2, 1, 1), Tile(16, 16, 32, 2, 1, 1)
@@ -67,7 +68,7 @@ def kernel_config(dtype: torch.dtype, capability: int, *, simple: bool = True) -
     old = capability < 90 or capability >= 120
     chip = AMPERE if old else HOPPER if capability < 100 else BLACKWELL
     if dtype == torch.float32:
-        small = Tile(64, 64, 32, 8, 4, 2)
+        small = Tile(64, 64, 32, 8, 8 if chip is BLACKWELL else 4, 2)  # 4 warps spill up to 48 bytes on sm_100
         return KernelConfig(small, small, small, small, chip, copy_engine=not old)
     if old:
         tile = Tile(128, 128, 32, 8, 8, 3)
@@ -78,10 +79,9 @@ def kernel_config(dtype: torch.dtype, capability: int, *, simple: bool = True) -
     wide, deep, small = Tile(128, 256, 64, 8, 8, 3), Tile(128, 256, 64, 8, 8, 4), Tile(128, 128, 64, 8, 8, 4)
     if capability < 100:
         return KernelConfig(wide, deep, logit_grads=wide, weight_grad=deep, chip=chip, copy_engine=True)
-    tall = Tile(256, 128, 64, 4, 8, 3)  # 128 x 256 spills here, see README.md
-    return KernelConfig(
-        tall, small, logit_grads=replace(small, num_stages=3), weight_grad=deep, chip=chip, copy_engine=True
-    )
+    tall, shallow = Tile(256, 128, 64, 4, 8, 3), replace(small, num_stages=3)  # 128 x 256 spills here, see README.md
+    logits = shallow if stats else tall
+    return KernelConfig(logits, small, logit_grads=shallow, weight_grad=deep, chip=chip, copy_engine=True)
 
 
 @dataclass(frozen=True)

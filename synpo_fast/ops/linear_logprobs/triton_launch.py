@@ -34,7 +34,7 @@ def num_programs(device: torch.device) -> int:
 
 def config_of(problem: Problem, weight: Tensor, stats: bool = False) -> KernelConfig:
     simple = problem.softcap is None and tma_fits(weight)
-    config = kernel_config(problem.hidden.dtype, capability(problem.hidden.device), simple=simple)
+    config = kernel_config(problem.hidden.dtype, capability(problem.hidden.device), simple=simple, stats=stats)
     if stats and problem.softcap is not None and not config.copy_engine:
         # With wider tiles or fewer warps sm_80 spills 32 to 96 bytes.
         config = replace(config, logits=replace(config.logit_grads, num_warps=8))

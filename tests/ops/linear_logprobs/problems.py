@@ -43,6 +43,13 @@ def device_of(backend: str, dtype: torch.dtype) -> str:
     return DEVICE
 
 
+def poison(tensor: Tensor) -> Tensor:
+    """Fills memory that torch.empty gave with NaN. Bytes that are cut into buffers become NaN in every floating dtype."""
+    if tensor.dtype == torch.uint8:
+        return tensor.fill_(255)
+    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+
 @dataclass
 class Case:
     """Tensors in fp64 on the CPU, and the options of the op."""

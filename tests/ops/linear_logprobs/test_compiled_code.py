@@ -77,17 +77,17 @@ EPILOGUES = {
 
 
 def test_epilogues_cost_what_the_model_of_time_assumes(reports):
-    """Cycles per element of a wide tile at one instruction per cycle on each of four schedulers. Softcap has smaller tiles."""
+    """Cycles per element of a wide tile at one instruction per cycle on each of four schedulers, in a kernel's plainest form."""
     arch, found = reports
-    seen = set()
+    cycles: dict[str, float] = {}
     for report in found:
         if arch == 90 and report["kernel"] in PRODUCTS:
             rows, columns = (int(size) for size in re.findall(r"\d+", report["tile"])[:2])
-            if rows * columns == 128 * 256:
-                seen.add(report["kernel"])
-                cycles = report["tile_instructions"] * report["num_warps"] / (4 * rows * columns)
-                assert cycles == pytest.approx(EPILOGUES[report["kernel"]], rel=0.3), report
-    assert arch != 90 or seen == PRODUCTS
+            if rows * columns == 128 * 256:  # not the smaller tiles of softcap
+                one = report["tile_instructions"] * report["num_warps"] / (4 * rows * columns)
+                cycles[report["kernel"]] = min(one, cycles.get(report["kernel"], one))
+    if arch == 90:
+        assert cycles == pytest.approx(EPILOGUES, rel=0.3)
 
 
 def test_tf32_uses_matrix_instructions_and_nothing_spills(tmp_path):
