@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from synpo_fast.ops.linear_logprobs import fused_linear_logprobs, fused_linear_outputs
     from synpo_fast.scoring import score_pairs
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _MODULES = {
     "FusedLinearCrossEntropyLoss": "synpo_fast.fused",

@@ -6,7 +6,7 @@ The constructor's arguments and the call are those of LigerFusedLinearCrossEntro
 for N valid tokens with a frozen head and 6*N*D*V with a trained one. Liger's module needs a GPU; this one runs anywhere.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from synpo_fast.ops.linear_logprobs.problem import check_numbers
 REDUCTIONS = ("mean", "sum", "none")
 
 
-class CrossEntropyOutput(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class CrossEntropyOutput:
     """The loss, and what was asked for beside it, detached: the z-loss in it, and the share of tokens that are the first choice.
 
     With reduction "none" each has one value per position."""

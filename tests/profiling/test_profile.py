@@ -283,14 +283,14 @@ def test_variants_whose_losses_differ_stop_the_profile(world, tmp_path, group, m
 )
 def test_a_variant_that_runs_out_of_memory_is_named(world, tmp_path, group, monkeypatch, in_the_step, more):
     """Under oom_policy=skip, too: a step without some of its pairs is not what the others took."""
-    own = Policy._each_response  # of forward and of token_outputs
+    for name in ("forward", "token_outputs"):  # of a reference, and of a step
 
-    def each_response(self, samples, share_prefix, *more):
-        if not share_prefix and torch.is_grad_enabled() == in_the_step:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return own(self, samples, share_prefix, *more)
+        def failing(self, samples, *, share_prefix=True, own=getattr(Policy, name), **more):
+            if not share_prefix and torch.is_grad_enabled() == in_the_step:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            return own(self, samples, share_prefix=share_prefix, **more)
 
-    monkeypatch.setattr(Policy, "_each_response", each_response)
+        monkeypatch.setattr(Policy, name, failing)
     with pytest.raises(
         TrainingStopped,
         match=rf"{'.*' if in_the_step else 'dpo-precomputed'}-unshared ran out of memory.*lower per_device_train_batch_size",

@@ -14,7 +14,7 @@ z': one row of W per token, and the backward of a log-prob with the coefficient 
 README.md in this folder counts the operations and bytes of each backend.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ KEEP_BYTES = {"cpu": 2**30, "cuda": 2 * 2**30}
 LARGEST_FP16 = 65504
 
 
-class TokenOutputs(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class TokenOutputs:
     """Values of each label's position, shaped like the labels, 0 where ignored. The first two carry gradients.
 
     logps: log-prob of the label. logsumexp: log of the sum of exp(logit) over the vocabulary. entropy: in nats.
@@ -48,11 +49,12 @@ class TokenOutputs(NamedTuple):
     def detach(self) -> "TokenOutputs":
         """The same values without their graph."""
         mean_logits = None if self.mean_logits is None else self.mean_logits.detach()
-        return self._replace(logps=self.logps.detach(), logsumexp=self.logsumexp.detach(), mean_logits=mean_logits)
+        return replace(self, logps=self.logps.detach(), logsumexp=self.logsumexp.detach(), mean_logits=mean_logits)
 
     def split(self, lengths: list[int]) -> "list[TokenOutputs]":
         """Cuts 1-D outputs into parts of these lengths."""
-        columns = [[None] * len(lengths) if each is None else each.split(lengths) for each in self]
+        values = [getattr(self, field.name) for field in fields(self)]
+        columns = [[None] * len(lengths) if each is None else each.split(lengths) for each in values]
         return [TokenOutputs(*parts) for parts in zip(*columns, strict=True)]
 
 

@@ -367,3 +367,15 @@ def test_coefficients_below_fp16_reach_the_head():
             _, grad, _ = backends.backward(problem, tiny, computed, (False, True, False), backend)
             assert error(grad.double().cpu() * 2.0**8, expected) < 5e-3, (backend, keep_rows)
         assert torch.finfo(torch.float16).max == LARGEST_FP16
+
+
+def test_chunked_tiles_on_a_gpu_grow_with_the_bound():
+    """In fp32 at the largest head: few tiles, since each reads W twice, within 5 % of full fp32 logits."""
+    from synpo_fast.ops.linear_logprobs.chunked import rows_per_tile
+
+    rows, vocabulary = 4096, 152064
+    tile = rows_per_tile(rows, vocabulary, torch.float32, "cuda")
+    assert -(-rows // tile) == 21 and tile * vocabulary * 4 <= 0.05 * rows * vocabulary * 4
+    assert rows_per_tile(rows, vocabulary, torch.bfloat16, "cuda") * vocabulary * 6 <= 0.05 * rows * vocabulary * 4
+    assert rows_per_tile(64, vocabulary, torch.float32, "cuda") == 64  # few rows: one tile of at most 64 MiB
+    assert rows_per_tile(rows, vocabulary, torch.float32, "cpu") * vocabulary * 4 <= 64 * 2**20
