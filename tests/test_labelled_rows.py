@@ -236,4 +236,4 @@ def test_the_reference_point_of_held_out_rows_of_one_video(group, tmp_path, capl
         assert data.key == data_key(data.train) != data_key(train)
     assert found == [["b+", "a-"]] * 2
     assert [pair.mismatched for pair in data.evaluation] == ["a+", "a-"]
-    assert "noisy with per_device_train_batch_size=1" in caplog.text
+    assert "raise per_device_train_batch_size above 1" in caplog.text

@@ -100,7 +100,7 @@ def with_mismatched_responses(config: TrainConfig, data: RunData) -> RunData:
     about one video alone, so the training rows follow them."""
     if config.per_device_train_batch_size == 1 and dist.get_world_size() == 1:
         logger.warning(
-            "kto's reference point is a mean over the rows of a forward, which has one: raise per_device_train_batch_size"
+            "kto's reference point is a mean over the rows of a forward: raise per_device_train_batch_size above 1"
         )
     train = with_mismatched(data.train)
     evaluation = with_mismatched([*data.evaluation, *data.train])[: len(data.evaluation)]
