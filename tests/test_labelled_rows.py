@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from synpo_fast.config.train_config import TrainConfig
 from synpo_fast.data import Pair, read_manifest, write_manifest
+from synpo_fast.data.data_key import data_key
 from synpo_fast.data.encoded import EncodedPair
 from synpo_fast.losses import PairLogprobs, kto
 from synpo_fast.models import load_policy
@@ -17,6 +18,7 @@ from synpo_fast.references import FrozenCopy
 from synpo_fast.scoring import PairEncoder, score_pairs
 from synpo_fast.training.metrics import add_sums, means_of
 from synpo_fast.training.pair_module import PairModule
+from synpo_fast.training.run_data import RunData, with_mismatched_responses
 from tests.world import options
 
 PROMPTS = tuple(range(5, 25)), tuple(range(30, 40)), (7, 8, 9)
@@ -221,3 +223,17 @@ def test_evaluation_and_refusals_of_labelled_rows(world, mixed, tmp_path, in_one
     first, last = [row for row in rows if "eval_loss" in row]
     assert first["eval_loss"] != last["eval_loss"] and first["eval_kl"] == 0.0
     assert {"eval_rewards/margins", "eval_rewards/accuracies"} <= first.keys()
+
+
+def test_the_reference_point_of_held_out_rows_of_one_video(group, tmp_path, caplog):
+    """Their mismatched responses come from training rows; those of training rows do not depend on what is held out."""
+    train = [Pair("What?", f"{name}+", f"{name}-", video=f"{name}.mp4") for name in "ab"]
+    config = TrainConfig(model_name_or_path="x", train_file="x", output_dir="x", loss_type="kto")
+    found = []
+    for held_out in ([], [Pair("What?", "c+", "c-", video="c.mp4"), Pair("What?", "d+", "d-", video="c.mp4")]):
+        data = with_mismatched_responses(config, RunData(train, held_out, tmp_path, tmp_path, data_key(train)))
+        found.append([pair.mismatched for pair in data.train])
+        assert data.key == data_key(data.train) != data_key(train)
+    assert found == [["b+", "a-"]] * 2
+    assert [pair.mismatched for pair in data.evaluation] == ["a+", "a-"]
+    assert "raise per_device_train_batch_size above 1" in caplog.text

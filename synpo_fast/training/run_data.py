@@ -96,13 +96,15 @@ def _compared(pairs: list[Pair], config: TrainConfig, min_score_gap: float | Non
 
 
 def with_mismatched_responses(config: TrainConfig, data: RunData) -> RunData:
-    """The data in which every row carries a response that belongs to another row, for kto's reference point."""
+    """The data in which every row carries a response that belongs to another row, for kto's reference point. Held-out rows may be
+    about one video alone, so the training rows follow them."""
     if config.per_device_train_batch_size == 1 and dist.get_world_size() == 1:
         logger.warning(
-            "kto's reference point is a mean over the rows of a forward, which has one: raise per_device_train_batch_size"
+            "kto's reference point is a mean over the rows of a forward: raise per_device_train_batch_size above 1"
         )
     train = with_mismatched(data.train)
-    return replace(data, train=train, evaluation=with_mismatched(data.evaluation), key=data_key(train))
+    evaluation = with_mismatched([*data.evaluation, *data.train])[: len(data.evaluation)]
+    return replace(data, train=train, evaluation=evaluation, key=data_key(train))
 
 
 def videos_key(config: TrainConfig, data: RunData, policy: Policy) -> str:
