@@ -283,14 +283,17 @@ def test_variants_whose_losses_differ_stop_the_profile(world, tmp_path, group, m
 )
 def test_a_variant_that_runs_out_of_memory_is_named(world, tmp_path, group, monkeypatch, in_the_step, more):
     """Under oom_policy=skip, too: a step without some of its pairs is not what the others took."""
-    for name in ("forward", "token_outputs"):  # of a reference, and of a step
 
-        def failing(self, samples, *, share_prefix=True, own=getattr(Policy, name), **more):
+    def failing(own):
+        def method(self, samples, *, share_prefix=True, **more):
             if not share_prefix and torch.is_grad_enabled() == in_the_step:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
             return own(self, samples, share_prefix=share_prefix, **more)
 
-        monkeypatch.setattr(Policy, name, failing)
+        return method
+
+    for name in ("forward", "token_outputs"):  # of a reference, and of a step
+        monkeypatch.setattr(Policy, name, failing(getattr(Policy, name)))
     with pytest.raises(
         TrainingStopped,
         match=rf"{'.*' if in_the_step else 'dpo-precomputed'}-unshared ran out of memory.*lower per_device_train_batch_size",

@@ -85,10 +85,7 @@ def _add_target_terms(
         terms = slope * problem.weight[labels].to(slope.dtype)
         hidden = hidden.index_add(0, rows, terms.to(hidden.dtype))
     if weight is not None:
-        # Summed in fp32 over equal labels first: a frequent word would lose its small terms in a 16-bit sum.
-        words, place = labels.unique(return_inverse=True)
-        sums = slope.new_zeros(words.shape[0], problem.hidden.shape[1])
-        sums.index_add_(0, place, slope * problem.hidden[rows].to(slope.dtype))
+        words, sums = _summed_over_equal(labels, slope * problem.hidden[rows].to(slope.dtype))
         weight = weight.index_add(0, words, sums.to(weight.dtype))
     if bias is not None:
         bias = bias.index_add(0, labels, slope.squeeze(1).to(bias.dtype))
@@ -98,3 +95,15 @@ def _add_target_terms(
 def _shape_only(tensor: Tensor) -> Tensor:
     """A tensor with the same shape, dtype and device that takes the memory of one element."""
     return tensor.new_zeros(()).expand(tensor.shape)
+
+
+def _summed_over_equal(labels: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums the rows of terms [N, D] that have equal labels [N], in fp32: a 16-bit sum would lose a frequent word's small terms.
+
+    Returns [N] labels and [N, D] sums. Unused places hold label 0 and zeros, so that no shape depends on values, and a GPU
+    is not waited for.
+    """
+    ordered, order = labels.sort()
+    place = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).cumsum(0)])
+    sums = torch.zeros_like(terms).index_add_(0, place, terms[order])
+    return torch.zeros_like(labels).scatter_(0, place, ordered), sums

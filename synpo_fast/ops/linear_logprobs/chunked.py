@@ -98,11 +98,16 @@ def forward_rows(problem: Problem, hidden: Tensor, labels: Tensor, computed: Com
             continue
         if slope is not None:
             exponentials.mul_(slope).scatter_(1, label, 0.0)
-        raw.copy_(exponentials)
         scale = problem.logit_scale if slope is None else 1.0
+        # Beside a confident target the others' exponentials are below fp16's smallest number: the largest becomes 1.
+        largest: Tensor | float = 1.0
+        if raw.dtype == torch.float16:
+            largest = exponentials.abs().amax(1, keepdim=True).clamp_min(torch.finfo(total.dtype).tiny)
+            exponentials.div_(largest)
+        raw.copy_(exponentials)
         if want_direction:
             pulled = torch.mm(raw, problem.weight).to(total.dtype)
-            pulled *= scale / total
+            pulled *= largest * scale / total
             pushed = problem.weight[label.squeeze(1)].to(total.dtype) * (others / total * problem.slope(target))
             computed.direction[part] = pushed.sub_(pulled)
         if part.stop <= kept.shape[0]:
@@ -129,8 +134,8 @@ def weight_grad_rows(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of sum_n coefficients_n * lp_n to weight and bias (or empty). Recomputes the logits and sums in fp32."""
     dtype = _accumulator(hidden.dtype)
-    # Late in SynPO training a coefficient can be below fp16's smallest number, so the products use c / max |c|.
-    peak = coefficients.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    # Late in SynPO training c (1 - p) can be below fp16's smallest number, so the products use c / max |c (1 - p)|.
+    peak = (coefficients * logps.expm1()).abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     coefficients = coefficients / peak
     grad_weight = problem.weight.new_zeros(problem.weight.shape, dtype=dtype)
     grad_bias = grad_weight.new_zeros(problem.weight.shape[0] if want_bias else 0)

@@ -27,7 +27,6 @@ from synpo_fast.ops.linear_logprobs.reference import linear_logprobs_reference
 from synpo_fast.ops.linear_logprobs.traced import is_traced
 
 KEEP_BYTES = {"cpu": 2**30, "cuda": 2 * 2**30}
-LARGEST_FP16 = 65504
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,15 +82,16 @@ def fused_linear_logprobs(
             it labels and hidden have the same leading shape.
         logit_scale, softcap: logits are multiplied by logit_scale, then softcap * tanh(logits / softcap).
         keep_bytes: if the head trains, memory for exponentials of the logits, kept until the backward. They take V numbers
-            per valid label, in hidden's dtype. The logits of labels beyond the bound are computed twice. None: 2 GiB on a
-            GPU, 1 GiB on a CPU.
+            per valid label, in hidden's dtype (fp16: fp32 on a CPU, none on a GPU). The logits of other labels are computed
+            twice. None: 2 GiB on a GPU, 1 GiB on a CPU.
         backend: "reference", "chunked", "native" (CPU) or "triton" (GPU); None picks triton for CUDA tensors (but chunked
             for fp32 unless torch allows tf32), native for CPU tensors, and chunked where those are not available.
 
     hidden, weight and bias receive gradients if they require them. If none does, only half the work is done.
 
     Raises ValueError for shapes, dtypes, devices, numbers or indices that do not fit, and for a backend that cannot run here.
-    On a GPU, checking for labels or rows out of range would need a device sync; instead, their log-prob is NaN.
+    On a GPU the backend triton gives a label or row out of range the log-prob NaN, because a check would need a device sync;
+    the others check, and raise.
     """
     problem, chosen = _prepare(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index, backend)
     return _run(problem, chosen, keep_bytes, False)[0].view(labels.shape)
@@ -184,8 +184,9 @@ def _rows_to_keep(problem: Problem, keep_bytes: int | None, backend: str) -> int
         raise ValueError(f"keep_bytes must be a number of bytes, got {keep_bytes!r}")
     hidden, vocabulary = problem.hidden, problem.weight.shape[0]
     on_cpu = hidden.device.type == "cpu"
-    # The target's entry can reach V, which fp16 cannot hold. The native backend keeps fp32 for fp16 inputs.
-    if hidden.dtype == torch.float16 and backend != "native" and vocabulary > LARGEST_FP16:
+    # fp16 cannot hold both the exponentials beside a confident target and the target's entry, which can reach V. The native
+    # backend keeps fp32 for fp16 inputs.
+    if hidden.dtype == torch.float16 and backend != "native":
         return 0
     if hidden.dtype == torch.float16 and is_traced(hidden):
         return 0  # the dtype that the backend keeps must be known before one is chosen

@@ -103,7 +103,7 @@ def confident_case(margin: float):
     return case
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "native", "triton"])
 @pytest.mark.parametrize("margin", [21.0, 24.0, 27.0])
 def test_fp16_directions_of_confident_tokens_survive_until_the_loss_scale(backend, margin):
     """1 - p is 1e-5 to 1e-7 and the head's entries 0.02: what multiplies a coefficient is far below fp16's smallest number."""
@@ -350,7 +350,6 @@ def test_any_shape_and_options(backend, data):
 def test_coefficients_below_fp16_reach_the_head():
     """Coefficients of 1e-9 are 0 in fp16: the head's gradient is computed from normalised ones and scaled in fp32."""
     from synpo_fast.ops.linear_logprobs import backends
-    from synpo_fast.ops.linear_logprobs.linear_logprobs import LARGEST_FP16
     from synpo_fast.ops.linear_logprobs.problem import Wanted, make_problem
 
     case = make_case(16, 16, 40).rounded(torch.float16)
@@ -366,7 +365,6 @@ def test_coefficients_below_fp16_reach_the_head():
             computed = backends.forward(problem, Wanted(True, keep_rows), backend)
             _, grad, _ = backends.backward(problem, tiny, computed, (False, True, False), backend)
             assert error(grad.double().cpu() * 2.0**8, expected) < 5e-3, (backend, keep_rows)
-        assert torch.finfo(torch.float16).max == LARGEST_FP16
 
 
 def test_chunked_tiles_on_a_gpu_grow_with_the_bound():
