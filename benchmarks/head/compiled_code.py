@@ -141,7 +141,9 @@ def launch_linear_logprobs(
     triton_launch.linear_logprobs_forward(problem, Wanted(direction=False))
     half = num_rows // 2
     for keep_rows, stats in ((0, False), (num_rows, False), (half, True)):
-        computed = triton_launch.linear_logprobs_forward(problem, Wanted(True, keep_rows, stats))
+        computed = triton_launch.linear_logprobs_forward(
+            problem, Wanted(True, keep_rows, stats=stats, logsumexp_grad=stats)
+        )
         triton_backward.linear_logprobs_backward(problem, computed.logps, computed, (True, True, softcap is not None))
 
 

@@ -78,6 +78,7 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         tokens = fused_linear_outputs(
             _input, lin_weight, target, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap,
             ignore_index=self.ignore_index, keep_bytes=self.keep_bytes, backend=self.backend,
+            logsumexp_grad=self.penalties.needs_logsumexp,
             with_mean_logits=self.penalties.label_smoothing > 0,
         )  # fmt: skip
         added = token_penalties(tokens.logps, tokens.logsumexp, tokens.mean_logits, self.penalties)

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss
-from synpo_fast.ops.linear_logprobs import BACKENDS, TokenOutputs, fused_linear_logprobs, fused_linear_outputs
+from synpo_fast.ops.linear_logprobs import (
+    BACKENDS,
+    TokenOutputs,
+    fused_linear_logprobs,
+    fused_linear_outputs,
+    mean_row,
+)
 from synpo_fast.ops.linear_logprobs.problem import check_numbers
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -115,7 +121,7 @@ class FusedLinearPreferenceLoss(nn.Module):
     ) -> tuple[Tensor, Outputs]:
         self._check(lin_weight, _input, target, ref_input, ref_weight)
         reference = self._reference_logps(target, ref_input, ref_weight, ref_bias) if self.needs_reference else None
-        tokens = fused_linear_outputs(_input, lin_weight, target, bias=bias, **self._of_the_op())
+        tokens = fused_linear_outputs(_input, lin_weight, target, bias=bias, logsumexp_grad=False, **self._of_the_op())
         output = self.loss_of_logps(tokens.logps, target, reference)
         loss = output.losses.mean()
         self.last_tokens = tokens.detach()
@@ -211,10 +217,7 @@ class FusedLinearPreferenceLoss(nn.Module):
             tensor, version, mean = self._mean_row
             if tensor() is weight and version == weight._version:
                 return mean
-        total = weight.new_zeros(weight.shape[1], dtype=torch.float32)
-        for part in weight.split(4096):  # in parts, because the sum copies its input to fp32
-            total += part.sum(0, dtype=torch.float32)
-        mean = total / weight.shape[0]
+        mean = mean_row(weight)
         self._mean_row = (weakref.ref(weight), weight._version, mean)
         return mean
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from synpo_fast.losses.checks import check_choice, check_number
@@ -65,6 +66,11 @@ class TokenPenalties:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
+    @property
+    def needs_logsumexp(self) -> bool:
+        """True if a penalty reads logsumexp, with a gradient."""
+        return self.label_smoothing > 0 or self.z_loss > 0
+
     def __post_init__(self) -> None:
         check_number("label_smoothing", self.label_smoothing, at_least=0.0, below=1.0)
         check_number("z_loss", self.z_loss, at_least=0.0)
@@ -72,7 +78,7 @@ class TokenPenalties:
 
 def token_penalties(logps: Tensor, logsumexp: Tensor, mean_logits: Tensor | None, penalties: TokenPenalties) -> Tensor:
     """The penalty of each token, with autograd. All tensors have one shape; mean_logits is read by label smoothing only."""
-    total = penalties.z_loss * logsumexp.square()
+    total = penalties.z_loss * logsumexp.square() if penalties.z_loss else torch.zeros_like(logps)
     if penalties.label_smoothing:
         assert mean_logits is not None
         total = total + penalties.label_smoothing * (logps + logsumexp - mean_logits)

@@ -33,6 +33,7 @@ from synpo_fast.ops.linear_logprobs import (
     default_keep_bytes,
     fused_linear_logprobs,
     fused_linear_outputs,
+    kept_bytes_per_row,
 )
 
 Logps = list[list[Tensor]]  # for each sample, for each of its responses: [T] fp32
@@ -135,12 +136,20 @@ class Policy(nn.Module):
         return self._each_response(samples, share_prefix, pack, self._logps)
 
     def token_outputs(
-        self, samples: Sequence[Sample], *, share_prefix: bool = True, pack: bool = True, with_mean_logits: bool = False
+        self,
+        samples: Sequence[Sample],
+        *,
+        share_prefix: bool = True,
+        pack: bool = True,
+        logsumexp_grad: bool = False,
+        with_mean_logits: bool = False,
     ) -> list[list[TokenOutputs]]:
-        """Computes log-probs, logsumexp, entropy and more of every token of every response, in the layout of forward."""
-        return self._each_response(
-            samples, share_prefix, pack, partial(self._outputs, with_mean_logits=with_mean_logits)
-        )
+        """Computes log-probs, logsumexp, entropy and more of every token of every response, in the layout of forward.
+
+        logsumexp_grad, with_mean_logits: see fused_linear_outputs.
+        """
+        outputs = partial(self._outputs, logsumexp_grad=logsumexp_grad, with_mean_logits=with_mean_logits)
+        return self._each_response(samples, share_prefix, pack, outputs)
 
     def _each_response(
         self, samples: Sequence[Sample], share_prefix: bool, pack: bool, values_of: Callable[..., Sequence[Any]]
@@ -156,16 +165,17 @@ class Policy(nn.Module):
         )
         results: list[list[Any]] = [[None] * len(sample.responses) for sample in samples]
         head = self.head()
-        unused = default_keep_bytes(self.device) if self.keep_bytes is None else self.keep_bytes
+        allowed = default_keep_bytes(self.device) if self.keep_bytes is None else self.keep_bytes
+        unused = allowed
         for row, inputs in zip(plan, self._row_inputs(plan, samples), strict=True):
             hidden = self.hidden_states(row, samples, features, inputs)
             names = [(group.sample, response) for group in row.groups for response in group.responses]
             lengths = [len(samples[sample].responses[response]) for sample, response in names]
             for (sample, response), value in zip(
-                names, values_of(hidden, head, inputs, lengths, max(0, unused)), strict=True
+                names, values_of(hidden, head, inputs, lengths, max(1, unused) if allowed else 0), strict=True
             ):
                 results[sample][response] = value
-            unused -= sum(lengths) * head.weight.shape[0] * hidden.element_size()
+            unused -= sum(lengths) * kept_bytes_per_row(hidden.dtype, hidden.device, head.weight.shape[0])
         return results
 
     def encode_videos(self, samples: Sequence[Sample]) -> list[VideoFeatures | None]:
@@ -258,11 +268,13 @@ class Policy(nn.Module):
         lengths: list[int],
         keep_bytes: int,
         *,
+        logsumexp_grad: bool,
         with_mean_logits: bool,
     ) -> Sequence[TokenOutputs]:
         return fused_linear_outputs(
             hidden, head.weight, inputs.labels, bias=head.bias, rows=inputs.rows, logit_scale=head.logit_scale,
-            softcap=head.softcap, keep_bytes=keep_bytes, with_mean_logits=with_mean_logits, backend=self.backend,
+            softcap=head.softcap, keep_bytes=keep_bytes, logsumexp_grad=logsumexp_grad,
+            with_mean_logits=with_mean_logits, backend=self.backend,
         ).split(lengths)  # fmt: skip
 
 

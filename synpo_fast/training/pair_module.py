@@ -65,7 +65,10 @@ class PairModule(nn.Module):
         samples = [pair.sample for pair in pairs]
         with self._one_pass_of_the_tower():
             outputs = self.policy.token_outputs(
-                samples, share_prefix=self.share_prefix, with_mean_logits=self.penalties.label_smoothing > 0
+                samples,
+                share_prefix=self.share_prefix,
+                logsumexp_grad=self.penalties.needs_logsumexp,
+                with_mean_logits=self.penalties.label_smoothing > 0,
             )
             reference = None if self.reference is None else self.reference_logps(samples)
             logps = [[each.logps for each in row] for row in outputs]

@@ -95,19 +95,33 @@ def test_penalties_pass_gradcheck():
 
 
 def test_sft_of_the_trainer_with_both_terms(policy):  # noqa: F811
-    """The mean over pairs of each chosen response's mean token loss, from materialised logits of the same hidden states."""
+    """The mean over pairs of each chosen response's mean token loss, from logits that the model's own head computes."""
     from synpo_fast.training.pair_module import PairModule
 
     pairs = encoded(policy, PAIRS[:2])
     module = PairModule(policy, config(loss_type="sft", label_smoothing_factor=0.15, z_loss=1e-2))
     loss, sums = module(pairs, 0.5)
     plain, plain_sums = PairModule(policy, config(loss_type="sft"))(pairs, 0.5)
+    logits: dict[tuple[int, ...], torch.Tensor] = {}  # by response
+    outputs = policy._outputs
+
+    def noting_logits(hidden, head, inputs, lengths, keep_bytes, **more):
+        own = head.logits(hidden[inputs.rows]).detach().double()
+        logits.update(
+            {tuple(y.tolist()): z for y, z in zip(inputs.labels.split(lengths), own.split(lengths), strict=True)}
+        )
+        return outputs(hidden, head, inputs, lengths, keep_bytes, **more)
+
+    policy._outputs = noting_logits
+    try:
+        policy.token_outputs([pair.sample for pair in pairs], share_prefix=False, pack=False)
+    finally:
+        del policy._outputs
     expected = 0.0
     for pair in pairs:
-        (outputs,) = policy.token_outputs([pair.sample], with_mean_logits=True)
-        chosen = outputs[0]
-        tokens = 0.15 * (chosen.logps + chosen.logsumexp - chosen.mean_logits) + 1e-2 * chosen.logsumexp**2
-        expected += (tokens - chosen.logps).mean().item() / 2
+        chosen = pair.sample.responses[0]
+        nll = F.cross_entropy(logits[chosen], torch.tensor(chosen), label_smoothing=0.15)
+        expected += (nll + 1e-2 * logits[chosen].logsumexp(-1).square().mean()).item() / 2
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert loss.item() > plain.item()
     assert sums["nll_loss"] == plain_sums["nll_loss"]  # the NLL is shown without the terms

@@ -21,14 +21,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PACKAGES = ("synpo_fast", "transformers", "deepspeed", "peft")
-# Functions that work on the host, and the head's host backends, which Triton replaces on a GPU.
+# Functions that work on the host, and the head's host backends, which Triton replaces on a GPU (but not in full fp32).
 ON_THE_HOST = {"row_inputs", "tower_inputs", "host_grids", "_digest", "valid_rows"}
 # Functions that read the grid, which our call leaves on the host.
 READS_THE_GRID = {"get_video_features", "get_image_features"}
 METHODS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero")
 
 
-READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+READS = (
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten._unique2.default,
+)
 INDEXES = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 
 

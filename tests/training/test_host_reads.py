@@ -52,6 +52,7 @@ def watched(monkeypatch, in_one_process):
         {"zero_stage": 0, "loss_type": "dpo"},
         {"zero_stage": 1, "loss_type": "dpo", "reference": "precomputed"},
         {"zero_stage": 3, "share_prefix": False},
+        {"zero_stage": 2, "use_peft": False, "loss_type": "sft", "z_loss": 1e-4, "label_smoothing_factor": 0.1},
         {"bf16": True, "auxiliary_nll": 0.1, "auxiliary_target": "ground_truth"},
     ],
     ids=lambda more: "-".join(f"{name}={value}" for name, value in more.items()),

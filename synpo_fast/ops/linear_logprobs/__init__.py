@@ -6,7 +6,9 @@ from synpo_fast.ops.linear_logprobs.linear_logprobs import (
     default_keep_bytes,
     fused_linear_logprobs,
     fused_linear_outputs,
+    kept_bytes_per_row,
 )
+from synpo_fast.ops.linear_logprobs.mean_row import mean_row
 
 __all__ = [
     "BACKENDS",
@@ -15,4 +17,6 @@ __all__ = [
     "default_keep_bytes",
     "fused_linear_logprobs",
     "fused_linear_outputs",
+    "kept_bytes_per_row",
+    "mean_row",
 ]

@@ -17,7 +17,7 @@ class LinearLogprobs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if is_traced(hidden):
             arguments = (hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
-            computed = Computed(*traced_forward(*arguments, wanted.direction, wanted.keep_rows, wanted.stats, backend))
+            computed = Computed(*traced_forward(*arguments, *vars(wanted).values(), backend))
         else:
             # A graph break between the choice of the backend and this call leaves "auto" here.
             backend = choose_at_run_time(hidden, backend)
@@ -31,12 +31,16 @@ class LinearLogprobs(torch.autograd.Function):
             trained = any(ctx.needs_input_grad[1:3])
             ctx.save_for_backward(
                 hidden if trained else _shape_only(hidden),
-                weight if trained or wanted.stats else _shape_only(weight),
+                weight if trained or wanted.logsumexp_grad else _shape_only(weight),
                 bias, labels, rows, logps, logsumexp, computed.normalisers, computed.direction, computed.exponentials,
             )  # fmt: skip
-        ctx.options, ctx.backend, ctx.has_stats = (logit_scale, softcap, ignore_index), backend, wanted.stats
+        ctx.options, ctx.backend, ctx.logsumexp_grad = (
+            (logit_scale, softcap, ignore_index),
+            backend,
+            wanted.logsumexp_grad,
+        )
         ctx.mark_non_differentiable(others)
-        if not wanted.stats:
+        if not wanted.logsumexp_grad:
             ctx.mark_non_differentiable(logsumexp)
         return logps, logsumexp, others
 
@@ -50,7 +54,7 @@ class LinearLogprobs(torch.autograd.Function):
         hidden, weight, bias, labels, rows, logps, logsumexp, normalisers, direction, exponentials = ctx.saved_tensors
         needs = tuple(ctx.needs_input_grad[:3])
         coefficients = torch.zeros_like(logps) if grad_logps is None else grad_logps
-        grad_logsumexp = grad_logsumexp if ctx.has_stats else None
+        grad_logsumexp = grad_logsumexp if ctx.logsumexp_grad else None
         if grad_logsumexp is not None:
             coefficients = coefficients - grad_logsumexp
         problem = Problem(hidden, weight, labels, bias, rows, *ctx.options)
@@ -83,12 +87,13 @@ def _add_target_terms(
     hidden, weight, bias = grads
     if hidden is not None:
         terms = slope * problem.weight[labels].to(slope.dtype)
-        hidden = hidden.index_add(0, rows, terms.to(hidden.dtype))
+        hidden.index_add_(0, rows, terms.to(hidden.dtype))
     if weight is not None:
         words, sums = _summed_over_equal(labels, slope * problem.hidden[rows].to(slope.dtype))
-        weight = weight.index_add(0, words, sums.to(weight.dtype))
+        weight.index_add_(0, words, sums.to(weight.dtype))
     if bias is not None:
-        bias = bias.index_add(0, labels, slope.squeeze(1).to(bias.dtype))
+        words, sums = _summed_over_equal(labels, slope)
+        bias = bias.to(slope.dtype).index_add_(0, words, sums.squeeze(1)).to(bias.dtype)
     return hidden, weight, bias
 
 

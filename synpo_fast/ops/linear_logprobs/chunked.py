@@ -135,7 +135,9 @@ def weight_grad_rows(
     """Gradients of sum_n coefficients_n * lp_n to weight and bias (or empty). Recomputes the logits and sums in fp32."""
     dtype = _accumulator(hidden.dtype)
     # Late in SynPO training c (1 - p) can be below fp16's smallest number, so the products use c / max |c (1 - p)|.
-    peak = (coefficients * logps.expm1()).abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    peak = (coefficients * logps.expm1()).abs().amax()
+    # Where every log-prob rounds to 0, all products are 0, and c / peak must not overflow.
+    peak = peak.clamp_min(coefficients.abs().amax() * 2.0**-40).clamp_min(torch.finfo(torch.float32).tiny)
     coefficients = coefficients / peak
     grad_weight = problem.weight.new_zeros(problem.weight.shape, dtype=dtype)
     grad_bias = grad_weight.new_zeros(problem.weight.shape[0] if want_bias else 0)

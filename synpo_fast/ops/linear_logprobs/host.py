@@ -27,14 +27,16 @@ def forward(backend: ModuleType, problem: Problem, wanted: Wanted) -> Computed:
         logps=hidden.new_empty(count, dtype=dtype),
         normalisers=hidden.new_empty(count, 2, dtype=dtype),
         direction=hidden.new_empty(
-            count if wanted.direction else 0, hidden.shape[1], dtype=direction_dtype(hidden.dtype, wanted.stats)
+            count if wanted.direction else 0,
+            hidden.shape[1],
+            dtype=direction_dtype(hidden.dtype, wanted.logsumexp_grad),
         ),
         exponentials=hidden.new_empty(
             min(count, wanted.keep_rows), problem.weight.shape[0], dtype=backend.kept_dtype(hidden.dtype)
         ),
         stats=hidden.new_empty(count if wanted.stats else 0, len(STATS), dtype=dtype),
     )
-    if 0 < wanted.keep_rows < count:
+    if wanted.bounded and wanted.keep_rows < count:
         _warn_once_that_logits_are_computed_again()
     if count:
         backend.forward_rows(problem, hidden, valid.labels, computed)

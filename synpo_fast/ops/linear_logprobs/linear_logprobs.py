@@ -22,6 +22,7 @@ from torch import Tensor
 from synpo_fast.ops.linear_logprobs.autocast import autocast_inputs, without_autocast
 from synpo_fast.ops.linear_logprobs.autograd import LinearLogprobs
 from synpo_fast.ops.linear_logprobs.backends import choose_backend
+from synpo_fast.ops.linear_logprobs.mean_row import MeanRow
 from synpo_fast.ops.linear_logprobs.problem import Problem, Wanted, make_problem
 from synpo_fast.ops.linear_logprobs.reference import linear_logprobs_reference
 from synpo_fast.ops.linear_logprobs.traced import is_traced
@@ -94,7 +95,7 @@ def fused_linear_logprobs(
     the others check, and raise.
     """
     problem, chosen = _prepare(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index, backend)
-    return _run(problem, chosen, keep_bytes, False)[0].view(labels.shape)
+    return _run(problem, chosen, keep_bytes)[0].view(labels.shape)
 
 
 def fused_linear_outputs(
@@ -108,6 +109,7 @@ def fused_linear_outputs(
     softcap: float | None = None,
     ignore_index: int = -100,
     keep_bytes: int | None = None,
+    logsumexp_grad: bool = True,
     with_mean_logits: bool = False,
     backend: str | None = None,
 ) -> TokenOutputs:
@@ -116,11 +118,13 @@ def fused_linear_outputs(
     Arguments and errors are those of fused_linear_logprobs. The results are fp32 (fp64 for fp64 inputs), is_top1 is bool. Equal
     largest logits all count as the top. A gradient through logsumexp costs N*D operations more.
 
+    logsumexp_grad: False detaches logsumexp, which saves memory: the head's weight need not be kept for the backward, and the
+        direction may have hidden's dtype.
     with_mean_logits: also return the mean logit of each position, which label smoothing needs. It is hidden x the mean row of
         the weight, so a softcap is refused.
     """
     problem, chosen = _prepare(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index, backend)
-    logps, logsumexp, others = _run(problem, chosen, keep_bytes, True)
+    logps, logsumexp, others = _run(problem, chosen, keep_bytes, stats=True, logsumexp_grad=logsumexp_grad)
     entropy, is_top1, log_sum_sq_probs = (column.view(labels.shape) for column in others.unbind(1))
     mean_logits = _mean_logits(problem).view(labels.shape) if with_mean_logits else None
     return TokenOutputs(
@@ -135,12 +139,14 @@ def _mean_logits(problem: Problem) -> Tensor:
             f"mean logits are not available with a softcap ({problem.softcap}): they are not linear in hidden"
         )
     dtype = torch.promote_types(problem.hidden.dtype, torch.float32)
-    means = problem.hidden.to(dtype) @ problem.weight.mean(0).to(dtype)
-    if problem.bias is not None:
-        means = means + problem.bias.mean().to(dtype)
     counted = problem.labels != problem.ignore_index
+    hidden = problem.hidden
     if problem.rows is not None:
-        means = means[torch.where(counted, problem.rows, 0).clamp(0, max(0, means.shape[0] - 1))]
+        hidden = hidden.index_select(0, torch.where(counted, problem.rows, 0).clamp(0, max(0, hidden.shape[0] - 1)))
+    with without_autocast(hidden):
+        means = hidden.to(dtype) @ MeanRow.apply(problem.weight)
+        if problem.bias is not None:
+            means = means + problem.bias.to(dtype).mean()
     return torch.where(counted, means * problem.logit_scale, 0.0)
 
 
@@ -163,36 +169,49 @@ def _prepare(
     return problem, (backend or "auto") if torch.compiler.is_compiling() else choose_backend(problem.hidden, backend)
 
 
-def _run(problem: Problem, backend: str, keep_bytes: int | None, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _run(
+    problem: Problem, backend: str, keep_bytes: int | None, stats: bool = False, logsumexp_grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns log-probs [N], logsumexp [N] and the other columns of STATS [N, 3] (the last two zeros or empty without stats)."""
+    if keep_bytes is not None and (isinstance(keep_bytes, bool) or not isinstance(keep_bytes, int) or keep_bytes < 0):
+        raise ValueError(f"keep_bytes must be a number of bytes, got {keep_bytes!r}")
     with without_autocast(problem.hidden):
         if backend == "reference":
-            return linear_logprobs_reference(problem, stats)
+            logps, logsumexp, others = linear_logprobs_reference(problem, stats)
+            return logps, logsumexp if logsumexp_grad else logsumexp.detach(), others
         grad = torch.is_grad_enabled()
-        direction = grad and problem.hidden.requires_grad
         head = problem.weight.requires_grad or (problem.bias is not None and problem.bias.requires_grad)
-        keep_rows = _rows_to_keep(problem, keep_bytes, backend) if grad and head else 0
+        keep_rows, bounded = _rows_to_keep(problem, keep_bytes, backend) if grad and head else (0, False)
+        wanted = Wanted(
+            direction=grad and problem.hidden.requires_grad,
+            keep_rows=keep_rows,
+            bounded=bounded,
+            stats=stats,
+            logsumexp_grad=grad and logsumexp_grad,
+        )
         return LinearLogprobs.apply(
             problem.hidden, problem.weight, problem.bias, problem.labels, problem.rows,
-            problem.logit_scale, problem.softcap, problem.ignore_index, Wanted(direction, keep_rows, stats), backend,
+            problem.logit_scale, problem.softcap, problem.ignore_index, wanted, backend,
         )  # fmt: skip
 
 
-def _rows_to_keep(problem: Problem, keep_bytes: int | None, backend: str) -> int:
-    """The number of rows whose exponentials fit keep_bytes."""
-    if keep_bytes is not None and (isinstance(keep_bytes, bool) or not isinstance(keep_bytes, int) or keep_bytes < 0):
-        raise ValueError(f"keep_bytes must be a number of bytes, got {keep_bytes!r}")
-    hidden, vocabulary = problem.hidden, problem.weight.shape[0]
-    on_cpu = hidden.device.type == "cpu"
+def _rows_to_keep(problem: Problem, keep_bytes: int | None, backend: str) -> tuple[int, bool]:
+    """The number of rows whose exponentials are kept, and whether it is all that the bound allows."""
+    hidden, num_labels = problem.hidden, problem.labels.shape[0]
     # fp16 cannot hold both the exponentials beside a confident target and the target's entry, which can reach V. The native
     # backend keeps fp32 for fp16 inputs.
     if hidden.dtype == torch.float16 and backend != "native":
-        return 0
+        return 0, False
     if hidden.dtype == torch.float16 and is_traced(hidden):
-        return 0  # the dtype that the backend keeps must be known before one is chosen
-    element_size = 4 if on_cpu and hidden.dtype == torch.float16 else hidden.element_size()
+        return 0, False  # the dtype that the backend keeps must be known before one is chosen
     allowed = default_keep_bytes(hidden.device) if keep_bytes is None else keep_bytes
-    return min(problem.labels.shape[0], allowed // (vocabulary * element_size))
+    rows = min(num_labels, allowed // kept_bytes_per_row(hidden.dtype, hidden.device, problem.weight.shape[0]))
+    return rows, rows < num_labels and keep_bytes != 0
+
+
+def kept_bytes_per_row(dtype: torch.dtype, device: torch.device, vocabulary: int) -> int:
+    """Memory of one label's exponentials, for inputs of a dtype."""
+    return vocabulary * (4 if device.type == "cpu" and dtype == torch.float16 else dtype.itemsize)
 
 
 def default_keep_bytes(device: torch.device) -> int:

@@ -44,12 +44,16 @@ class Wanted:
     direction: d lp / d hidden of each valid row.
     keep_rows: keep the exponentials of up to this many valid rows, with which the head's gradient needs no second pass over the
         logits. It may be more than 0 without the direction, where only the head trains.
+    bounded: True if keep_rows is all that a memory bound allows, so that leaving rows out is worth a warning.
     stats: the columns of STATS.
+    logsumexp_grad: a gradient may come back through logsumexp.
     """
 
     direction: bool
     keep_rows: int = 0
+    bounded: bool = False
     stats: bool = False
+    logsumexp_grad: bool = False
 
 
 STATS = ("logsumexp", "entropy", "is_top1", "log_sum_sq_probs")
@@ -75,13 +79,13 @@ class Computed:
     stats: Tensor
 
 
-def direction_dtype(dtype: torch.dtype, stats: bool) -> torch.dtype:
+def direction_dtype(dtype: torch.dtype, logsumexp_grad: bool) -> torch.dtype:
     """Dtype of the direction for inputs of `dtype`: fp32 where 16 bits would lose its small values, otherwise the same.
 
     In fp16, 1 - p of a confident token is below the smallest number until the loss scale multiplies it. The gradient through
-    logsumexp (stats) subtracts the direction from a row of W, which is much larger than the difference.
+    logsumexp subtracts the direction from a row of W, which is much larger than the difference.
     """
-    return torch.float32 if dtype == torch.float16 or (stats and dtype == torch.bfloat16) else dtype
+    return torch.float32 if dtype == torch.float16 or (logsumexp_grad and dtype == torch.bfloat16) else dtype
 
 
 @dataclass(frozen=True)

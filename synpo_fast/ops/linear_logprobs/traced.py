@@ -24,10 +24,13 @@ def _padded(values: Tensor, num_rows: int) -> Tensor:
 @torch.library.custom_op("synpo_fast::linear_logprobs_forward", mutates_args=())
 def traced_forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, rows: Tensor | None,
-    logit_scale: float, softcap: float | None, ignore_index: int, direction: bool, keep_rows: int, stats: bool, backend: str,
+    logit_scale: float, softcap: float | None, ignore_index: int, direction: bool, keep_rows: int, bounded: bool, stats: bool,
+    logsumexp_grad: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem = Problem(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index)
-    computed = forward(problem, Wanted(direction, keep_rows, stats), choose_at_run_time(hidden, backend))
+    computed = forward(
+        problem, Wanted(direction, keep_rows, bounded, stats, logsumexp_grad), choose_at_run_time(hidden, backend)
+    )
     num_labels, vocabulary = labels.shape[0], weight.shape[0]
     return (
         computed.logps,
@@ -39,13 +42,28 @@ def traced_forward(
 
 
 @traced_forward.register_fake
-def _(hidden, weight, labels, bias, rows, logit_scale, softcap, ignore_index, direction, keep_rows, stats, backend):
+def _(
+    hidden,
+    weight,
+    labels,
+    bias,
+    rows,
+    logit_scale,
+    softcap,
+    ignore_index,
+    direction,
+    keep_rows,
+    bounded,
+    stats,
+    logsumexp_grad,
+    backend,
+):
     logps = hidden.new_empty(labels.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     return (
         logps,
         logps.new_empty(labels.shape[0], 2),
         hidden.new_empty(
-            labels.shape[0] if direction else 0, hidden.shape[1], dtype=direction_dtype(hidden.dtype, stats)
+            labels.shape[0] if direction else 0, hidden.shape[1], dtype=direction_dtype(hidden.dtype, logsumexp_grad)
         ),
         hidden.new_empty(keep_rows, weight.shape[0]),
         logps.new_empty(labels.shape[0] if stats else 0, len(STATS)),

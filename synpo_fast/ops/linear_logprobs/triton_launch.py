@@ -143,7 +143,7 @@ def linear_logprobs_forward(problem: Problem, wanted: Wanted) -> Computed:
         computed = Computed(
             logps=torch.zeros(num_labels, dtype=torch.float32, device=device),
             normalisers=torch.zeros(num_labels, 2, dtype=torch.float32, device=device),
-            direction=torch.empty(0, dim, dtype=direction_dtype(dtype, wanted.stats), device=device),
+            direction=torch.empty(0, dim, dtype=direction_dtype(dtype, wanted.logsumexp_grad), device=device),
             exponentials=torch.empty(kept, whole, dtype=dtype, device=device),
             stats=torch.zeros(num_labels if wanted.stats else 0, len(STATS), dtype=torch.float32, device=device),
         )

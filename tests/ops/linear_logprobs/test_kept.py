@@ -110,5 +110,25 @@ def test_a_bound_that_is_exceeded_is_said_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fused_linear_logprobs(hidden, weight, labels, keep_bytes=5 * 5 * 4, backend="chunked")  # the valid rows fit
-    with pytest.warns(UserWarning, match="exceed keep_bytes"):
-        fused_linear_logprobs(hidden, weight, labels, keep_bytes=4 * 5 * 4, backend="chunked")
+        fused_linear_logprobs(hidden, weight, labels, keep_bytes=0, backend="chunked")  # asked for
+    for keep_bytes in (4 * 5 * 4, 1):
+        host._warn_once_that_logits_are_computed_again.cache_clear()
+        with pytest.warns(UserWarning, match="exceed keep_bytes"):
+            fused_linear_logprobs(hidden, weight, labels, keep_bytes=keep_bytes, backend="chunked")
+
+
+@pytest.mark.parametrize("backend", ["chunked", "native", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_certain_tokens_with_large_coefficients(backend, dtype):
+    """Every log-prob rounds to 0, so the largest c (1 - p) is 0, too: nothing may be divided by it."""
+    device = device_of(backend, dtype)
+    case = make_case(4, 16, 60, spread=0.1)
+    case.hidden[:] = 0.0
+    case.hidden[:, 0] = 16.0
+    case.weight[7, 0] = 10.0
+    case.labels[:] = 7
+    weight, hidden = (t.to(device, dtype).requires_grad_() for t in (case.weight, case.hidden))
+    logps = fused_linear_logprobs(hidden, weight, case.labels.to(device), backend=backend, keep_bytes=0)
+    assert (logps == 0).all()
+    (1024.0 * logps.sum()).backward()
+    assert torch.isfinite(weight.grad).all() and torch.isfinite(hidden.grad).all()

@@ -174,3 +174,70 @@ def test_in_a_compiled_function():
         grads.append([*torch.autograd.grad(total, [hidden, weight]), entropy, top1])
     for eager, compiled in zip(*grads, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+@every_backend
+@pytest.mark.parametrize("options", ["plain", "ignored", "repeated rows"])
+def test_mean_logits_and_their_gradient(backend, dtype, options):
+    case = make_case(45, 40, 130, bias=True, logit_scale=0.7, **OPTIONS[options]).rounded(dtype)
+    valid = case.labels != case.options["ignore_index"]
+    weights = torch.linspace(-1, 2, 45, dtype=torch.float64)
+
+    def of_logits(dtype):
+        leaves = leaves_of(case, dtype)
+        means = logits_of(case, leaves)[0].mean(1)
+        grads = torch.autograd.grad((means * weights[valid].to(means)).sum(), list(leaves.values()))
+        return [means.detach().double(), *(grad.double() for grad in grads)]
+
+    device = device_of(backend, dtype)
+    leaves = leaves_of(case, dtype, device)
+    rows = None if case.rows is None else case.rows.to(device)
+    means = fused_linear_outputs(
+        leaves["hidden"], leaves["weight"], case.labels.to(device), bias=leaves["bias"], rows=rows, backend=backend,
+        with_mean_logits=True, **case.options,
+    ).mean_logits  # fmt: skip
+    grads = torch.autograd.grad((means * weights.to(means)).sum(), list(leaves.values()))
+    assert means.dtype == torch.float32 and not means[~valid.to(device)].any()
+    found = [means[valid.to(device)], *grads]
+    for mine, peer, true in zip(found, of_logits(dtype), of_logits(torch.float64), strict=True):
+        assert error(mine.detach().double().cpu(), true) <= allowed(error(peer, true), dtype)
+
+
+def test_mean_logits_stay_fp32_under_autocast():
+    case = make_case(20, 16, 60)
+    hidden, weight = case.hidden.bfloat16(), case.weight.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fused_linear_outputs(hidden.float(), weight.float(), case.labels, with_mean_logits=True)
+    torch.testing.assert_close(
+        found.mean_logits.double(), (hidden.double() @ weight.double().t()).mean(1), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_bias_gradient_of_a_z_loss_over_frequent_words():
+    """Thousands of terms of a few labels: their sum must not stagnate in 16 bits."""
+    case = make_case(2048, 32, 60, bias=True).rounded(torch.bfloat16)
+    case.labels %= 20
+
+    def gradients(dtype, fused):
+        leaves = leaves_of(case, dtype)
+        if fused:
+            found = fused_linear_outputs(leaves["hidden"], leaves["weight"], case.labels, bias=leaves["bias"])
+            loss = (1e-2 * found.logsumexp.square() - found.logps).mean()
+        else:
+            logits, labels = logits_of(case, leaves)
+            loss = (1e-2 * logits.logsumexp(1).square()).mean() + F.cross_entropy(logits, labels)
+        return [grad.double() for grad in torch.autograd.grad(loss, [leaves["weight"], leaves["bias"]])]
+
+    truth, eager = gradients(torch.float64, False), gradients(torch.bfloat16, False)
+    for mine, peer, true in zip(gradients(torch.bfloat16, True), eager, truth, strict=True):
+        # The head's own gradient is rounded to bf16 before the targets' terms are added: two roundings more.
+        assert error(mine, true) <= allowed(error(peer, true), torch.bfloat16) + 4e-3
+
+
+def test_no_gradient_through_logsumexp_unless_wanted():
+    case = make_case(12, 8, 30)
+    hidden, weight = case.hidden.bfloat16().requires_grad_(), case.weight.bfloat16()
+    found = fused_linear_outputs(hidden, weight, case.labels, logsumexp_grad=False)
+    assert found.logps.requires_grad and not found.logsumexp.requires_grad
+    saved = found.logps.grad_fn.saved_tensors if hasattr(found.logps.grad_fn, "saved_tensors") else ()
+    assert all(tensor is None or tensor.data_ptr() != weight.data_ptr() for tensor in saved)

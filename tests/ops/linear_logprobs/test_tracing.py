@@ -53,7 +53,7 @@ def test_the_operators_pass_torchs_own_checks():
     hidden, weight = torch.randn(6, 8), torch.randn(20, 8)
     labels = torch.tensor([1, -100, 3, 4, -100, 19])
     forward = torch.ops.synpo_fast.linear_logprobs_forward
-    arguments = (hidden, weight, labels, None, None, 1.0, None, -100, True, 2, True, "chunked")
+    arguments = (hidden, weight, labels, None, None, 1.0, None, -100, True, 2, True, True, True, "chunked")
     torch.library.opcheck(forward, arguments)
     saved = forward(*arguments)[:4]
     torch.library.opcheck(
