@@ -82,7 +82,8 @@ class Pair:
             self._take_responses(name)
         known = ("preference", "sft", *LABELS.values())
         if self.loss not in known:
-            raise ValueError(f"{name}: loss must be {' or '.join(map(repr, known))}, got {self.loss!r}")
+            *most, last = map(repr, known)
+            raise ValueError(f"{name}: loss must be {', '.join(most)} or {last}, got {self.loss!r}")
         unused = {"sft": "rejected", "desirable": "rejected", "undesirable": "chosen"}.get(self.loss)
         if self.has_label and unused and getattr(self, unused):
             raise ValueError(f"{name}: a row with loss {self.loss!r} has one response, so {unused} must be empty")

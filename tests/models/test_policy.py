@@ -190,7 +190,7 @@ def test_nothing_is_cut():
         ({"video": np.zeros((4, 32, 32, 3), np.float32)}, r"uint8 \[T, H, W, 3\], got float32 \[4, 32, 32, 3\]$"),
         ({"video": np.zeros((4, 3, 32, 32), np.uint8)}, r"got uint8 \[4, 3, 32, 32\]$"),
         ({"video": [np.zeros((32, 32, 3), np.uint8)] * 4}, r"or frames as uint8 \[T, H, W, 3\], got list$"),
-        ({"loss": "ppo"}, "loss must be 'preference' or 'sft', got 'ppo'"),
+        ({"loss": "ppo"}, "loss must be 'preference', 'sft', 'desirable' or 'undesirable', got 'ppo'"),
     ],
 )
 def test_bad_pairs_are_named(fields, message):
