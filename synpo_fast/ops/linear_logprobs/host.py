@@ -111,12 +111,10 @@ def weight_grads_of_exponentials(
     factor = -c / normalisers[:, 1:]
     if problem.softcap is None:
         factor = factor * problem.logit_scale
-    # Late in SynPO training a coefficient can be below fp16's smallest number, so the product uses factor / max |factor|.
-    peak = factor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    factor = factor / peak
+    assert exponentials.dtype != torch.float16, "late in training a factor is below fp16's smallest number"
     grad_weight = torch.mm(exponentials.t(), (hidden * factor).to(exponentials.dtype))
     grad_bias = problem.weight.new_empty(0)
     if want_bias:
         grad_bias = (factor.to(exponentials.dtype).t() @ exponentials).squeeze(0)
-        grad_bias = grad_bias.mul_(peak).to(problem.weight.dtype)
-    return grad_weight.mul_(peak).to(problem.weight.dtype), grad_bias
+        grad_bias = grad_bias.to(problem.weight.dtype)
+    return grad_weight.to(problem.weight.dtype), grad_bias
