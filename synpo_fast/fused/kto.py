@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from synpo_fast.fused.settings import check_settings, shown
 from synpo_fast.losses import LossOutput, PairLogprobs, kto
 from synpo_fast.losses.checks import check_number
 from synpo_fast.ops.linear_logprobs import fused_linear_logprobs
@@ -24,7 +25,7 @@ class FusedLinearKTOLoss(nn.Module):
     Args:
         ignore_index: target entries that do not count (prompt, padding).
         beta: scale of the log-ratios to the reference.
-        use_ref_model: with False the reference log-probs are 0.
+        use_ref_model: with False the reference log-probs are 0, and a reference that is given is ignored, as in Liger.
         average_log_prob: use means over tokens instead of sums.
         compiled, chunk_size: tune Liger's implementation and have no effect here.
         desirable_weight, undesirable_weight: weights of the two labels; Liger has none.
@@ -38,8 +39,9 @@ class FusedLinearKTOLoss(nn.Module):
     undesirable responses, as in Liger; the logits are summed over all positions and the vocabulary. `last_output` keeps the
     LossOutput with all metrics, detached.
 
-    kl: KTO's reference point, one number (see losses/kto.py); None is 0, as in Liger. Liger takes one per response, too, but adds
-    the loss up once for each of them, so this is refused here. A response without any target has log-prob 0 and counts.
+    kl: KTO's reference point, a number or a tensor with one (see losses/kto.py); None is 0, as in Liger. Liger takes one per
+    response, too, but adds the loss up once for each of them, so this is refused here. A response without any target has
+    log-prob 0 and counts.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class FusedLinearKTOLoss(nn.Module):
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise ValueError(f"unknown argument {', '.join(unknown)}; expected one of {', '.join(known)}")
+        check_settings(ignore_index=ignore_index, **settings)
         check_number("beta", beta, above=0.0)
         check_number("desirable_weight", desirable_weight, at_least=0.0)
         check_number("undesirable_weight", undesirable_weight, at_least=0.0)
@@ -78,14 +81,15 @@ class FusedLinearKTOLoss(nn.Module):
         ref_input: Tensor | None = None,
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
-        kl: Tensor | None = None,
+        kl: Tensor | float | None = None,
     ) -> tuple[Tensor, Outputs]:
-        labels = self._check(_input, target, preference_labels, ref_input, ref_weight, kl)
+        labels, point = self._check(_input, target, preference_labels), _reference_point(kl, target.device)
         reference = torch.zeros(labels.shape[0], device=target.device)
-        if ref_input is not None and ref_weight is not None:
+        if self.use_ref_model:
+            if ref_input is None or ref_weight is None:
+                raise ValueError("use_ref_model=True needs ref_input and ref_weight")
             with torch.no_grad():
                 reference = self._values(ref_input, ref_weight, target, ref_bias)
-        point = torch.zeros((), device=target.device) if kl is None else kl.detach().reshape(()).to(target.device)
         policy = _rows(self._values(_input, lin_weight, target, bias), labels, point)
         output = kto(policy, _rows(reference, labels, point), **self.options)
         loss = output.losses.mean()
@@ -104,33 +108,36 @@ class FusedLinearKTOLoss(nn.Module):
         sums = logps.sum(1)
         return sums / (target != self.ignore_index).sum(1).clamp(min=1) if self.average_log_prob else sums
 
-    def _check(
-        self,
-        hidden: Tensor,
-        target: Tensor,
-        labels: Tensor | None,
-        ref_input: Tensor | None,
-        ref_weight: Tensor | None,
-        kl: Tensor | None,
-    ) -> Tensor:
+    def _check(self, hidden: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
         if hidden.dim() != 3 or hidden.shape[0] == 0 or target.shape != hidden.shape[:2]:
             raise ValueError(
                 f"_input must be [B, T, D] and target [B, T], got {list(hidden.shape)} and {list(target.shape)}"
             )
-        if labels is None or labels.dtype != torch.bool or labels.shape != target.shape[:1]:
-            got = "None" if labels is None else f"{labels.dtype} {list(labels.shape)}"
-            raise ValueError(f"preference_labels must be bool [{target.shape[0]}], one for each response, got {got}")
-        given = ref_input is not None and ref_weight is not None
-        if self.use_ref_model and not given:
-            raise ValueError("use_ref_model=True needs ref_input and ref_weight")
-        if not self.use_ref_model and (ref_input is not None or ref_weight is not None):
-            raise ValueError("a reference was given, but use_ref_model is False")
-        if kl is not None and kl.numel() != 1:
-            raise ValueError(f"kl must be one number, the mean over the batch, got {list(kl.shape)}")
+        if not isinstance(labels, Tensor) or labels.dtype != torch.bool or labels.shape != target.shape[:1]:
+            got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+            raise ValueError(
+                f"preference_labels must be bool [{target.shape[0]}], a tensor with one value for each response, got {got}"
+            )
         return labels
+
+    def extra_repr(self) -> str:
+        more = {"use_ref_model": self.use_ref_model, "average_log_prob": self.average_log_prob}
+        return shown({**self.options, **more, "ignore_index": self.ignore_index, **self.settings})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "last_output": None}
+
+
+def _reference_point(kl: Tensor | float | None, device: torch.device) -> Tensor:
+    """KTO's reference point as a scalar tensor without gradient."""
+    if isinstance(kl, Tensor):
+        if kl.numel() != 1:
+            raise ValueError(f"kl must be one number, the mean over the batch, got {list(kl.shape)}")
+        return kl.detach().reshape(()).to(device)
+    if kl is None:
+        return torch.zeros((), device=device)
+    check_number("kl", kl)
+    return torch.full((), float(kl), device=device)
 
 
 def _rows(values: Tensor, labels: Tensor, kl: Tensor) -> PairLogprobs:

@@ -14,35 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss
+from synpo_fast.fused.settings import check_settings, shown
+from synpo_fast.losses import LOSSES, AuxiliaryNLL, LossOutput, PairLogprobs, preference_loss, spec_of
+from synpo_fast.losses.spec import LossSpec
+from synpo_fast.losses.weighted_sum import SFT, canonical_name
 from synpo_fast.ops.linear_logprobs import (
-    BACKENDS,
     TokenOutputs,
     fused_linear_logprobs,
     fused_linear_outputs,
     mean_row,
 )
-from synpo_fast.ops.linear_logprobs.problem import check_numbers
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-DPO_TYPES = (
-    "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
-    "ipo", "sigmoid_norm", "aot", "aot_unpaired",
-)  # fmt: skip
-PER_TOKEN = ("ipo", "sigmoid_norm")  # divide a sum by the response's length
+NEEDS_TOKENS = ("synpo", "synpo_ref", "ipo", "sigmoid_norm")  # read more of a response than its summed log-prob
 
 
 class FusedLinearPreferenceLoss(nn.Module):
     """Computes any loss of synpo_fast.losses from hidden states and a head.
 
     Args:
-        loss: a key of LOSSES; `options` are its options, checked here.
+        loss: a key of LOSSES, or a weighted sum such as "dpo,bco_pair,sft" with the option loss_weights; `options` are its
+            options, checked here. kto is a class of its own (FusedLinearKTOLoss), and so is sft (FusedLinearCrossEntropyLoss).
         ignore_index: target entries that do not count (prompt, padding).
         auxiliary: an NLL term on the chosen response, added to the loss.
-        average_log_prob: losses that use sums use means instead (each response's log-probs are divided by its length).
+        average_log_prob: losses that use sums use means instead (each response's log-probs are divided by its length). Not for
+            losses with an NLL of their own.
         logit_scale, softcap: as in fused_linear_logprobs.
         keep_bytes, backend: as in fused_linear_logprobs.
-        like_liger: treat a response without any target and nll_loss as Liger does; see below.
+        like_liger: treat a response without any target, nll_loss and an unneeded reference as Liger does; see below.
 
     forward(lin_weight, _input, target, bias=None, ref_input=None, ref_weight=None, ref_bias=None) returns
         loss, (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss, chosen_rewards, rejected_rewards)
@@ -51,8 +50,9 @@ class FusedLinearPreferenceLoss(nn.Module):
     metrics, `last_tokens` the TokenOutputs [2B, T] of the policy (entropy, is_top1, ...), both detached.
 
     A response whose targets are all ignored raises ValueError on a CPU; on a GPU its pair has loss 0 and is counted in
-    empty_pairs. With like_liger it has log-prob 0 and its pair counts. nll_loss is the NLL per chosen token; with like_liger it
-    is 0 unless it is part of the loss.
+    empty_pairs. With like_liger it has log-prob 0 and its pair counts, except in losses with an NLL of their own. nll_loss is the
+    NLL per chosen token; with like_liger it is 0 unless it is part of the loss. A reference that the loss does not read raises
+    ValueError; with like_liger a loss whose reference is switched off (reference_free) ignores it.
     """
 
     def __init__(
@@ -70,28 +70,24 @@ class FusedLinearPreferenceLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}, expected one of {', '.join(LOSSES)}")
-        unknown = sorted(set(options) - set(LOSSES[loss].options))
+        self.loss, self.spec = canonical_name(loss), _spec_of(loss)
+        unknown = sorted(set(options) - set(self.spec.options))
         if unknown:
-            raise ValueError(
-                f"loss {loss!r} has no option {', '.join(unknown)}; it has {', '.join(LOSSES[loss].options)}"
-            )
+            raise ValueError(f"loss {loss!r} has no option {', '.join(unknown)}; it has {', '.join(self.spec.options)}")
         if auxiliary is not None and auxiliary.target != "chosen":
             raise ValueError(
                 f"auxiliary target {auxiliary.target!r} needs rows of its own; this module supports only 'chosen'"
             )
-        if keep_bytes is not None and keep_bytes < 0:
-            raise ValueError(f"keep_bytes must not be negative, got {keep_bytes}")
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
-        uses_means = LOSSES[loss].reads == "mean" or loss in PER_TOKEN or options.get("variant") == "ipo"
-        if average_log_prob and uses_means:
+        if average_log_prob and self.spec.has_nll:
+            raise ValueError(f"average_log_prob is not possible with {loss!r}, because its NLL is part of the loss")
+        members = self.loss.split(",")
+        # In a sum an option that was not given has each member's own default.
+        self.options = options if len(members) > 1 else {**self.spec.options, **options}
+        if average_log_prob and (self._needs_tokens() or any(LOSSES[each].reads == "mean" for each in members)):
             raise ValueError(
                 f"average_log_prob is for losses that use sums; {loss!r} with these options already uses means"
             )
-        check_numbers(logit_scale, softcap, ignore_index)
-        self.loss, self.options = loss, {**LOSSES[loss].options, **options}
+        check_settings(logit_scale, softcap, ignore_index, keep_bytes, backend)
         self.ignore_index, self.auxiliary, self.average_log_prob = ignore_index, auxiliary, average_log_prob
         self.logit_scale, self.softcap, self.keep_bytes, self.backend = logit_scale, softcap, keep_bytes, backend
         self.like_liger = like_liger
@@ -103,11 +99,12 @@ class FusedLinearPreferenceLoss(nn.Module):
         self.loss_of_logps(one, torch.zeros(2, 1).long() + (ignore_index == 0), one if self.needs_reference else None)
 
     def extra_repr(self) -> str:
-        return ", ".join([self.loss, *(f"{name}={value!r}" for name, value in self.options.items())])
+        more = {"auxiliary": self.auxiliary, "average_log_prob": self.average_log_prob, "like_liger": self.like_liger}
+        return f"{self.loss!r}, {shown({**self.options, **more, **self._of_the_op()})}"
 
     @property
     def needs_reference(self) -> bool:
-        return LOSSES[self.loss].reads_reference(self.options)
+        return self.spec.reads_reference(self.options)
 
     def forward(
         self,
@@ -119,7 +116,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
     ) -> tuple[Tensor, Outputs]:
-        self._check(lin_weight, _input, target, ref_input, ref_weight)
+        self._check(_input, target, ref_input, ref_weight, ref_bias)
         reference = self._reference_logps(target, ref_input, ref_weight, ref_bias) if self.needs_reference else None
         tokens = fused_linear_outputs(_input, lin_weight, target, bias=bias, logsumexp_grad=False, **self._of_the_op())
         output = self.loss_of_logps(tokens.logps, target, reference)
@@ -128,7 +125,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         self.last_output = replace(output, losses=output.losses.detach())
         chosen_mean, rejected_mean = self._logit_means(lin_weight, _input, bias)
         nll = output.metrics["nll_loss"]
-        if self.like_liger and self.auxiliary is None:
+        if self.like_liger and self.auxiliary is None and not self.spec.has_nll:
             nll = torch.zeros_like(nll)
         return loss, (
             output.chosen_logps, output.rejected_logps, chosen_mean, rejected_mean, nll,
@@ -146,13 +143,18 @@ class FusedLinearPreferenceLoss(nn.Module):
 
     def _reads_one_value(self) -> bool:
         """True for a loss of Liger's, which reads one number of each response: a sum or a mean of log-probs."""
-        return self.like_liger and self.loss not in PER_TOKEN and self.options.get("ld_alpha", 1.0) == 1.0
+        of_liger = self.like_liger and "," not in self.loss and not self.spec.has_nll
+        return of_liger and not self._needs_tokens() and self.options.get("ld_alpha", 1.0) == 1.0
+
+    def _needs_tokens(self) -> bool:
+        """True for a loss that a sum or a mean of log-probs does not determine."""
+        return self.options.get("variant") == "ipo" or any(each in NEEDS_TOKENS for each in self.loss.split(","))
 
     def _on_values(self, logps: Tensor, mask: Tensor, reference: Tensor | None) -> LossOutput:
         """Computes the loss of one value of each response: the sum or mean of its log-probs, 0 if it has no target.
 
         The NLL reads the log-probs themselves."""
-        averaged = self.average_log_prob or LOSSES[self.loss].reads == "mean"
+        averaged = self.average_log_prob or self.spec.reads == "mean"
         lengths = mask.sum(1)
 
         def values(logps: Tensor) -> PairLogprobs:
@@ -189,17 +191,17 @@ class FusedLinearPreferenceLoss(nn.Module):
         self, target: Tensor, ref_input: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
     ) -> Tensor:
         if ref_input is None or ref_weight is None:
-            raise ValueError(f"loss {self.loss!r} needs ref_input and ref_weight, or reference_free=True")
+            free = ", or reference_free=True" if "reference_free" in self.options else ""
+            raise ValueError(f"loss {self.loss!r} needs ref_input and ref_weight{free}")
         return fused_linear_logprobs(ref_input, ref_weight, target, bias=ref_bias, **self._of_the_op())
 
-    def _check(
-        self, weight: Tensor, hidden: Tensor, target: Tensor, ref_input: Tensor | None, ref_weight: Tensor | None
-    ) -> None:
+    def _check(self, hidden: Tensor, target: Tensor, *reference: Tensor | None) -> None:
         if hidden.dim() != 3 or hidden.shape[0] % 2 or hidden.shape[0] == 0:
             raise ValueError(f"_input must be [2B, T, D], chosen half first, got {list(hidden.shape)}")
         if target.shape != hidden.shape[:2]:
             raise ValueError(f"target must be {list(hidden.shape[:2])} like _input, got {list(target.shape)}")
-        if not self.needs_reference and (ref_input is not None or ref_weight is not None):
+        ignored = self.like_liger and self.spec.needs_reference
+        if not self.needs_reference and not ignored and any(each is not None for each in reference):
             raise ValueError(f"loss {self.loss!r} with these options uses no reference, but one was given")
 
     @torch.no_grad()
@@ -225,115 +227,13 @@ class FusedLinearPreferenceLoss(nn.Module):
         return {**super().__getstate__(), "_mean_row": None, "last_output": None, "last_tokens": None}
 
 
-class FusedLinearSynPOLoss(FusedLinearPreferenceLoss):
-    """SynPO (arXiv 2506.00835) on hidden states and a head: -link(alpha (G+ - G-)) - beta A+.
-
-    G is the geometric mean of a response's token probabilities, A the arithmetic mean; + is chosen, - rejected.
-
-    Args:
-        alpha: steepness of the contrast.
-        beta: weight of the language term A+.
-        link: "sigmoid" (the authors' code) or "logsigmoid".
-        ignore_index: target entries that do not count (prompt, padding).
-        settings: those of FusedLinearPreferenceLoss, such as softcap.
-
-    Called with (lin_weight, _input, target, bias=None) it returns what FusedLinearPreferenceLoss returns.
-    """
-
-    def __init__(
-        self, alpha: float = 30.0, beta: float = 0.2, link: str = "sigmoid", ignore_index: int = -100, **settings: Any
-    ) -> None:
-        super().__init__("synpo", ignore_index=ignore_index, alpha=alpha, beta=beta, link=link, **settings)
-
-
-class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
-    """DPO and its relatives, with the arguments of LigerFusedLinearDPOLoss.
-
-    loss_type: Liger's ten types (sigmoid, hinge, exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero, apo_down, discopop),
-    and ipo, sigmoid_norm, aot and aot_unpaired of TRL. nll_loss and a response whose targets are all ignored are treated as in
-    Liger (like_liger); with average_log_prob Liger's loss is NaN for such a response, here its log-prob is 0.
-
-    Args:
-        beta: scale of the log-ratios to the reference.
-        alpha: weight of the NLL on the chosen response, with compute_nll_loss.
-        use_ref_model: with False the reference log-probs are 0.
-        average_log_prob: use means over tokens instead of sums.
-        label_smoothing: for the types that have one. With "sigmoid" it gives conservative DPO; Liger ignores it there.
-        discopop_tau: temperature of discopop.
-        compiled, chunk_size: tune Liger's implementation and have no effect here.
-        settings: those of FusedLinearPreferenceLoss.
-    """
-
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        alpha: float = 1.0,
-        compute_nll_loss: bool = False,
-        compiled: bool = True,
-        use_ref_model: bool = True,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-        loss_type: str = "sigmoid",
-        label_smoothing: float = 0.0,
-        discopop_tau: float = 0.05,
-        **settings: Any,
-    ) -> None:
-        name = {"sigmoid": "dpo"}.get(loss_type, loss_type)
-        if loss_type not in DPO_TYPES:
-            raise ValueError(f"loss_type must be one of {', '.join(DPO_TYPES)}, got {loss_type!r}")
-        optional = {"label_smoothing": (label_smoothing, 0.0), "discopop_tau": (discopop_tau, 0.05)}
-        for option, (value, default) in optional.items():
-            if option in LOSSES[name].options:
-                settings[option] = value
-            elif value != default:
-                raise ValueError(f"loss_type {loss_type!r} has no {option}: leave it at {default}, got {value}")
-        super().__init__(
-            name,
-            ignore_index=ignore_index,
-            auxiliary=_chosen_nll(alpha) if compute_nll_loss else None,
-            average_log_prob=average_log_prob,
-            beta=beta,
-            reference_free=not use_ref_model,
-            like_liger=True,
-            **settings,
+def _spec_of(loss: str) -> LossSpec:
+    """The description of a loss or of a sum. Raises ValueError for those that have a class of their own."""
+    if canonical_name(loss) == SFT:
+        raise ValueError("loss 'sft' alone compares no pairs: use FusedLinearCrossEntropyLoss")
+    spec = spec_of(loss)
+    if spec.needs_kl:
+        raise ValueError(
+            f"loss {loss!r} needs KTO's reference point and a label for each response: use FusedLinearKTOLoss for kto"
         )
-
-
-class FusedLinearSimPOLoss(FusedLinearPreferenceLoss):
-    """SimPO with the arguments of LigerFusedLinearSimPOLoss, including its default beta of 0.1.
-
-    Args:
-        beta, gamma: scale of the mean log-probs, and the target margin for the scaled difference.
-        alpha: weight of the NLL on the chosen response, with compute_nll_loss.
-        compiled, chunk_size: tune Liger's implementation and have no effect here.
-        settings: those of FusedLinearPreferenceLoss.
-    """
-
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        alpha: float = 1.0,
-        label_smoothing: float = 0.0,
-        compute_nll_loss: bool = True,
-        compiled: bool = True,
-        gamma: float = 0.5,
-        chunk_size: int = 1,
-        **settings: Any,
-    ) -> None:
-        super().__init__(
-            "simpo",
-            ignore_index=ignore_index,
-            auxiliary=_chosen_nll(alpha) if compute_nll_loss else None,
-            beta=beta,
-            gamma=gamma,
-            label_smoothing=label_smoothing,
-            like_liger=True,
-            **settings,
-        )
-
-
-def _chosen_nll(weight: float) -> AuxiliaryNLL:
-    """Liger's NLL term: the mean over all chosen tokens of the batch."""
-    return AuxiliaryNLL(target="chosen", weight=weight, reduce="batch_token_mean")
+    return spec

@@ -1,5 +1,7 @@
 """FusedLinearCrossEntropyLoss against cross entropy of materialised fp64 logits, and sft in the trainer with both terms."""
 
+import inspect
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -73,11 +75,38 @@ def test_a_plain_loss_and_no_valid_target():
         ({"label_smoothing": 0.1, "softcap": 3.0}, "label_smoothing=0.1 is not possible with softcap=3.0"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0, expected less than 1"),
         ({"lse_square_scale": -1.0}, "z_loss is -1.0, expected at least 0"),
+        ({"ce_weight": torch.ones(9)}, r"ce_weight must be None, got a tensor \[9\]"),
+        ({"ce_weight": -100}, "ce_weight must be None, got -100.*ignore_index is the second"),
+        ({"use_token_scaling": True}, "use_token_scaling must be False"),
+        ({"return_predicted_tokens": True}, "return_predicted_tokens must be False"),
+        ({"keep_bytes": -1}, "keep_bytes must not be negative, got -1"),
+        ({"keep_bytes": 1.5}, "keep_bytes must be a number of bytes, got 1.5"),
     ],
 )
 def test_mistakes_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         FusedLinearCrossEntropyLoss(**arguments)
+
+
+def test_the_arguments_are_ligers_in_its_order():
+    liger = pytest.importorskip("liger_kernel.transformers.fused_linear_cross_entropy", reason="Liger is not installed")
+    for method in ("__init__", "forward"):
+        theirs, ours = (
+            [(each.name, each.default) for each in inspect.signature(getattr(owner, method)).parameters.values()]
+            for owner in (liger.LigerFusedLinearCrossEntropyLoss, FusedLinearCrossEntropyLoss)
+        )
+        assert ours[: len(theirs)] == theirs, method
+    module = FusedLinearCrossEntropyLoss(
+        None, 7, 0.0, 0.0, "sum", 4.0, True, torch.float32, False, True, False, backend="chunked"
+    )
+    weight, hidden, target = torch.randn(20, 8), torch.randn(6, 8), torch.tensor([1, 7, 3, 7, 0, 19])
+    logits = 4.0 * torch.tanh(F.linear(hidden, weight) / 4.0)
+    expected = F.cross_entropy(logits, target, ignore_index=7, reduction="sum")
+    output = module(weight, hidden, target)
+    torch.testing.assert_close(output.loss, expected)
+    assert output.z_loss is not None and output.token_accuracy is not None
+    for option in ("reduction='sum'", "ignore_index=7", "softcap=4.0", "label_smoothing=0.0", "backend='chunked'"):
+        assert option in repr(module)
 
 
 def test_penalties_pass_gradcheck():

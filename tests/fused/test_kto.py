@@ -85,7 +85,7 @@ def test_logits_in_fp64(average, dtype):
 
 
 def test_what_is_refused():
-    (hidden, weight, _), target, labels, reference = batch()
+    (hidden, weight, _), target, labels, _ = batch()
     module = FusedLinearKTOLoss()
     cases = [
         ((hidden, weight, target), {}, r"preference_labels must be bool \[5\].*got None"),
@@ -96,13 +96,53 @@ def test_what_is_refused():
             {"preference_labels": labels, "kl": torch.zeros(B)},
             r"kl must be one number.*\[5\]",
         ),
-        ((hidden, weight, target), {"preference_labels": labels, "ref_input": reference[0]}, "use_ref_model is False"),
+        (
+            (hidden, weight, target),
+            {"preference_labels": labels.tolist()},
+            r"preference_labels must be bool \[5\], a tensor .*got \[True",
+        ),
+        ((hidden, weight, target), {"preference_labels": labels, "kl": float("nan")}, "kl is nan"),
+        ((hidden, weight, target), {"preference_labels": labels, "kl": [0.3]}, r"kl is \[0.3\]"),
     ]
     for arguments, more, message in cases:
         with pytest.raises(ValueError, match=message):
             module(*arguments, **more)
     with pytest.raises(ValueError, match="use_ref_model=True needs ref_input and ref_weight"):
         FusedLinearKTOLoss(use_ref_model=True)(hidden, weight, target, preference_labels=labels)
-    for more, message in (({"beta": 0.0}, "beta is 0.0"), ({"softcaps": 3.0}, "unknown argument softcaps")):
+    for more, message in (
+        ({"beta": 0.0}, "beta is 0.0"),
+        ({"softcaps": 3.0}, "unknown argument softcaps"),
+        ({"keep_bytes": -1}, "keep_bytes must not be negative, got -1"),
+        ({"backend": "nope"}, "backend must be one of .*'nope'"),
+        ({"softcap": -1.0}, "softcap must be positive"),
+    ):
         with pytest.raises(ValueError, match=message):
             FusedLinearKTOLoss(**more)
+
+
+def test_a_reference_without_use_ref_model_is_ignored():
+    liger = pytest.importorskip("liger_kernel.chunked_loss", reason="Liger is the oracle here and is not installed")
+    theirs = run(liger.LigerFusedLinearKTOLoss(compiled=False), with_reference=True)
+    with_one, without = run(FusedLinearKTOLoss()), run(FusedLinearKTOLoss(), with_reference=False)
+    torch.testing.assert_close(with_one[0], theirs[0], rtol=1e-6, atol=1e-6)
+    assert torch.equal(with_one[0], without[0])
+
+
+@pytest.mark.parametrize("kl", [0.4, torch.tensor([0.4]), torch.tensor(0.4)])
+def test_kl_is_a_number_or_a_tensor_with_one(kl):
+    expected = run(FusedLinearKTOLoss(use_ref_model=True), KL)[0]
+    assert torch.equal(run(FusedLinearKTOLoss(use_ref_model=True), kl)[0], expected)
+    assert not torch.equal(run(FusedLinearKTOLoss(use_ref_model=True), 0)[0], expected)
+
+
+def test_means_of_an_empty_response():
+    """The documented difference: Liger divides by 0 tokens."""
+    liger = pytest.importorskip("liger_kernel.chunked_loss", reason="Liger is the oracle here and is not installed")
+    settings = {"use_ref_model": True, "average_log_prob": True}
+    assert run(liger.LigerFusedLinearKTOLoss(compiled=False, **settings))[0].isnan()
+    assert run(FusedLinearKTOLoss(**settings))[0].isfinite()
+
+
+def test_options_are_shown():
+    shown = repr(FusedLinearKTOLoss(beta=0.25, use_ref_model=True, softcap=5.0))
+    assert "beta=0.25" in shown and "use_ref_model=True" in shown and "softcap=5.0" in shown

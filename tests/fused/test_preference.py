@@ -183,6 +183,85 @@ def test_every_loss_type_of_ligers(loss_type, use_ref_model):
         )
 
 
+@pytest.mark.parametrize("use_ref_model", [True, False])
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
+def test_aot(loss_type, use_ref_model):
+    if loss_type == "aot" and not use_ref_model:
+        with pytest.raises(ValueError, match="'aot' compares with a reference: use_ref_model=False is not possible"):
+            FusedLinearDPOLoss(loss_type=loss_type, use_ref_model=use_ref_model)
+        return
+    weight, hidden, target, _ = batch()
+    module = FusedLinearDPOLoss(loss_type=loss_type, beta=0.3, use_ref_model=use_ref_model)
+    reference = (weight.detach() * 0.9, hidden.detach() * 1.1) if use_ref_model else None
+    options = {"beta": 0.3} if use_ref_model else {"beta": 0.3, "reference_free": True}
+    expected = eager(loss_type, options, weight, hidden, target, reference=reference).losses.mean()
+    given = {} if reference is None else {"ref_weight": reference[0], "ref_input": reference[1]}
+    loss, _ = module(weight, hidden, target, **given)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    for found, true in zip(grads_of(loss, hidden, weight), grads_of(expected, hidden, weight), strict=True):
+        assert error(found, true) < 1e-5
+
+
+def test_aot_without_its_reference_is_refused():
+    with pytest.raises(ValueError, match=r"'aot' needs ref_input and ref_weight$"):
+        FusedLinearDPOLoss(loss_type="aot")(*batch()[:3])
+
+
+def test_a_reference_without_use_ref_model_is_ignored():
+    liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+    weight, hidden, target, bias = batch(bias=True)
+    reference = {"ref_input": hidden.detach() * 1.1, "ref_weight": weight.detach() * 0.9, "ref_bias": bias.detach()}
+    theirs = liger.LigerFusedLinearDPOLoss(use_ref_model=False, compiled=False)
+    module = FusedLinearDPOLoss(use_ref_model=False)
+    loss, _ = module(weight, hidden, target, bias, **reference)
+    torch.testing.assert_close(loss, theirs(weight, hidden, target, bias, **reference)[0], rtol=2e-5, atol=2e-6)
+    assert torch.equal(loss, module(weight, hidden, target, bias)[0])
+    with pytest.raises(ValueError, match="uses no reference"):
+        FusedLinearPreferenceLoss("dpo", reference_free=True)(weight, hidden, target, bias, **reference)
+
+
+def test_the_nll_of_a_batch_without_targets():
+    """The documented difference: Liger divides by 0 tokens. It also ignores options that a type does not have."""
+    liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+    weight, hidden, target, _ = batch()
+    settings = {"compute_nll_loss": True, "use_ref_model": False}
+    nothing = torch.full_like(target, -100)
+    assert liger.LigerFusedLinearDPOLoss(compiled=False, **settings)(weight, hidden, nothing)[0].isnan()
+    loss, _ = FusedLinearDPOLoss(**settings)(weight, hidden, nothing)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+    liger.LigerFusedLinearDPOLoss(loss_type="hinge", label_smoothing=0.1, discopop_tau=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sigmoid", {"beta": 0.3}),
+        ("dpo,bco_pair,sft", {"beta": 0.3, "loss_weights": (0.8, 0.2, 1.0)}),
+        ("sigmoid, simpo", {"loss_weights": (0.5, 2.0)}),
+    ],
+)
+def test_names_of_sums(name, options):
+    weight, hidden, target, _ = batch()
+    reference = weight.detach() * 0.9, hidden.detach() * 1.1
+    expected = eager(name, options, weight, hidden, target, reference=reference).losses.mean()
+    module = FusedLinearPreferenceLoss(name, **options)
+    loss, _ = module(weight, hidden, target, ref_weight=reference[0], ref_input=reference[1])
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    for found, true in zip(grads_of(loss, hidden, weight), grads_of(expected, hidden, weight), strict=True):
+        assert error(found, true) < 1e-5
+    assert copy.deepcopy(module).loss == module.loss and "softcap=None" in repr(module)
+
+
+@pytest.mark.parametrize("name", ["cpo", "orpo", "synpo"])
+def test_like_liger_keeps_what_needs_tokens(name):
+    """The NLL and the arithmetic mean of a loss come from its tokens, not from one sum or mean per response."""
+    weight, hidden, target, _ = batch()
+    expected = eager(name, {}, weight, hidden, target).losses.mean()
+    loss, outputs = FusedLinearPreferenceLoss(name, like_liger=True)(weight, hidden, target)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    assert (outputs[4] != 0) == (name != "synpo")
+
+
 def test_a_type_without_an_option_refuses_it():
     with pytest.raises(ValueError, match="'hinge' has no label_smoothing"):
         FusedLinearDPOLoss(loss_type="hinge", label_smoothing=0.1)
@@ -378,6 +457,11 @@ def test_identical_responses_cancel():
     ("build", "message"),
     [
         (lambda: FusedLinearPreferenceLoss("dop"), r"unknown loss 'dop', expected one of synpo"),
+        (lambda: FusedLinearPreferenceLoss("kto"), r"use FusedLinearKTOLoss"),
+        (lambda: FusedLinearPreferenceLoss("sft"), r"use FusedLinearCrossEntropyLoss"),
+        (lambda: FusedLinearPreferenceLoss("dpo,dop"), r"unknown loss 'dop'"),
+        (lambda: FusedLinearPreferenceLoss("dpo,sft", average_log_prob=True), r"its NLL is part of the loss"),
+        (lambda: FusedLinearPreferenceLoss("dpo,ipo", average_log_prob=True), r"already uses means"),
         (lambda: FusedLinearPreferenceLoss("synpo", gamma=1.0), r"loss 'synpo' has no option gamma"),
         (lambda: FusedLinearPreferenceLoss(auxiliary=AuxiliaryNLL("ground_truth")), r"auxiliary target 'ground_truth'"),
         (lambda: FusedLinearSynPOLoss(alpha=-1.0), r"alpha.*-1"),
