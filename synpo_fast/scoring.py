@@ -31,7 +31,8 @@ class PairEncoder:
 
     max_tokens: the maximum number of tokens of the prompt and its longest response together. with_ground_truth: encode a pair's
     ground truth, if it has one, as a further response. bound_name: the name of the option max_tokens, for messages. labelled: the
-    loss reads each response by itself (kto), so a comparison becomes two labelled responses.
+    loss reads each response by itself (kto), so a comparison becomes two labelled responses. chosen_only: the loss reads only the
+    better response of each comparison (sft), so responses that are never better are left out.
     """
 
     family: Family
@@ -42,6 +43,7 @@ class PairEncoder:
     with_ground_truth: bool = False
     bound_name: str = "max_tokens"
     labelled: bool = False
+    chosen_only: bool = False
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -56,10 +58,11 @@ class PairEncoder:
         with_ground_truth: bool = False,
         bound_name: str = "max_tokens",
         labelled: bool = False,
+        chosen_only: bool = False,
     ) -> "PairEncoder":
         """Makes the encoder of a policy. bound_name: the caller's name for max_tokens, for messages."""
         parts = (policy.family, policy.base.config, policy.tokenizer, policy.processing)
-        return cls(*parts, max_tokens, with_ground_truth, bound_name, labelled)
+        return cls(*parts, max_tokens, with_ground_truth, bound_name, labelled, chosen_only)
 
     def __call__(self, pair: Pair, frames: Tensor | None, seconds_per_frame: float | None = None) -> EncodedPair:
         """Encodes a pair. frames: uint8 [T, H, W, 3], None for a text pair; seconds_per_frame: the time between two of them.
@@ -74,6 +77,11 @@ class PairEncoder:
         self._check_texts(pair)
         prompt = self.family.prompt_ids(self.tokenizer, pair.prompt, None if video is None else video.token_ids)
         texts, comparisons = _responses_of(pair)
+        labels: tuple[tuple[int, bool], ...] = ((0, pair.loss == LABELS[True]),) if pair.has_label else ()
+        if self.chosen_only and comparisons:
+            read = sorted({better for better, _ in comparisons})
+            texts = [texts[index] for index in read]
+            labels, comparisons = tuple((read.index(better), True) for better, _ in comparisons), ()
         ground_truth = mismatched = None
         if self.with_ground_truth and pair.ground_truth is not None:
             ground_truth = len(texts)
@@ -86,7 +94,6 @@ class PairEncoder:
         if pair.mismatched is not None:  # belongs to another pair, so its length is no reason to refuse this one
             mismatched = len(responses)
             responses += (self._response_ids(pair.mismatched),)
-        labels: tuple[tuple[int, bool], ...] = ((0, pair.loss == LABELS[True]),) if pair.has_label else ()
         if self.labelled:
             labels += tuple(label for better, worse in comparisons for label in ((better, True), (worse, False)))
             comparisons = ()

@@ -18,7 +18,7 @@ from synpo_fast.references import FrozenCopy
 from synpo_fast.scoring import PairEncoder, score_pairs
 from synpo_fast.training.metrics import add_sums, means_of
 from synpo_fast.training.pair_module import PairModule
-from synpo_fast.training.run_data import RunData, with_mismatched_responses
+from synpo_fast.training.run_data import RunData, read_data, with_mismatched_responses
 from tests.world import options
 
 PROMPTS = tuple(range(5, 25)), tuple(range(30, 40)), (7, 8, 9)
@@ -217,6 +217,11 @@ def test_evaluation_and_refusals_of_labelled_rows(world, mixed, tmp_path, in_one
     )
     with pytest.raises(ValueError, match=refusal):
         in_one_process(values("refused"))
+    of_sft = (
+        r'mixed\.jsonl:1: .* loss_type=sft reads rows of prompt and chosen with "loss": "sft", or pairs: train with'
+    )
+    with pytest.raises(ValueError, match=of_sft):
+        read_data(TrainConfig(**values("refused", loss_type="sft")))
     more = {"loss_type": "kto", "max_steps": 1, "eval_split": 0.25, "eval_steps": 1}
     in_one_process(values("evaluated", **more))
     rows = [json.loads(line) for line in (tmp_path / "evaluated" / "metrics.jsonl").read_text().splitlines()]

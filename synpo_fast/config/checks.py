@@ -5,8 +5,9 @@ Every mistake is a UserError of one line that names the values and the way out.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from synpo_fast.config.option import facts_of
 from synpo_fast.errors import UserError
@@ -60,10 +61,21 @@ def _check_values(config: TrainConfig) -> None:
                 raise UserError(str(error)) from error
         words = value.split(",") if facts.several and isinstance(value, str) else [value]
         if facts.choices and not all(word in facts.choices for word in words):
-            raise UserError(f"{item.name} must be one of {', '.join(facts.choices)}, got {value!r}")
+            raise UserError(
+                f"{item.name} must be one of {', '.join(facts.choices)}, got {value!r}{_near(words, facts.choices)}"
+            )
     for name in config.report_to:
         if name not in REPORTERS:
             raise UserError(f"report_to takes {', '.join(REPORTERS)} or none, got {name!r}")
+
+
+def _near(words: list[Any], choices: tuple[str, ...]) -> str:
+    """The end of a message: the choice that was probably meant, or that a word is missing; "" if there is no such thing."""
+    wrong = next(str(word) for word in words if word not in choices)
+    if not wrong:
+        return ": one of its names is empty" if len(words) > 1 else ""
+    near = difflib.get_close_matches(wrong.lower(), choices, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _check_numbers(config: TrainConfig) -> None:
@@ -97,10 +109,13 @@ def _check_loss(config: TrainConfig) -> None:
     try:
         known = {} if config.loss_type == SFT else spec_of(config.loss_type).options
     except ValueError as error:
-        raise UserError(f"loss_type={config.loss_type}: {error}") from error
+        raise UserError(f"loss_type: {error}") from error
     for name in config.loss_options:
         if name not in known:
-            raise UserError(f"loss_type={config.loss_type} has no option {name}; it has {', '.join(known) or 'none'}")
+            raise UserError(
+                f"loss_type={config.loss_type} has no option {name}; it has {', '.join(known) or 'none'}"
+                f"{_elsewhere(config, name)}"
+            )
     if config.loss_type == SFT and config.auxiliary_nll:
         raise UserError("loss_type=sft is an NLL already: leave auxiliary_nll at 0")
     for name in ("label_smoothing_factor", "z_loss"):
@@ -112,11 +127,24 @@ def _check_loss(config: TrainConfig) -> None:
             check_options(config.loss_type, auxiliary=auxiliary, **config.loss_options)
         except ValueError as error:
             raise UserError(f"loss_type={config.loss_type}: {error}") from error
+    if config.reads_single_responses and config.desirable_weight == 0 and config.undesirable_weight == 0:
+        raise UserError(
+            "desirable_weight and undesirable_weight are both 0, so nothing would be trained: set one of them"
+        )
     if config.auxiliary_target != "chosen" and not config.auxiliary_nll:
         raise UserError(
             f"auxiliary_target={config.auxiliary_target} has no effect while auxiliary_nll is 0: set its weight"
         )
     _check_batch(config)
+
+
+def _elsewhere(config: TrainConfig, name: str) -> str:
+    """The end of a message about an option that a loss does not have: what has that option, if this is known."""
+    if name == "loss_weights":
+        return "; weights need several losses, separated by commas"
+    if name == "label_smoothing" and config.loss_type == SFT:
+        return "; label_smoothing_factor is the label smoothing of sft"
+    return ""
 
 
 def _check_batch(config: TrainConfig) -> None:
@@ -125,7 +153,12 @@ def _check_batch(config: TrainConfig) -> None:
     if sorts and config.per_device_train_batch_size == 1:
         raise UserError(
             f"loss_type={config.loss_type} sorts the pairs of a micro-batch, and per_device_train_batch_size=1 leaves nothing to "
-            "sort: set it to 2 or more, or use dpo"
+            "sort, unless its row has several responses: set it to 2 or more, or use dpo"
+        )
+    if sorts and config.max_batch_tokens is not None:
+        raise UserError(
+            f"loss_type={config.loss_type} sorts the pairs of a micro-batch, and max_batch_tokens={config.max_batch_tokens} may "
+            "leave one pair in it, which has nothing to sort: leave it unset and set per_device_train_batch_size"
         )
     if config.use_weighting and config.reads_single_responses:
         raise UserError(

@@ -132,10 +132,11 @@ class TrainOptions:
         at_least=0,
     )
     pairs_from: str = _data(
-        "all",
+        None,
         "which responses of a row with several are compared. all: every two whose scores differ, since prompt and "
         "video run once for all of them; best_worst: the best with the worst, as SynPO's authors train; best_rest: the "
-        "best with each other one. The loss is a mean over comparisons",
+        "best with each other one. The loss is a mean over comparisons. Default: all; for kto and apo_zero_unpaired "
+        "best_worst, so that each response counts once",
         PAIRS_FROM,
     )
     allow_bad_rows: bool = _data(
@@ -160,7 +161,8 @@ class TrainOptions:
 
     loss_type: str = _loss(
         "synpo",
-        "the loss; sft is the NLL of the chosen response. Several, separated by commas, are added up (MPO: "
+        "the loss; sft is the NLL of the chosen response, and alone it does not run the rejected one. Several, separated "
+        "by commas, are added up (MPO: "
         "dpo,bco_pair,sft with loss_weights 0.8,0.2,1). TRL's name sigmoid means dpo",
         (*LOSSES, SFT),
         several=True,

@@ -43,6 +43,7 @@ HINTS = {
     "finetuning_type": _PEFT, "train_type": _PEFT, "tuner_type": _PEFT, "sft_type": _PEFT,
     "lora_target": _LAYERS, "target_modules": _LAYERS,
     "stage": _LOSS, "rlhf_type": _LOSS, "pref_loss": _LOSS, "pref_beta": _LOSS, "simpo_gamma": _LOSS, "loss": _LOSS,
+    "cpo_alpha": "nll_weight is the weight of the NLL in loss_type cpo and in its SimPO form",
     "pref_ftx": _NLL, "rpo_alpha": _NLL, "sft_weight": _NLL, "sft_alpha": _NLL,
     "quantization_bit": _QUANTISED, "load_in_4bit": _QUANTISED, "load_in_8bit": _QUANTISED, "quant_bits": _QUANTISED,
     "freeze_vision_tower": _VISION, "freeze_multi_modal_projector": _VISION, "freeze_vit": _VISION, "freeze_aligner": _VISION,

@@ -11,6 +11,7 @@ from typing import Any
 
 from synpo_fast.config.checks import check_config
 from synpo_fast.config.options import LOSS_OPTIONS, TrainOptions
+from synpo_fast.losses import LOSSES
 from synpo_fast.losses.weighted_sum import LOSS_METRIC, SFT, canonical_name, spec_of
 
 
@@ -26,6 +27,10 @@ class TrainConfig(TrainOptions):
             object.__setattr__(self, "loss_type", canonical_name(self.loss_type))
         if self.zero_stage is None:
             object.__setattr__(self, "zero_stage", 1 if self.use_peft else 2)
+        if self.pairs_from is None:
+            members = str(self.loss_type).split(",")
+            unpaired = any(LOSSES[member].unpaired for member in members if member in LOSSES)
+            object.__setattr__(self, "pairs_from", "best_worst" if unpaired else "all")
         check_config(self)
 
     @property

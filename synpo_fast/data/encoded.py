@@ -29,7 +29,8 @@ class EncodedPair:
     sample: a models.policy.Sample with all responses of the row. The numbers below are indices of its responses.
     comparisons: (better, worse) responses. The loss sees each comparison as one pair. Empty for a row with labels, and for a row
         that trains on one response alone ("sft").
-    labels: (response, desirable) for a loss that reads each response by itself (kto). The loss sees each as a row of its own.
+    labels: (response, desirable) for a loss that reads each response by itself (kto), or only better ones (sft). The loss sees
+        each as a row of its own.
     target: the response that a row without comparisons and labels trains on.
     ground_truth: the response that is the ground truth, None without one.
     mismatched: the response that belongs to another row, for the reference point of kto; None without one.

@@ -43,7 +43,10 @@ def members_of(name: str) -> tuple[str, ...]:
         if member not in known:
             raise ValueError(f"unknown loss {member!r}, expected one of {', '.join(known)}")
         if members.count(member) > 1:
-            raise ValueError(f"loss {name!r} names {member} more than once: give it one weight in loss_weights")
+            also = next(
+                (f" ({other} is another name of {ours})" for other, ours in OTHER_NAMES.items() if ours == member), ""
+            )
+            raise ValueError(f"loss {name!r} names {member} more than once{also}: give it one weight in loss_weights")
     return members
 
 

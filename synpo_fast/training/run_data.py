@@ -32,6 +32,7 @@ from synpo_fast.data.workers.early_workers import EarlyWorkers
 from synpo_fast.data.workers.worker_process import WorkerProcess
 from synpo_fast.errors import UserError
 from synpo_fast.losses import LOSSES
+from synpo_fast.losses.weighted_sum import SFT
 from synpo_fast.models.feature_cache import StoredVideos
 from synpo_fast.models.policy import Policy
 from synpo_fast.scoring import PairEncoder
@@ -98,10 +99,11 @@ def _compared(pairs: list[Pair], config: TrainConfig, min_score_gap: float | Non
 def with_mismatched_responses(config: TrainConfig, data: RunData) -> RunData:
     """The data in which every row carries a response that belongs to another row, for kto's reference point. Held-out rows may be
     about one video alone, so the training rows follow them."""
-    if config.per_device_train_batch_size == 1 and dist.get_world_size() == 1:
-        logger.warning(
-            "kto's reference point is a mean over the rows of a forward: raise per_device_train_batch_size above 1"
-        )
+    point = "kto's reference point is a mean over the rows of a forward"
+    if config.max_batch_tokens is not None:
+        logger.warning("%s, and max_batch_tokens=%s decides how many these are", point, config.max_batch_tokens)
+    elif config.per_device_train_batch_size == 1 and dist.get_world_size() == 1:
+        logger.warning("%s: raise per_device_train_batch_size above 1", point)
     train = with_mismatched(data.train)
     evaluation = with_mismatched([*data.evaluation, *data.train])[: len(data.evaluation)]
     return replace(data, train=train, evaluation=evaluation, key=data_key(train))
@@ -139,6 +141,7 @@ def encoder_of(config: TrainConfig, policy: Policy) -> PairEncoder:
         with_ground_truth=config.auxiliary_target == "ground_truth",
         bound_name="max_length",
         labelled=config.reads_single_responses,
+        chosen_only=config.loss_type == SFT and not config.profile,  # a profile also measures dpo on these pairs
     )
 
 
@@ -240,9 +243,8 @@ def _read(file: str, config: TrainConfig) -> list[Pair]:
 def _check_is_compared(loss_type: str, pair: Pair) -> None:
     if pair.has_label:
         names = " or ".join(name for name, spec in LOSSES.items() if spec.unpaired)
-        raise UserError(
-            f"one response with a label, but loss_type={loss_type} compares two: train with loss_type={names}"
-        )
+        does = "compares two" if loss_type != SFT else 'reads rows of prompt and chosen with "loss": "sft", or pairs'
+        raise UserError(f"one response with a label, but loss_type={loss_type} {does}: train with loss_type={names}")
 
 
 def _warn_of_shared_files(config: TrainConfig, shared: set[object]) -> None:

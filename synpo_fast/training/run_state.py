@@ -144,7 +144,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> 
     if differing:
         what = "; ".join(
             f"train_file has other pairs than when the run began ({saved.get(NUMBER_OF_PAIRS, 'an unknown number')} then, "
-            f"{now.get(NUMBER_OF_PAIRS)} now)"
+            f"{now.get(NUMBER_OF_PAIRS)} now), or pairs_from, min_score_gap or eval_split chooses others"
             if name == "training pairs"
             else changed_fact(name, saved.get(name), now[name])
             for name in differing

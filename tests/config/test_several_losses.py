@@ -76,7 +76,26 @@ def test_evaluations_can_be_compared_by_a_member():
     [
         (["--loss_type=dpo,ppo"], "loss_type must be one of synpo, dpo, .*, sft, got 'dpo,ppo'"),
         (["--loss_type=dpo,dpo"], "names dpo more than once"),
-        (["--loss_type=dpo,"], "loss_type must be one of"),
+        (
+            ["--loss_type=dpo,sigmoid"],
+            r"^loss_type: loss 'dpo,dpo' names dpo more than once \(sigmoid is another name of dpo\)",
+        ),
+        (["--loss_type=dpo,"], "loss_type must be one of .*, got 'dpo,': one of its names is empty$"),
+        (["--loss_type=dpo,bco-pair"], "did you mean bco_pair\\?$"),
+        (["--loss_type=SimPO"], "did you mean simpo\\?$"),
+        (
+            ["--loss_type=sft", "--label_smoothing=0.1"],
+            "it has none; label_smoothing_factor is the label smoothing of sft$",
+        ),
+        (["--loss_type=cpo", "--cpo_alpha=0.5"], "nll_weight is the weight of the NLL in loss_type cpo"),
+        (
+            ["--loss_type=aot", "--per_device_train_batch_size=4", "--max_batch_tokens=8000"],
+            "max_batch_tokens=8000 may leave one pair in it, which has nothing to sort: leave it unset",
+        ),
+        (
+            ["--loss_type=kto", "--desirable_weight=0", "--undesirable_weight=0"],
+            "desirable_weight and undesirable_weight are both 0",
+        ),
         (
             ["--loss_type=dpo,sft", "--alpha=3"],
             "loss_type=dpo,sft has no option alpha; it has nll_reduce, beta, ",
@@ -86,9 +105,15 @@ def test_evaluations_can_be_compared_by_a_member():
             "loss_weights is .*, expected 2 numbers, one for each of dpo, sft",
         ),
         (["--loss_type=dpo,sft", "--loss_weights=1,x"], "loss_weights must be numbers separated by commas, got '1,x'"),
-        (["--loss_type=dpo", "--loss_weights=1"], "loss_type=dpo has no option loss_weights"),
+        (
+            ["--loss_type=dpo", "--loss_weights=1"],
+            "has no option loss_weights; .*; weights need several losses, ",
+        ),
         (["--loss_type=dpo,bco_pair", "--f_divergence=forward_kl"], "bco_pair has no form with another divergence"),
-        (["--loss_type=aot"], "per_device_train_batch_size=1 leaves nothing to sort: set it to 2 or more, or use dpo"),
+        (
+            ["--loss_type=aot"],
+            "per_device_train_batch_size=1 leaves nothing to sort, unless its row has several",
+        ),
         (["--loss_type=dpo,aot_unpaired"], "loss_type=dpo,aot_unpaired sorts the pairs of a micro-batch"),
         (["--loss_type=sft", "--use_weighting"], "loss_type=sft has none: leave use_weighting unset"),
         (["--loss_type=aot", "--per_device_train_batch_size=2", "--use_weighting"], "compares sorted values"),
@@ -99,3 +124,14 @@ def test_evaluations_can_be_compared_by_a_member():
 def test_mistakes_are_named(words, message):
     with pytest.raises(UserError, match=message):
         config(*words)
+
+
+def test_losses_of_single_responses_compare_best_and_worst_unless_told_otherwise(tmp_path):
+    assert {loss: config(f"--loss_type={loss}").pairs_from for loss in ("dpo", "sft", "kto", "apo_zero_unpaired", "kto,sft")} == {
+        "dpo": "all", "sft": "all", "kto": "best_worst", "apo_zero_unpaired": "best_worst", "kto,sft": "best_worst",
+    }  # fmt: skip
+    assert config("--loss_type=kto", "--pairs_from=best_rest").pairs_from == "best_rest"
+    assert config("--loss_type=kto", "--undesirable_weight=0").undesirable_weight == 0
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_config(config("--loss_type=kto", "--pairs_from=all")))
+    assert resolve_config(["--config", str(file)]).pairs_from == "all"

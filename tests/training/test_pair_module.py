@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from synpo_fast.config.train_config import TrainConfig
-from synpo_fast.data.pair import Pair
+from synpo_fast.data.encoded import PairTooLong
+from synpo_fast.data.pair import Pair, Response
 from synpo_fast.models import load_policy
 from synpo_fast.models.lora import add_lora
 from synpo_fast.pair_logprobs import pair_logprobs
@@ -14,6 +15,7 @@ from synpo_fast.references import AdapterOff, FrozenCopy
 from synpo_fast.scoring import PairEncoder
 from synpo_fast.training.metrics import add_sums, means_of
 from synpo_fast.training.pair_module import PairModule
+from synpo_fast.training.run_data import encoder_of
 
 PAIRS = [
     Pair("Say a.", "first answer", "no", id="a", ground_truth="truth one"),
@@ -65,6 +67,39 @@ def test_sft_is_the_mean_nll_of_the_chosen_responses(policy):
     pairs = encoded(policy, PAIRS)
     loss, _ = PairModule(policy, config(loss_type="sft"))(pairs, 1.0)
     assert float(loss) == pytest.approx(sum(nll(each[0]) for each in lists(policy, pairs)), abs=1e-5)
+
+
+def test_sft_does_not_run_responses_that_its_loss_never_reads(policy):
+    scored = tuple(
+        Response(text, score) for text, score in (("good", 3.0), ("worse, and by far the longest", 1.0), ("fair", 2.0))
+    )
+    pairs = [*PAIRS, Pair("Say d", responses=scored, id="d")]
+    whole, lean = encoded(policy, pairs), encoded(policy, pairs, chosen_only=True)
+    assert [len(pair.sample.responses) for pair in whole] == [2, 2, 1, 2, 3]
+    assert [len(pair.sample.responses) for pair in lean] == [1, 1, 1, 1, 2]
+    module = PairModule(policy, config(loss_type="sft"))
+    (expected, sums), (found, own) = module(whole, 1.0), module(lean, 1.0)
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    assert float(own["pairs"]) == float(sums["pairs"]) == 7
+    assert float(own["tokens"]) < float(sums["tokens"]) and float(own["rejected_tokens"]) == 0
+    longest = len(lean[-1].sample.prompt) + max(map(len, lean[-1].sample.responses))
+    assert len(encoded(policy, pairs[-1:], chosen_only=True, max_tokens=longest)) == 1
+    with pytest.raises(PairTooLong):
+        encoded(policy, pairs[-1:], max_tokens=longest)
+
+
+def test_a_run_of_sft_leaves_out_rejected_responses_and_its_profile_keeps_them(policy):
+    lean = encoder_of(config(loss_type="sft"), policy)
+    assert lean.chosen_only and not lean.labelled
+    assert not any(
+        encoder_of(other, policy).chosen_only
+        for other in (
+            config(loss_type="sft", profile=2),
+            config(loss_type="dpo,sft"),
+            config(),
+            config(loss_type="kto"),
+        )
+    )
 
 
 def test_an_auxiliary_nll_on_the_ground_truth(policy):
