@@ -69,6 +69,8 @@ class PairLogprobs:
                     f"{name} is {mask.dtype} of shape {tuple(mask.shape)} on {mask.device}, expected bool of shape "
                     f"({self.num_pairs},) on {self.device}"
                 )
+        if self.kl is not None and not isinstance(self.kl, Tensor):
+            raise ValueError(f"kl is {self.kl!r}, expected a scalar tensor; torch.tensor({self.kl!r}) makes one")
         if self.kl is not None and (self.kl.shape != () or self.kl.device != self.device):
             raise ValueError(f"kl is {tuple(self.kl.shape)} on {self.kl.device}, expected a scalar on {self.device}")
         if self.weights is not None:

@@ -39,9 +39,8 @@ class LinearLogprobs(torch.autograd.Function):
             backend,
             wanted.logsumexp_grad,
         )
-        ctx.mark_non_differentiable(others)
-        if not wanted.logsumexp_grad:
-            ctx.mark_non_differentiable(logsumexp)
+        # One call: a second one would replace the first.
+        ctx.mark_non_differentiable(*([others] if wanted.logsumexp_grad else [logsumexp, others]))
         return logps, logsumexp, others
 
     @staticmethod
