@@ -254,7 +254,7 @@ NEEDED = {"model_name_or_path": "tiny:text", "train_file": "pairs.jsonl", "outpu
                 "early_stopping_patience": 1, "eval_split": 0.1, "eval_steps": 1, "loss_type": "sft",
                 "metric_for_best_model": "rewards/accuracies",
             },
-            "evaluation of loss_type=sft writes: loss, nll_loss$",
+            "evaluation of loss_type=sft writes: loss, nll_loss, mean_token_accuracy, entropy$",
         ),
     ],
 )  # fmt: skip
