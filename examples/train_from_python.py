@@ -4,9 +4,9 @@
     python examples/train_from_python.py --model Qwen/Qwen2.5-VL-7B-Instruct --manifest pairs.jsonl --video_root videos
 
 TrainConfig has the options of docs/training.md, with the same names. run_training needs no launcher: it makes a process group of
-this process alone. In a program that torchrun starts, every process calls it with the same config, and they train together.
-To adapt it, change the model, the manifest and the learning rate (5e-6), and remove lora_r and dataloader_num_workers: their
-defaults fit real models and videos.
+this process alone. It runs once per process: start a new one for the next run. In a program that torchrun starts, every process
+calls it with the same config, and they train together. To adapt it, change the model, the manifest and the learning rate
+(5e-6), and remove lora_r and dataloader_num_workers: their defaults fit real models and videos.
 """
 
 import argparse

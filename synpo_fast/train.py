@@ -117,9 +117,18 @@ def _main(arguments: list[str], stopper: Stopper, asks_for_help: bool, only_prin
 def run_training(config: TrainConfig, stopper: Stopper | None = None) -> RunState:
     """Trains, writes the report, and returns the run's final state; with config.profile it measures steps instead.
 
-    Every process of a launch calls it. Raises UserError, MissingPackage, TrainingStopped or CheckpointError with a message of
-    one line, or ReportedByAnotherProcess in place of an error that another process of the launch also raises.
+    Every process of a launch calls it, once: DeepSpeed cannot start again in a process in which it has ended. Raises UserError,
+    MissingPackage, TrainingStopped or CheckpointError with a message of one line, or ReportedByAnotherProcess in place of an
+    error that another process of the launch also raises.
     """
+    import torch
+
+    deepspeed = sys.modules.get("deepspeed.comm.comm")
+    if getattr(deepspeed, "cdb", None) is not None and not torch.distributed.is_initialized():
+        raise UserError(
+            "run_training was called before in this process, and DeepSpeed cannot start again in it: train the next run in a new "
+            "process"
+        )
     from synpo_fast.training.start import process_group
 
     with process_group(config) as device:

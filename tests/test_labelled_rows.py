@@ -242,3 +242,6 @@ def test_the_reference_point_of_held_out_rows_of_one_video(group, tmp_path, capl
     assert found == [["b+", "a-"]] * 2
     assert [pair.mismatched for pair in data.evaluation] == ["a+", "a-"]
     assert "raise per_device_train_batch_size above 1" in caplog.text
+    split = replace(config, per_device_train_batch_size=4, max_batch_tokens=900)
+    with_mismatched_responses(split, RunData(train, [], tmp_path, tmp_path, data_key(train)))
+    assert "and max_batch_tokens=900 decides how many these are" in caplog.text

@@ -126,7 +126,11 @@ class PairLogprobs:
 
     @classmethod
     def from_sums(cls, chosen: Tensor, rejected: Tensor) -> PairLogprobs:
-        """Builds a reference from one summed log-prob per response, [P] and [P]."""
+        """Builds a reference from one summed log-prob per response, [P] and [P].
+
+        A reference only. In a policy each sum would count as a response of one token: its mean would be the sum (ipo,
+        sigmoid_norm, the losses that read means, NLLs per token), and ld_alpha would have no effect.
+        """
         offsets = torch.arange(chosen.shape[0] + 1, device=chosen.device)
         return cls(chosen, rejected, offsets, offsets)
 

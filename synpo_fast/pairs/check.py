@@ -4,8 +4,8 @@ Problems spoil training or stop a run: bad rows, unusable videos, clips past the
 in one pair and rejected in another of the same video and prompt, responses that differ only in case and spaces, a rejected
 response with a higher score than the chosen one, and a row whose responses all have the same score. Of a row with several
 responses the best counts as chosen and the worst as rejected. Notes are allowed but worth checking: one chosen text in several
-pairs, the same texts with different videos. Length bias (chosen is mostly longer than rejected) is reported because a loss over
-whole responses learns it.
+pairs, the same texts with different videos, all rows with one video and prompt. Length bias (chosen is mostly longer than
+rejected) is reported because a loss over whole responses learns it.
 """
 
 from collections import Counter, defaultdict
@@ -23,6 +23,7 @@ from synpo_fast.terminal.printable import counted
 QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 CLIP_SLACK_S = 0.1  # a clip may end this long after its video: times in a manifest are often rounded
 MAX_BINS = 20
+ONE_CONTEXT = "rows of one video and prompt alone: loss_type=kto needs several of them"
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ def _compare_pairs(pairs: list[Pair]) -> Iterable[Finding]:
     same_texts = _groups(preferences, lambda pair: (pair.prompt, pair.chosen, pair.rejected))
     elsewhere = [_ids(group) for group in same_texts if len({_shown(pair) for pair in group}) > 1]
     yield Finding("the same texts for different videos", elsewhere, is_problem=False)
+    one_context = len(pairs) > 1 and len({(_shown(pair), pair.prompt) for pair in pairs}) == 1
+    yield Finding(ONE_CONTEXT, [f"all {len(pairs)} rows"] if one_context else [], is_problem=False)
 
 
 def _markers(pairs: list[Pair], model: str | None) -> Iterable[Finding]:

@@ -24,7 +24,7 @@ from synpo_fast.report.series import (
     thinned,
     value_range,
 )
-from synpo_fast.report.units import GRADIENT, LOGPS, LOSS, MEMBER, REWARD, REWARD_GRADIENT, by_unit
+from synpo_fast.report.units import GRADIENT, LOGPS, LOSS, MEMBER, REWARD, REWARD_GRADIENT, accuracy_label, by_unit
 
 POINT_BUDGET = 900  # about so many points in a chart, shared by its lines
 MAX_MARKS = 40
@@ -138,7 +138,9 @@ def other_charts(runs: Sequence[RunRecord]) -> list[Chart]:
 def outcome_charts(runs: Sequence[RunRecord]) -> tuple[Chart, ...]:
     """The charts of accuracy and rewards, or the NLL if no run compared pairs: it is the loss of supervised runs."""
     compared = any(finite(points_of(run.steps + run.evaluations, name)) for run in runs for name in COMPARISONS)
-    return OUTCOME if compared else (NLL_CHART,)
+    label = accuracy_label(runs)
+    named = replace(OUTCOME[0], title=label[0].upper() + label[1:])
+    return (named, *OUTCOME[1:]) if compared else (NLL_CHART,)
 
 
 def figures(chart: Chart, runs: Sequence[RunRecord], colours: Sequence[str]) -> list[str]:

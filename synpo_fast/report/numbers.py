@@ -12,7 +12,7 @@ from synpo_fast.report.data import Row, RunRecord, number_in, read_json_object
 from synpo_fast.report.formats import NO_NUMBER, large, short, whole_number
 from synpo_fast.report.series import ends, finite, points_of
 from synpo_fast.report.tables import table_card
-from synpo_fast.report.units import LOGPS, LOSS, REWARD, unit_markup, unit_of, with_units
+from synpo_fast.report.units import LOGPS, LOSS, REWARD, accuracy_label, unit_markup, unit_of, with_units
 from synpo_fast.run_folder.best_files import NAME as BEST_MODEL
 
 
@@ -52,7 +52,7 @@ def numbers_markup(run: RunRecord) -> str:
             values = [*ends(train)]
             if run.evaluations:
                 values += [held_out[0][1] if held_out else None, held_out[-1][1] if held_out else None]
-            label = measure.label + unit_markup(unit_of(run, measure.quantity))
+            label = _label(name, [run]) + unit_markup(unit_of(run, measure.quantity))
             rows.append([label, *(short(value, measure.unit) for value in values)])
     if not rows:
         return f'<div class="tiles">{tiles}</div>'
@@ -63,6 +63,10 @@ def numbers_markup(run: RunRecord) -> str:
     )
     head = ["", "training, start", "training, end", *when]
     return f'<div class="tiles">{tiles}</div>{table_card(head, rows, "numbers stack")}'
+
+
+def _label(name: str, runs: Sequence[RunRecord]) -> str:
+    return accuracy_label(runs) if name == "rewards/accuracies" else MEASURES[name].label
 
 
 def best_lines(run: RunRecord, *, several: bool) -> list[str]:
@@ -118,7 +122,7 @@ def compared_markup(runs: Sequence[RunRecord]) -> str:
         for kind, values in (("", trained), (", held out", held_out)):
             if any(value is not None for value in values):
                 cells = [short(value, measure.unit) for value in values]
-                rows.append(with_units(measure.label + kind, cells, units))
+                rows.append(with_units(_label(name, runs) + kind, cells, units))
     for facts in zip(*map(_facts, runs), strict=True):
         rows.append([facts[0][0], *(value for _, value in facts)])
     head = ["at the end", *(escape(run.name) for run in runs)]

@@ -36,6 +36,16 @@ def unit_of(run: RunRecord, quantity: str) -> str:
     return unit if quantity == REWARD else f"{name}, of {spec_of(name).reward}, {unit}"
 
 
+def accuracy_label(runs: Sequence[RunRecord]) -> str:
+    """The name of rewards/accuracies: losses of pairs count pairs, losses of single responses (kto) count responses."""
+    losses = [run.config.get("loss_type") for run in runs]
+    single = [isinstance(loss, str) and _is_loss(loss) and spec_of(loss).unpaired for loss in losses]
+    of_responses = "responses on the right side of the reference point"
+    if any(single) and not all(single):
+        return f"pairs ranked correctly, or {of_responses}"
+    return of_responses if any(single) else "pairs ranked correctly"
+
+
 def by_unit(
     runs: Sequence[RunRecord], colours: Sequence[str], quantity: str
 ) -> list[tuple[str, list[RunRecord], list[str]]]:

@@ -7,6 +7,7 @@ import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,14 @@ def raises(error):
         raise error
 
     return run_training
+
+
+def test_a_second_run_in_a_process_is_refused_in_one_line(world, tmp_path, monkeypatch):
+    """DeepSpeed keeps its first backend after the process group is gone."""
+    monkeypatch.setitem(sys.modules, "deepspeed.comm.comm", SimpleNamespace(cdb=object()))
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    with pytest.raises(UserError, match=r"run_training was called before in this process.*in a new process$"):
+        train.run_training(TrainConfig(**options(world, tmp_path / "out")))
 
 
 def test_an_error_of_a_library_keeps_its_traceback(world, tmp_path, monkeypatch, capsys):

@@ -148,6 +148,15 @@ def test_pairs_are_compared(tmp_path):
     assert report.score_gaps == [-1.5, 0]
 
 
+def test_rows_of_one_video_and_prompt_are_noted_for_kto(tmp_path):
+    rows = [{**GOOD, "video": "v.mp4", "chosen": text} for text in ("One.", "Two.")]
+    note = "rows of one video and prompt alone: loss_type=kto needs several of them"
+    report = check_manifest(manifest(tmp_path, *rows))
+    assert report.clean and found(report) == {note: ["all 2 rows"]}
+    assert note not in found(check_manifest(manifest(tmp_path, *rows, {**rows[0], "video": "w.mp4"})))
+    assert note not in found(check_manifest(manifest(tmp_path, rows[0])))
+
+
 def test_notes_alone_are_clean(tmp_path):
     report = check_manifest(manifest(tmp_path, GOOD, {**GOOD, "rejected": "A cat."}))
     assert report.clean and report.findings and "clean" in report_text(report)
@@ -324,4 +333,5 @@ def test_rows_of_one_labelled_response(tmp_path):
         "label must be true for a desirable completion or false, got 'yes'",
         "a row with completion and label has no chosen: leave out one of the two",
     ]
-    assert set(problems) == {"texts both chosen and rejected, for one video and prompt", "bad rows"}
+    of_kto = "rows of one video and prompt alone: loss_type=kto needs several of them"
+    assert set(problems) == {"texts both chosen and rejected, for one video and prompt", "bad rows", of_kto}

@@ -125,7 +125,8 @@ def test_text_pairs_and_runs_without_evaluation_have_their_place(tmp_path):
 
 def test_the_page_opens_with_the_outcome_as_a_plot(tmp_path):
     """Before any table: rewards where pairs were compared, the NLL where none were."""
-    for loss, title in (("synpo", "Pairs ranked correctly"), ("sft", "NLL of the chosen response")):
+    of_kto = "Responses on the right side of the reference point"
+    for loss, title in (("synpo", "Pairs ranked correctly"), ("kto", of_kto), ("sft", "NLL of the chosen response")):
         folder = make_run(tmp_path / loss, loss_type=loss)
         (folder / "demo.json").write_text(json.dumps(demo("gone.mp4")))
         page = report(folder)
@@ -139,6 +140,16 @@ def test_a_run_without_evaluation_has_no_empty_columns(tmp_path):
     table = page.text[page.text.index("training, start") :]
     assert table.startswith("training, start training, end pairs ranked correctly 63.33 % 90 % reward margin")
     assert "not finite" not in page.text
+
+
+def test_accuracy_is_named_by_what_the_losses_count(tmp_path):
+    runs = [make_run(tmp_path / loss, loss_type=loss) for loss in ("kto", "dpo")]
+    assert "Pairs ranked correctly, or responses on the right side of the reference point" in report(*runs).charts()
+    page = report(runs[0])
+    assert not any("ranked" in title for title in page.charts())
+    table = page.text[page.text.index("training, start") :]
+    assert re.search("responses on the right side of the reference point [0-9.]+ %", table), table
+    assert "pairs ranked" not in table
 
 
 def test_a_supervised_run_shows_no_comparisons(tmp_path):
