@@ -68,7 +68,7 @@ def _plot_case(case: dict[str, Any], machine: str, path: Path) -> Path:
     bars, foot = 0.36 * max(len(timed), 1), 0.2 * (len(notes) + 2)
     height = 1.45 + bars + foot
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), width_ratios=[3, 2], sharey=True)
-    figure.subplots_adjust(left=0.17, right=0.97, top=1 - 0.95 / height, bottom=(foot + 0.5) / height, wspace=0.06)
+    figure.subplots_adjust(left=0.21, right=0.97, top=1 - 0.95 / height, bottom=(foot + 0.5) / height, wspace=0.06)
     _ratio_bars(left, timed)
     _memory_bars(right, timed)
     title = f"{case['shape']}: hidden {case['D']}, vocabulary {case['V']:,}; {work_in_words(case)}; {case['dtype']}"
