@@ -361,7 +361,7 @@ def test_coefficients_below_fp16_reach_the_head():
             bias=None, rows=None, logit_scale=1.0, softcap=None, ignore_index=-100,
         )  # fmt: skip
         tiny = (case.upstream * 2.0**-8).float().to(device)  # results stay normal in fp16, c * (1 - p) often does not
-        for keep_rows in (0, 16):
+        for keep_rows in (0, 16) if backend == "native" else (0,):  # the others keep none in fp16
             computed = backends.forward(problem, Wanted(True, keep_rows), backend)
             _, grad, _ = backends.backward(problem, tiny, computed, (False, True, False), backend)
             assert error(grad.double().cpu() * 2.0**8, expected) < 5e-3, (backend, keep_rows)
